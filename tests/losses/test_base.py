@@ -1,0 +1,194 @@
+"""Registration, names of levels, ranges of arguments, and the sentences that users read."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import yolo_kd.losses
+from tests.loss_contract import make_pair
+from yolo_kd.errors import ConfigError, PairError
+from yolo_kd.losses import base
+from yolo_kd.losses.base import READABLE, Loss, check_levels, check_range, find, parameters, registered
+from yolo_kd.losses.objectness import Objectness
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """A registry of its own, so that losses of a test are forgotten after it."""
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+
+
+def define(**attributes):
+    return type("Mine", (Loss,), {"name": "mine", "columns": ("mine_loss",), "__module__": __name__, **attributes})
+
+
+@pytest.mark.usefixtures("registry")
+class TestRegistration:
+    def test_a_subclass_with_a_name_is_found(self):
+        cls = define()
+        assert find("mine") is cls
+        assert registered()["mine"] is cls
+        assert list(registered()) == sorted(registered())
+
+    def test_a_helper_without_a_name_is_not(self):
+        before = registered()
+        define(name="", columns=())
+        assert registered() == before
+
+    def test_the_same_class_imported_again_replaces_itself(self):
+        define()
+        again = define()
+        assert find("mine") is again
+
+    def test_two_losses_of_one_name(self):
+        define()
+        with pytest.raises(TypeError, match=r"^two losses are named 'mine': tests\.losses\.test_base and plugin$"):
+            define(__module__="plugin")
+
+    def test_unknown_reads(self):
+        with pytest.raises(TypeError, match=r"^loss 'mine' reads \['depth'\]; allowed are \['assignment', 'boxes'"):
+            define(reads=frozenset({"depth", "scores"}))
+
+    @pytest.mark.parametrize("column", ["mine", "far_too_long_loss", "lossy"])
+    def test_columns_that_ultralytics_could_not_show(self, column):
+        sentence = rf"^column '{column}' of loss 'mine' must end in '_loss' and have at most 10 characters$"
+        with pytest.raises(TypeError, match=sentence):
+            define(columns=("fine_loss", column))
+
+    def test_no_columns(self):
+        with pytest.raises(TypeError, match=r"^loss 'mine' declares no columns$"):
+            define(columns=())
+
+    def test_what_was_refused_is_not_registered(self):
+        with pytest.raises(TypeError):
+            define(columns=())
+        assert "mine" not in registered()
+
+    def test_registered_returns_a_copy(self):
+        registered().clear()
+        assert registered()
+
+
+def test_every_module_of_the_package_is_imported():
+    assert {"objectness", "objectness_l2", "ultralytics"} <= registered().keys()
+    assert yolo_kd.losses.__doc__
+
+
+def test_columns_are_distinct_across_losses():
+    columns = [column for cls in registered().values() for column in cls.columns]
+    assert sorted(columns) == sorted(set(columns))
+
+
+@pytest.mark.parametrize("cls", registered().values(), ids=lambda c: c.name)
+def test_every_loss_can_be_written_in_a_recipe(cls):
+    assert cls.reads <= READABLE
+    assert cls.paper
+    assert cls.__doc__
+    assert cls.instead == "" or cls.instead in registered()
+    for key, parameter in parameters(cls).items():
+        assert parameter.kind is parameter.KEYWORD_ONLY, key
+        assert parameter.default is not parameter.empty, key
+        assert f"{key}:" in cls.__doc__, f"the docstring does not explain '{key}'"
+    cls()
+
+
+def test_find_suggests():
+    with pytest.raises(
+        ConfigError, match=r"^unknown loss 'objectnes'\. Did you mean 'objectness'\? Known losses: .* or "
+    ):
+        find("objectnes")
+
+
+def test_parameters_are_the_keys_of_a_recipe():
+    assert list(parameters(Objectness)) == ["lam_cls", "lam_box", "fm_nms"]
+
+
+def test_bins_that_do_not_match(registry):
+    cls = define(needs_bins=True, instead="objectness")
+    cls().build(make_pair(student_reg_max=8, teacher_reg_max=8))
+    sentence = (
+        r"^loss 'mine' compares distance distributions, but the student's head has 1 bins and the teacher's has 16; "
+        r"both need the same number, more than 1\. Use 'objectness' instead\.$"
+    )
+    with pytest.raises(PairError, match=sentence):
+        cls().build(make_pair(student_reg_max=1, teacher_reg_max=16))
+    with pytest.raises(PairError, match="has 1 bins and the teacher's has 1;"):
+        cls().build(make_pair(student_reg_max=1, teacher_reg_max=1))
+
+
+def test_a_loss_must_say_what_it_computes(registry):
+    with pytest.raises(NotImplementedError):
+        define()()(None)
+
+
+@pytest.mark.parametrize(
+    ("levels", "indices"), [(None, (0, 1, 2)), (["p4"], (1,)), (["p5", "p3"], (0, 2)), (("p3", "p3"), (0,))]
+)
+def test_level_indices_are_in_stride_order(registry, levels, indices):
+    loss = define()()
+    loss.level_names = check_levels(levels)
+    assert loss.level_indices(make_pair()) == indices
+
+
+def test_a_level_that_the_pair_lacks(registry):
+    loss = define()()
+    loss.level_names = ("p33",)
+    sentence = r"^loss 'mine' names level 'p33', but this pair has p3, p4 or p5\. Did you mean 'p3'\?$"
+    with pytest.raises(PairError, match=sentence):
+        loss.level_indices(make_pair())
+
+
+def test_levels_of_other_strides(registry):
+    loss = define()()
+    loss.level_names = ("p6",)
+    pair = make_pair(student_channels=(8,) * 4, teacher_channels=(8,) * 4, strides=(8, 16, 32, 64))
+    assert loss.level_indices(pair) == (3,)
+
+
+@pytest.mark.parametrize("levels", ["p3", [], [3], ["p3", None]])
+def test_levels_that_are_no_list_of_names(levels):
+    with pytest.raises(ValueError, match=r"^levels must be a list of names such as \[p3, p4, p5\], received "):
+        check_levels(levels)
+
+
+@pytest.mark.parametrize(
+    ("value", "limits", "above"),
+    [(0, (0,), False), (1e9, (0,), False), (0.5, (0, 1), False), (1, (0, 1), True), (1e-9, (0,), True)],
+)
+def test_values_in_range(value, limits, above):
+    assert check_range("x", value, *limits, above=above) == value
+
+
+@pytest.mark.parametrize(
+    ("value", "limits", "above", "allowed"),
+    [
+        (-1, (0,), False, "at least 0"),
+        (0, (0,), True, "more than 0"),
+        (1.5, (0, 1), False, "at least 0 and at most 1"),
+        (0, (0, 1), True, "more than 0 and at most 1"),
+        (math.nan, (0,), False, "at least 0"),
+        ("1e-3", (0,), False, "at least 0"),
+        (True, (0,), False, "at least 0"),
+        (None, (0,), False, "at least 0"),
+        ([1], (0,), False, "at least 0"),
+    ],
+)
+def test_values_out_of_range(value, limits, above, allowed):
+    with pytest.raises(ValueError, match=r"^x must be a number of ") as error:
+        check_range("x", value, *limits, above=above)
+    assert str(error.value) == f"x must be a number of {allowed}, received {value!r}"
+
+
+def test_infinity_is_no_strength():
+    with pytest.raises(ValueError, match="received inf"):
+        check_range("x", math.inf, 0)
+
+
+def test_a_loss_without_modules_has_no_state():
+    assert not Objectness().state_dict()
+    assert not list(Objectness().parameters())
+    assert Objectness().self_trained() == []
+    assert isinstance(Objectness(), torch.nn.Module)

@@ -1,0 +1,204 @@
+"""Semantic-aware alignment against loops that follow its definitions; there are no published numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.loss_contract import BOXES, duplicated, make_loss, make_pair, make_step
+from yolo_kd.losses.sea import (
+    CAD_GAIN,
+    LDA_GAIN,
+    SEA,
+    TDD_GAIN,
+    anchor_distillation,
+    category_anchors,
+    covered_cells,
+    distance_distribution,
+    localisation_alignment,
+    semantic_masks,
+    topological_distillation,
+)
+from yolo_kd.views import Step
+
+
+def slow_categories(boxes, labels, image_index, size, shape, stride, shrink, batch):
+    """Return {category: set of (image, row, column)} by loops; categories are (class, part) and background."""
+    found: dict[object, set[tuple[int, int, int]]] = {"background": set()}
+    for image in range(batch):
+        for row in range(shape[0]):
+            for column in range(shape[1]):
+                cell = (column * stride, row * stride, (column + 1) * stride, (row + 1) * stride)
+                centres, wholes = set(), set()
+                for box, label, index in zip(boxes, labels, image_index, strict=True):
+                    x1, x2 = (min(max(v, 0), size[1]) for v in (box[0], box[2]))
+                    y1, y2 = (min(max(v, 0), size[0]) for v in (box[1], box[3]))
+                    if index != image or x2 <= x1 or y2 <= y1:
+                        continue
+                    for share, into in ((1.0, wholes), (shrink, centres)):
+                        cx, cy, w, h = (x1 + x2) / 2, (y1 + y2) / 2, (x2 - x1) * share / 2, (y2 - y1) * share / 2
+                        wide = cx - w < cell[2] and cx + w > cell[0]
+                        if wide and cy - h < cell[3] and cy + h > cell[1]:
+                            into.add(label)
+                for label in wholes:
+                    part = "centre" if label in centres else "edge"
+                    found.setdefault((label, part), set()).add((image, row, column))
+                if not wholes:
+                    found["background"].add((image, row, column))
+    return {k: v for k, v in found.items() if v}
+
+
+def log_softmax(x, axis):
+    x = x - x.max(axis, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis, keepdims=True))
+
+
+def slow_sea(step: Step, strides, tau1, tau2, shrink):
+    """Return the three terms, unweighted, in float64."""
+    t = step.targets
+    cad, tdd, lda = [], [], []
+    for i, stride in enumerate(strides):
+        s_map, t_map = (f.detach().double().numpy() for f in (step.aligned("conv1x1", i), step.teacher_feature(i)))
+        b, c, h, w = t_map.shape
+        categories = slow_categories(
+            t.boxes.tolist(), t.labels.tolist(), t.image_index.tolist(), t.image_size, (h, w), stride, shrink, b
+        )
+        anchors = [
+            np.stack([np.mean([f[n, :, y, x] for n, y, x in cells], 0) for cells in categories.values()])
+            for f in (s_map, t_map)
+        ]
+        cad.append(np.mean((anchors[0] - anchors[1]) ** 2))
+        kl = []
+        for n in range(b):
+            for y in range(h):
+                for x in range(w):
+                    log = []
+                    for f, a in zip((s_map, t_map), anchors, strict=True):
+                        v = f[n, :, y, x]
+                        cosine = a @ v / np.linalg.norm(a, axis=1) / np.linalg.norm(v)
+                        log.append(log_softmax(cosine / tau1, 0))
+                    kl.append(tau1**2 * np.sum(np.exp(log[1]) * (log[1] - log[0])))
+        tdd.append(np.mean(kl))
+        log_s, log_t = (log_softmax(f.reshape(b, c, -1) / tau2, 2) for f in (s_map, t_map))
+        lda.append(np.mean(tau2**2 * np.sum(np.exp(log_t) * (log_t - log_s), 2)))
+    return np.mean(cad), np.mean(tdd), np.mean(lda)
+
+
+@pytest.mark.parametrize("boxes", ["typical", "overlapping", "none", "partly outside", "tiny", "no area", "everything"])
+def test_equals_loops(boxes):
+    keys = {"tau1": 0.3, "tau2": 2.0, "shrink": 0.4}
+    pair, step = make_pair(), make_step(boxes=BOXES[boxes], seed=3)
+    columns = make_loss(SEA, pair, alpha=2.0, beta=3.0, gamma=5.0, **keys)(step)
+    cad, tdd, lda = slow_sea(step, pair.strides, **keys)
+    assert columns["kcad_loss"].item() == pytest.approx(2 * CAD_GAIN * cad, rel=1e-4)
+    assert columns["ktdd_loss"].item() == pytest.approx(3 * TDD_GAIN * tdd, rel=1e-3, abs=1e-7)
+    assert columns["klda_loss"].item() == pytest.approx(5 * LDA_GAIN * lda, rel=1e-4)
+
+
+def test_masks_by_hand():
+    """One box of 4x4 cells: its middle 2x2 cells are the centre, the ring is the edge."""
+    box, zero = torch.tensor([[8.0, 8.0, 40.0, 40.0]]), torch.zeros(1, dtype=torch.int64)
+    centre, edge, background = semantic_masks(box, zero, zero, 1, 1, (6, 6), 8, 0.5)[0]
+    assert centre.nonzero().tolist() == [[2, 2], [2, 3], [3, 2], [3, 3]]
+    assert edge.sum() == 12
+    assert not (edge & centre).any()
+    assert torch.equal(background, ~(edge | centre))
+
+
+def test_a_class_pools_all_images_and_a_cell_may_have_two_classes():
+    boxes = torch.tensor([[0.0, 0.0, 16.0, 16.0], [0.0, 0.0, 8.0, 8.0], [0.0, 0.0, 8.0, 8.0]])
+    masks = semantic_masks(boxes, torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1]), 2, 2, (2, 2), 8, 1.0)
+    assert masks.shape == (2, 5, 2, 2)
+    assert masks[0, 0].all()
+    assert masks[0, 1].nonzero().tolist() == [[0, 0]]
+    assert masks[1, 0].nonzero().tolist() == [[0, 0]]
+    feature = torch.arange(8.0).view(2, 1, 2, 2)
+    anchors = category_anchors(feature, masks)
+    assert anchors[:, 0].tolist() == [(0 + 1 + 2 + 3 + 4) / 5, 0, 0, 0, (5 + 6 + 7) / 3]
+
+
+def test_every_object_has_a_cell_on_every_level():
+    box, zero = torch.tensor([[33.0, 20.0, 34.0, 20.5]]), torch.zeros(1, dtype=torch.int64)
+    for stride, shape in ((8, (16, 20)), (32, (4, 5)), (64, (2, 3))):
+        assert covered_cells(box, zero, 1, shape, stride).sum() == 1
+
+
+def test_chunks_do_not_matter():
+    boxes = torch.rand(40, 4, generator=torch.Generator().manual_seed(0)) * 60
+    boxes[:, 2:] += boxes[:, :2]
+    slot = torch.arange(40) % 7
+    whole = covered_cells(boxes, slot, 7, (16, 20), 8)
+    assert torch.equal(whole, covered_cells(boxes, slot, 7, (16, 20), 8, chunk=700))
+
+
+def test_absent_categories_change_nothing():
+    """A category without a cell takes no part in any term, and no infinity comes of it."""
+    torch.manual_seed(0)
+    s, t = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    masks = torch.zeros(2, 3, 3, 3, dtype=torch.bool)
+    masks[:, 0, 0], masks[:, 2, 1:] = True, True
+    for tau in (0.01, 0.5, 5.0):
+        results = []
+        for chosen in (masks, masks[:, [0, 2]]):
+            student = s.clone().requires_grad_()
+            present = chosen.any((0, 2, 3))
+            a_s, a_t = category_anchors(student, chosen), category_anchors(t, chosen)
+            d_s, d_t = distance_distribution(student, a_s, present), distance_distribution(t, a_t, present)
+            value = anchor_distillation(a_s, a_t, present) + topological_distillation(d_s, d_t, tau)
+            value.backward()
+            results.append((value.detach(), student.grad))
+        torch.testing.assert_close(results[0], results[1])
+
+
+def test_duplicating_the_batch_is_exact():
+    pair = make_pair()
+    loss, step = make_loss(SEA, pair), make_step(pair)
+    for once, twice in zip(loss(step).values(), loss(duplicated(step, pair)).values(), strict=True):
+        assert twice.item() == pytest.approx(once.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("tau", [0.01, 0.1, 1.0, 5.0])
+def test_temperatures_of_the_papers_range(tau):
+    """The strength stays within two orders of magnitude where the paper finds its result unchanged."""
+    pair, step = make_pair(), make_step()
+    columns = make_loss(SEA, pair, tau1=tau, tau2=max(tau, 0.1))(step)
+    assert all(1e-4 < v.item() < 1e2 for v in columns.values()), columns
+
+
+def test_cells_of_zeros_have_bounded_gradients():
+    feature = torch.zeros(1, 3, 2, 2, requires_grad=True)
+    anchors, present = torch.randn(3, 3), torch.ones(3, dtype=torch.bool)
+    teacher = torch.randn(1, 3, 4)
+    topological_distillation(distance_distribution(feature, anchors, present), teacher, 0.5).backward()
+    assert feature.grad.isfinite().all()
+    assert feature.grad.abs().max() < 1e4
+
+
+def test_masks_are_shared_between_terms():
+    step, pair = make_step(), make_pair()
+    make_loss(SEA, pair)(step)
+    make_loss(SEA, pair, levels=["p3"])(step)
+    assert sum(key[0] == "semantic masks" for key in step._memo) == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"alpha": -1}, "alpha must be a number of at least 0"),
+        ({"tau1": 0}, "tau1 must be a number of more than 0"),
+        ({"tau2": 0}, "tau2 must be a number of more than 0"),
+        ({"shrink": 1.5}, "shrink must be a number of more than 0 and at most 1"),
+        ({"shrink": 0}, "shrink must be a number of more than 0"),
+    ],
+)
+def test_wrong_keys(keys, message):
+    with pytest.raises(ValueError, match=message):
+        SEA(**keys)
+
+
+def test_shapes_must_agree():
+    with pytest.raises(ValueError, match=r"student \(1, 3, 4, 4\), teacher \(1, 3, 4, 5\)"):
+        localisation_alignment(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 5), 1.0)
+    with pytest.raises(ValueError, match=r"student \(3, 4\), teacher \(5, 4\)"):
+        anchor_distillation(torch.zeros(3, 4), torch.zeros(5, 4), torch.ones(3, dtype=torch.bool))

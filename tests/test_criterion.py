@@ -1,0 +1,220 @@
+"""One training step of every family as teacher and as student, and what the criterion must never become."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from ultralytics.cfg import get_cfg
+from ultralytics.nn.tasks import DetectionModel
+
+from tests.models import FAMILIES, narrow_model
+from yolo_kd.checkpoints import LoadedDetector
+from yolo_kd.criterion import TEACHER_VIEW, DistillationCriterion
+from yolo_kd.distiller import Distiller
+from yolo_kd.errors import AuditError, PairError
+from yolo_kd.recipe import load_recipe
+from yolo_kd.taps import pair_of
+from yolo_kd.teacher import Teacher
+
+RECIPE = {"losses": {"objectness": {}, "ultralytics": {}}}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, DetectionModel]:
+    """Return one detector per family, made on demand."""
+    folder = tmp_path_factory.mktemp("models")
+
+    class Made(dict):
+        def __missing__(self, family: str) -> DetectionModel:
+            self[family] = narrow_model(family, folder)
+            return self[family]
+
+    return Made()
+
+
+def make_batch(images: int = 2, size: int = 64) -> dict:
+    torch.manual_seed(1)
+    return {
+        "img": torch.rand(images, 3, size, size),
+        "bboxes": torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.3, 0.3, 0.2, 0.3]]),
+        "cls": torch.tensor([[0.0], [2.0]]),
+        "batch_idx": torch.tensor([0.0, 1.0]),
+    }
+
+
+def make_step(student: DetectionModel, teacher: DetectionModel, recipe: dict = RECIPE) -> tuple:
+    """Hang a criterion on a copy of the student and return it with distiller, teacher and batch."""
+    student = copy.deepcopy(student).train()
+    student.args = get_cfg()
+    frozen = Teacher(LoadedDetector(teacher, {}, Path("teacher.pt"), "0" * 64), CPU)
+    distiller = Distiller(load_recipe(recipe), pair_of(student, teacher))
+    rows: list = []
+    student.criterion = DistillationCriterion(student, distiller, on_audit=rows.extend)
+    batch = make_batch()
+    batch[TEACHER_VIEW] = frozen(batch["img"])
+    return student, distiller, frozen, batch, rows
+
+
+def check_one_step(student: DetectionModel, teacher: DetectionModel) -> None:
+    student, distiller, frozen, batch, rows = make_step(student, teacher)
+    loss, items = student(batch)
+    loss.sum().backward()
+    assert list(items)[-3:] == ["kcls_loss", "kbox_loss", "dis_loss"]
+    assert all(torch.isfinite(v) for v in items.values())
+    assert all(items[c] > 0 for c in distiller.columns)
+    assert [row.term for row in rows] == ["objectness", "ultralytics"]
+    assert all(row.gradient > 0 for row in rows)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in distiller.trained_parameters())
+    assert all(p.grad is None for p in frozen.model.parameters())
+    frozen.verify_untouched()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_as_teacher_and_student(family: str, models: dict) -> None:
+    check_one_step(models[family], models[family])
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [
+        ("yolov8n", "yolo26n"),
+        ("yolo11n", "yolov8n"),
+        ("yolo26n", "yolo11n"),
+        ("yolov10n", "yolov5n"),
+        ("yolov9t", "yolov3"),
+        ("yolo26n", "yolov10n"),
+    ],
+)
+def test_across_families(teacher: str, student: str, models: dict) -> None:
+    check_one_step(models[student], models[teacher])
+
+
+def test_terms_are_times_the_batch_size_and_items_are_not(models: dict) -> None:
+    student, distiller, _, batch, _ = make_step(models["yolov8n"], models["yolo11n"])
+    loss, items = student(batch)
+    assert loss.shape == (6,)
+    for value, column in zip(loss[3:], distiller.columns, strict=True):
+        assert value.item() == pytest.approx(2 * items[column].item(), rel=1e-6)
+
+
+def test_one_to_many_branch_is_distilled(models: dict) -> None:
+    """A term on the other branch of an end-to-end head could not reach the neck."""
+    student, _, _, batch, _ = make_step(models["yolo26n"], models["yolo26n"], {"losses": {"objectness": {}}})
+    predictions = student(batch["img"])
+    assert set(predictions) == {"one2many", "one2one"}
+    student.criterion.native  # noqa: B018  (built before the native part is taken out of the sum)
+    loss, _ = student.criterion(predictions, batch)
+    loss[3:].sum().backward()
+    assert student.model[0].conv.weight.grad.abs().sum() > 0
+    unused = [p.grad for p in student.model[-1].one2one_cv3.parameters() if p.grad is not None]
+    assert all(g.abs().sum() == 0 for g in unused)
+
+
+def test_criterion_copies_and_pickles_to_nothing(models: dict) -> None:
+    student, *_, batch, _ = make_step(models["yolov8n"], models["yolov8n"])
+    student(batch)
+    assert copy.deepcopy(student).criterion is None
+    buffer = io.BytesIO()
+    torch.save(student, buffer)
+    assert b"yolo_kd" not in buffer.getvalue()
+    assert pickle.loads(pickle.dumps(student.criterion)) is None
+
+
+def test_update_reaches_the_native_loss(models: dict) -> None:
+    student, *_ = make_step(models["yolo26n"], models["yolo26n"])
+    before = student.criterion.native.o2m
+    student.args.epochs = 10
+    student.criterion.update()
+    assert student.criterion.native.o2m != before
+
+
+def test_audit_names_a_term_without_gradient(models: dict) -> None:
+    student, distiller, _, batch, _ = make_step(models["yolov8n"], models["yolov8n"])
+    loss = distiller.terms["objectness"].loss
+    forward = loss.forward
+    loss.forward = lambda step: {k: v.detach() for k, v in forward(step).items()}
+    with pytest.raises(AuditError, match="term 'objectness' has no gradient into the student"):
+        student(batch)
+
+
+def test_audit_names_a_term_that_is_not_finite(models: dict) -> None:
+    student, distiller, _, batch, _ = make_step(models["yolov8n"], models["yolov8n"])
+    loss = distiller.terms["ultralytics"].loss
+    forward = loss.forward
+    loss.forward = lambda step: {k: v * float("nan") for k, v in forward(step).items()}
+    with pytest.raises(AuditError, match=r"term 'ultralytics' is not finite .*dis_loss = nan"):
+        student(batch)
+
+
+def test_audit_shares_are_ratios_of_gradients(models: dict) -> None:
+    """Compare the audit's share with gradients taken one by one through separate graphs."""
+    student, _, _, batch, rows = make_step(models["yolov8n"], models["yolo11n"])
+    student(batch)
+    plain = copy.deepcopy(student)
+    plain.load_state_dict(student.state_dict())
+
+    def gradient(names: list[int]) -> float:
+        predictions = student(batch["img"])
+        loss, _ = student.criterion(predictions, batch)
+        (loss[names].sum() / 2).backward(inputs=predictions["feats"])
+        return torch.cat([f.grad.flatten() for f in predictions["feats"]]).norm().item()
+
+    task = gradient([0, 1, 2])
+    assert rows[0].share == pytest.approx(gradient([3, 4]) / task, rel=0.05)
+    assert rows[1].share == pytest.approx(gradient([5]) / task, rel=0.05)
+
+
+def test_audit_waits_for_a_batch_with_objects(models: dict) -> None:
+    """A term that acts near objects has no gradient on a batch without any; that is no fault."""
+    student, _, frozen, batch, rows = make_step(models["yolov8n"], models["yolov8n"], {"losses": {"fgfi": {}}})
+    empty = {**batch, "bboxes": torch.zeros(0, 4), "cls": torch.zeros(0, 1), "batch_idx": torch.zeros(0)}
+    loss, items = student(empty)
+    assert torch.isfinite(loss).all()
+    assert items["fgfi_loss"] == 0
+    assert not rows
+    batch[TEACHER_VIEW] = frozen(batch["img"])
+    student(batch)
+    assert [row.term for row in rows] == ["fgfi"]
+
+
+def test_changed_teacher_is_noticed(models: dict) -> None:
+    _, _, frozen, _, _ = make_step(models["yolov8n"], models["yolov8n"])
+    frozen.verify_untouched()
+    with torch.no_grad():
+        next(frozen.model.parameters())[0] += 1e-7
+    with pytest.raises(AuditError, match="changed during training"):
+        frozen.verify_untouched()
+
+
+def test_teacher_is_fused_yet_equal(models: dict) -> None:
+    """The fast teacher sees what the plain one sees, in training form, on both branches."""
+    for family in ("yolov8n", "yolo26n"):
+        model = models[family]
+        frozen = Teacher(LoadedDetector(model, {}, Path("teacher.pt"), ""), CPU)
+        images = make_batch()["img"]
+        plain = copy.deepcopy(model).eval()
+        with torch.no_grad():
+            raw = plain(images)[1]
+        raw_main = raw.get("one2many", raw)
+        view = frozen(images)
+        torch.testing.assert_close(view.scores, raw_main["scores"].transpose(1, 2), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(view.boxes, raw_main["boxes"].transpose(1, 2), rtol=1e-4, atol=1e-4)
+        for ours, theirs in zip(view.features, raw_main["feats"], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert (view.one2one_scores is None) == ("one2one" not in raw)
+        frozen.close()
+        assert not any(m._forward_hooks for m in frozen.model.modules())
+
+
+def test_pair_with_other_classes_or_levels(models: dict, tmp_path: Path) -> None:
+    with pytest.raises(PairError, match="trained on 3 classes, the student has 2"):
+        pair_of(narrow_model("yolov8n", tmp_path, nc=2), models["yolov8n"])
+    tiny = narrow_model("yolov3-tiny", tmp_path)
+    with pytest.raises(PairError, match=r"stride 16 or 32, the teacher's 8, 16 or 32"):
+        pair_of(tiny, models["yolov8n"])

@@ -1,0 +1,48 @@
+"""Broken installations and processors that cannot do what was asked are named before any work starts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+
+from yolo_kd import environment
+from yolo_kd.cli import main
+from yolo_kd.errors import EnvironmentError_
+
+
+def test_a_matching_pair_passes() -> None:
+    environment.check_torchvision()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("operator torchvision::nms does not exist"), ImportError("no module")])
+def test_torchvision_of_another_torch(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CPU-only torch beside a torchvision built for CUDA looks like."""
+
+    def broken(*_args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torchvision.ops, "nms", broken)
+    with pytest.raises(EnvironmentError_, match=r"torchvision \S+ does not work with torch .*pip install"):
+        environment.check_torchvision()
+
+
+def test_it_is_said_before_any_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shapes: object
+) -> None:
+    def broken(*_args: object) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(torchvision.ops, "nms", broken)
+    assert main(["train", "kd=none", "student=yolov8n.yaml", f"data={shapes}"]) == 2
+    assert "does not work with torch" in capsys.readouterr().err
+
+
+def test_bfloat16_needs_a_processor_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    assert not environment.cpu_has_bf16()
+    with pytest.raises(EnvironmentError_, match=r"Use amp=False"):
+        environment.check_cpu_bf16()
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    environment.check_cpu_bf16()

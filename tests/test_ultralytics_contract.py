@@ -1,0 +1,126 @@
+"""What taps.py and trainer.py rely on in Ultralytics, checked by itself.
+
+Ultralytics changes quickly. When one of these fails after an upgrade, its message says what has moved and where this
+package counts on it; the other tests may then fail for reasons that are harder to read.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from ultralytics.engine import trainer as engine
+from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.engine.validator import BaseValidator
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn import tasks
+from ultralytics.nn.modules.head import Detect
+from ultralytics.utils import DEFAULT_CFG_DICT
+from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
+
+
+def parameters(function: Callable) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (DetectionTrainer.__init__, ["self", "cfg", "overrides", "_callbacks"]),
+        (BaseTrainer.check_resume, ["self", "overrides"]),
+        (BaseTrainer.build_optimizer, ["self", "model", "name", "lr", "momentum", "decay", "iterations"]),
+        (BaseTrainer.resume_training, ["self", "ckpt"]),
+        (BaseTrainer._load_checkpoint_state, ["self", "ckpt"]),
+        (BaseTrainer._setup_train, ["self"]),
+        (BaseTrainer._do_train, ["self"]),
+        (BaseTrainer.train, ["self"]),
+        (BaseTrainer.optimizer_step, ["self"]),
+        (BaseTrainer.final_eval, ["self"]),
+        (BaseTrainer.label_loss_items, ["self", "loss_items", "prefix"]),
+        (DetectionTrainer.set_model_attributes, ["self"]),
+        (DetectionTrainer.preprocess_batch, ["self", "batch"]),
+        (DetectionTrainer.get_validator, ["self"]),
+        (engine.autocast, ["enabled", "device"]),
+        (tasks.torch_safe_load, ["weight", "safe_only"]),
+        (Detect.forward_head, ["self", "x", "box_head", "cls_head"]),
+    ],
+    ids=lambda value: getattr(value, "__qualname__", ""),
+)
+def test_signatures(function: Callable, expected: list[str]) -> None:
+    found = parameters(function)
+    assert found == expected, f"{function.__qualname__} now takes {found}; yolo_kd/trainer.py or taps.py overrides it"
+
+
+def said(function: Any, *phrases: str) -> None:
+    source = inspect.getsource(function)
+    for phrase in phrases:
+        assert phrase in source, f"{function.__qualname__} no longer contains '{phrase}', on which yolo_kd counts"
+
+
+def test_order_of_the_set_up() -> None:
+    """The criterion is hung on in set_model_attributes: after the model is on its device, before the EMA copies it."""
+    source = inspect.getsource(BaseTrainer._setup_train)
+    steps = ["self.setup_model()", ".to(self.device)", "set_model_attributes()", "_build_train_pipeline()", "ModelEMA("]
+    found = [source.index(step) for step in [*steps, "resume_training(ckpt)"]]
+    assert found == sorted(found), "the order of BaseTrainer._setup_train has changed"
+
+
+def test_the_loop() -> None:
+    said(
+        BaseTrainer._do_train,
+        'autocast(torch.bfloat16 if self.args.amp == "bf16" else self.amp, device=self.device.type)',
+        "batch = self.preprocess_batch(batch)",
+        "self.loss_names = tuple(self.loss_items)",
+        "criterion.update()",
+    )
+
+
+def test_resume_replaces_the_criterion_of_end_to_end_heads() -> None:
+    said(BaseTrainer.resume_training, "model.criterion = model.init_criterion()")
+
+
+def test_checkpoint_state_passes_the_optimizer_hooks() -> None:
+    said(
+        BaseTrainer._load_checkpoint_state, 'self.optimizer.load_state_dict(ckpt["optimizer"])', "ModelEMA(self.model)"
+    )
+    said(BaseTrainer.save_model, "self.optimizer.state_dict()")
+    for hook in ("register_state_dict_post_hook", "register_load_state_dict_pre_hook"):
+        assert hasattr(torch.optim.Optimizer, hook), f"torch.optim.Optimizer.{hook} is gone; adapters ride on it"
+
+
+def test_optimizer_builder_looks_for_a_student_by_name() -> None:
+    said(BaseTrainer.build_optimizer, 'getattr(target, "student_model", target).model[-1]', "named_modules()")
+
+
+def test_validator_checks_every_key() -> None:
+    said(BaseValidator.__init__, "get_cfg(overrides=args)")
+    assert "kd" not in DEFAULT_CFG_DICT, "Ultralytics has a key 'kd' of its own now"
+
+
+def test_restricted_loading_has_one_switch() -> None:
+    assert isinstance(tasks.SAFE_LOAD, bool)
+    assert tasks._SafeLoad.SUPPORTED, "restricted loading is not supported by this torch"
+    said(tasks.torch_safe_load, "safe_only = SAFE_LOAD", "weights_only=True")
+
+
+def test_raw_outputs_of_both_kinds_of_head() -> None:
+    plain = tasks.DetectionModel("yolov8n.yaml", nc=3, verbose=False).train()
+    raw = plain(torch.zeros(1, 3, 64, 64))
+    assert set(raw) == {"boxes", "scores", "feats"}, "Detect no longer returns boxes, scores and feats in training"
+    assert raw["boxes"].shape == (1, 64, 84)
+    assert raw["scores"].shape == (1, 3, 84)
+    dual = tasks.DetectionModel("yolo26n.yaml", nc=3, verbose=False).train()
+    raw = dual(torch.zeros(1, 3, 64, 64))
+    assert set(raw) == {"one2many", "one2one"}
+    assert raw["one2many"]["feats"][0].requires_grad, "the one-to-many branch no longer feeds the neck"
+    assert not raw["one2one"]["feats"][0].requires_grad
+    assert dual.model[-1].reg_max == 1
+
+
+def test_native_losses() -> None:
+    said(v8DetectionLoss.loss, "loss * batch_size")
+    said(v8DetectionLoss.get_assigned_targets_and_loss, "self.assigner(")
+    said(E2ELoss.__init__, "self.one2many", "self.one2one")

@@ -1,0 +1,95 @@
+"""The object that hangs on the student in place of its loss: native loss plus distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from yolo_kd.audit import AuditRow, audit
+from yolo_kd.distiller import Distiller
+from yolo_kd.taps import AssignmentTap, LayerTap, targets_of, view_of
+
+TEACHER_VIEW = "teacher_view"  # key under which the teacher's view rides in the batch
+
+
+class DistillationCriterion:
+    """Native detection loss, followed by the recipe's terms.
+
+    It is no `nn.Module`, it deep-copies to None and pickles to None. So the EMA copy of the student builds its own
+    native loss, and a checkpoint written at any moment holds a plain student and nothing of this.
+
+    Args:
+        student: The detector that it hangs on.
+        distiller: Terms and adapters.
+        native: The student's own loss; built on first use when None, since class weights are set late.
+        on_audit: Called once, with the rows of the audit of the first batch that has what the terms read.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        distiller: Distiller,
+        native: Any = None,
+        on_audit: Callable[[list[AuditRow]], None] | None = None,
+    ):
+        self._student = student
+        self._distiller = distiller
+        self._native = native
+        self._tap: AssignmentTap | None = None
+        self._on_audit = on_audit
+        self.layers: LayerTap | None = None  # student layers besides the neck; hung up while training only
+        self.progress = 0.0
+        self.close_mosaic = 1.0
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+    @property
+    def native(self) -> Any:
+        """The student's own loss."""
+        if self._native is None:
+            self._native = self._student.init_criterion()  # type: ignore[operator]
+        if self._tap is None and "assignment" in self._distiller.reads:
+            self._tap = AssignmentTap(self._native)
+        return self._native
+
+    def update(self) -> None:
+        """Forward Ultralytics' end-of-epoch call, which moves end-to-end heads from one branch to the other."""
+        if hasattr(self.native, "update"):
+            self.native.update()
+
+    def __call__(self, predictions: Any, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss vector, times the batch size as Ultralytics wants it, and the logged items, per image."""
+        loss, items = self.native(predictions, batch)
+        teacher = batch[TEACHER_VIEW]
+        student = view_of(predictions, self._student, self.layers.take() if self.layers else None)
+        reads = self._distiller.reads
+        targets = None
+        if reads & {"targets", "assignment"}:
+            targets = targets_of(batch, self._tap.take() if self._tap else None)
+        steps = self._distiller.steps(student, teacher, targets, self.progress)
+        batch_size = student.scores.shape[0]
+        # a term that acts near objects has nothing to show on a batch without any: then the next batch is audited
+        silent = bool(reads & {"targets", "assignment"}) and not len(batch["bboxes"])
+        if self._on_audit is not None and torch.is_grad_enabled() and not silent:
+            self._on_audit(audit(loss.sum() / batch_size, student, self._distiller, steps))
+            self._on_audit = None
+        terms = self._distiller(steps, self.close_mosaic)
+        # native terms come multiplied by the batch size, logged items do not: this is the one place of that factor
+        vector = torch.cat([loss, torch.stack(list(terms.values())).to(loss.dtype) * batch_size])
+        return vector, {**items, **{name: value.detach() for name, value in terms.items()}}
+
+    def close(self) -> None:
+        """Take all taps off."""
+        if self.layers is not None:
+            self.layers.remove()
+            self.layers = None
+        if self._tap is not None:
+            self._tap.remove()
+            self._tap = None

@@ -1,0 +1,181 @@
+"""Adapters, terms, weights and schedules: two views in, named scalars out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from yolo_kd.adapters import build_adapters
+from yolo_kd.errors import PairError
+from yolo_kd.losses.base import Loss, find
+from yolo_kd.recipe import Recipe, TermSpec
+from yolo_kd.schedules import Schedule
+from yolo_kd.views import Pair, Step, Targets, View
+
+NECK = "neck"
+
+
+@dataclass(frozen=True)
+class Term:
+    """A loss with its weight and schedule, and the layers that it reads where these are not the neck's outputs."""
+
+    loss: Loss
+    weight: float
+    schedule: Schedule
+    student_layers: tuple[str, ...] = ()
+    teacher_layers: tuple[str, ...] = ()
+
+    @property
+    def site(self) -> str:
+        """Name of the pair of places where the features come from; terms of one site share adapters and alignment."""
+        if not self.student_layers and not self.teacher_layers:
+            return NECK
+        return "+".join("-".join(names or (NECK,)) for names in (self.student_layers, self.teacher_layers)).replace(
+            ".", "_"
+        )
+
+
+class Distiller(nn.Module):
+    """Everything that a recipe adds to the student's own loss.
+
+    It owns the modules that are trained for distillation's sake only: adapters, shared by all terms that read the same
+    kind, and what a loss brings along. None of it is ever part of the student.
+
+    Args:
+        recipe: What to distil.
+        pair: Facts about both models.
+
+    Raises:
+        PairError: If a loss cannot serve this pair.
+    """
+
+    def __init__(self, recipe: Recipe, pair: Pair):
+        super().__init__()
+        self.pair = pair
+        self.losses = nn.ModuleDict()
+        self.terms: dict[str, Term] = {}
+        for spec in recipe.terms:
+            self.terms[spec.name] = _term(spec)
+            self.losses[spec.name] = self.terms[spec.name].loss
+        pairs = {name: _pair_at(term, name, pair) for name, term in self.terms.items()}
+        self._strides = {term.site: pairs[name].strides for name, term in self.terms.items()}
+        # adapters first, in level order: a lone `ultralytics` term then draws the random numbers that upstream draws
+        self.adapters = nn.ModuleDict()
+        for name, term in self.terms.items():
+            key = f"{term.loss.adapter}@{term.site}"
+            if term.loss.adapter is not None and key not in self.adapters:
+                self.adapters[key] = build_adapters(term.loss.adapter, pairs[name])
+        for name, term in self.terms.items():
+            term.loss.build(pairs[name])
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of all scalars, in the order of the recipe; the same in every step."""
+        return tuple(column for term in self.terms.values() for column in term.loss.columns)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """What the terms need of a step."""
+        return frozenset().union(*(term.loss.reads for term in self.terms.values()))
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that belong into the student's optimiser."""
+        own = {id(p) for term in self.terms.values() for p in term.loss.self_trained()}
+        return [p for p in self.parameters() if id(p) not in own]
+
+    def attach_teacher_head(self, tails: Sequence[tuple[nn.Module, nn.Module]]) -> None:
+        """Hand the end of the teacher's head to the losses that ask for it."""
+        for term in self.terms.values():
+            if term.loss.head_split:
+                term.loss.attach_teacher_head(tails)
+
+    def steps(
+        self, student: View, teacher: View, targets: Targets | None = None, progress: float = 0.0
+    ) -> dict[str, Step]:
+        """Return the step that each term sees, by the term's name; terms of one site share one."""
+        made: dict[str, Step] = {}
+        for term in self.terms.values():
+            if term.site not in made:
+                made[term.site] = self._step(term, student, teacher, targets, progress)
+        return {name: made[term.site] for name, term in self.terms.items()}
+
+    def _step(self, term: Term, student: View, teacher: View, targets: Targets | None, progress: float) -> Step:
+        strides = self._strides[term.site]
+        student = _view_at(student, term.student_layers, strides)
+        teacher = _view_at(teacher, term.teacher_layers, strides)
+        device = student.features[0].device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device)
+        site = term.site
+
+        def align(kind: str, level: int) -> Tensor:
+            # an adapter is a layer like any other and runs in the precision of the student's forward pass
+            with torch.autocast(device, dtype=dtype, enabled=autocast):
+                return self.adapters[f"{kind}@{site}"][level](student.features[level])  # type: ignore[index]
+
+        return Step(student, teacher, targets, progress, align)
+
+    def unweighted(self, name: str, step: Step) -> dict[str, Tensor]:
+        """Return the columns of one term before weight and schedule; its arithmetic runs in float32."""
+        with torch.autocast(step.student.scores.device.type, enabled=False):
+            return self.terms[name].loss(step)
+
+    def forward(self, steps: dict[str, Step], close_mosaic: float = 1.0) -> dict[str, Tensor]:
+        """Return every column, weighted and scheduled, as float32 scalars for one image on average.
+
+        Args:
+            steps: What this distiller's `steps` returned.
+            close_mosaic: Progress at which mosaic augmentation closes.
+        """
+        values: dict[str, Tensor] = {}
+        for name, term in self.terms.items():
+            step = steps[name]
+            strength = term.weight * term.schedule(step.progress, close_mosaic)
+            if strength == 0:
+                zero = step.student.scores.new_zeros((), dtype=torch.float32)
+                values.update(dict.fromkeys(term.loss.columns, zero))
+            else:
+                values.update({c: v * strength for c, v in self.unweighted(name, step).items()})
+        return values
+
+    def after_step(self) -> None:
+        """Let losses that train modules of their own do so."""
+        for term in self.terms.values():
+            term.loss.after_step()
+
+
+def _term(spec: TermSpec) -> Term:
+    loss = find(spec.name)(**spec.arguments)
+    return Term(loss, spec.weight, spec.schedule, spec.student_layers, spec.teacher_layers)
+
+
+def _pair_at(term: Term, name: str, pair: Pair) -> Pair:
+    """Return the pair as a term sees it: its own layers in place of the neck's outputs.
+
+    Raises:
+        PairError: If the two sides do not have the same number of maps at the same strides.
+    """
+    if term.site == NECK:
+        return pair
+    s_strides = tuple(pair.student_layer_strides[n] for n in term.student_layers) or pair.strides
+    t_strides = tuple(pair.teacher_layer_strides[n] for n in term.teacher_layers) or pair.strides
+    if s_strides != t_strides:
+        raise PairError(
+            f"loss '{name}' pairs student maps of stride {list(s_strides)} with teacher maps of stride "
+            f"{list(t_strides)}; student_layers and teacher_layers need the same strides in the same order, and a side "
+            f"that is left out is the neck with {list(pair.strides)}."
+        )
+    return replace(
+        pair,
+        student_channels=tuple(pair.student_layer_channels[n] for n in term.student_layers) or pair.student_channels,
+        teacher_channels=tuple(pair.teacher_layer_channels[n] for n in term.teacher_layers) or pair.teacher_channels,
+        strides=s_strides,
+    )
+
+
+def _view_at(view: View, layers: tuple[str, ...], strides: tuple[int, ...]) -> View:
+    """Return a view whose features are those layers' outputs, at those strides."""
+    return replace(view, features=tuple(view.layers[n] for n in layers), strides=strides) if layers else view

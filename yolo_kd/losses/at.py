@@ -1,0 +1,89 @@
+"""Attention transfer: which cells are active, whatever the channels mean (Zagoruyko & Komodakis, ICLR 2017)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from yolo_kd.losses.base import Loss, check_levels, check_range
+from yolo_kd.losses.ops import same_shape
+from yolo_kd.views import Step
+
+# weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
+STRENGTH = 0.7
+
+
+def attention_map(feature: Tensor, p: float = 2.0) -> Tensor:
+    """Return the spatial attention of each image as a vector of length one.
+
+    Q = Σ_c |f_c|^p, divided by ‖Q‖₂ (section 3.1 of the paper)
+
+    Args:
+        feature: (B, C, H, W).
+        p: Exponent, at least 1. Larger ones put more weight on the strongest activations.
+
+    Returns:
+        (B, H * W), at least 0; zero for an image without any activation.
+    """
+    return F.normalize(feature.abs().pow(p).sum(1).flatten(1), dim=1)
+
+
+def attention_transfer(student: Tensor, teacher: Tensor, p: float = 2.0) -> Tensor:
+    """Squared distance of attention maps of unit length, mean over images.
+
+    L = 1/B Σ_b ‖Q_S / ‖Q_S‖ - Q_T / ‖Q_T‖‖² = 1/B Σ_b 2 (1 - cos(Q_S, Q_T))
+
+    The paper's equation 2 adds up distances; its code adds up squared ones and divides by the number of cells, which
+    makes the strength fall with the image size. Ours is the code's without that division.
+
+    Args:
+        student: (B, C_student, H, W).
+        teacher: (B, C_teacher, H, W), any width; detached here.
+        p: Exponent, at least 1.
+
+    Returns:
+        Scalar in [0, 2].
+
+    Raises:
+        ValueError: If batch, height or width differ.
+    """
+    same_shape(student=student[:, :1], teacher=teacher[:, :1])
+    error = attention_map(student, p) - attention_map(teacher.detach(), p)
+    return error.square().sum(1).mean()
+
+
+class AT(Loss):
+    """Attention transfer between the head's input features, summed over levels.
+
+    Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017, arXiv 1612.03928, section 3.1: activation
+    based transfer with the sum of p-th powers. It needs no adapter, because channels are summed away. Where we depart:
+    the distance is summed over cells, not averaged, see `attention_transfer`; the paper's β = 1000 over an average of
+    n cells is a factor of 1000 / n over ours.
+
+    The value is a mean over images of a distance between unit vectors, so it grows with neither batch, width nor image
+    size; weight 1.0 multiplies it by `STRENGTH` only.
+
+    Args:
+        p: Exponent of the activations, in [1, 8]; the paper uses 2. Below 1 the gradient is infinite at zero, and above
+            8 strong activations overflow.
+        levels: Levels to use, all by default.
+    """
+
+    name = "at"
+    columns = ("at_loss",)
+    reads = frozenset({"features"})
+    paper = "Zagoruyko & Komodakis 2017, arXiv 1612.03928"
+    cost = "under 1 %"
+
+    def __init__(self, *, p: float = 2.0, levels: list[str] | None = None):
+        super().__init__()
+        self.p = check_range("p", p, 1, 8)
+        self.level_names = check_levels(levels)
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """Return the one term."""
+        terms = [
+            attention_transfer(step.student.features[i].float(), step.teacher_feature(i), self.p) for i in self.levels
+        ]
+        return {"at_loss": STRENGTH * torch.stack(terms).sum()}

@@ -1,0 +1,71 @@
+"""Distillation in the form that dense detectors are trained in: binary classes and box overlap (BCKD, ICCV 2023)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from yolo_kd.losses.base import Loss, check_range
+from yolo_kd.losses.ops import corners, gap_cross_entropy, giou_distance, same_shape, target_score_sum
+from yolo_kd.views import Step
+
+# weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
+CLS_STRENGTH = 0.1
+LOC_STRENGTH = 0.4
+
+
+def probability_gap(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return max_c |σ(t) - σ(s)| without gradient, the weight of a point in the localisation term.
+
+    Args:
+        student: (..., nc) raw class logits.
+        teacher: (..., nc) raw class logits.
+
+    Returns:
+        (...) in [0, 1].
+    """
+    same_shape(student=student, teacher=teacher)
+    return (teacher.detach().sigmoid() - student.detach().sigmoid()).abs().amax(-1)
+
+
+class BCKD(Loss):
+    """Binary classification distillation and IoU-based localisation distillation.
+
+    Yang et al., "Bridging Cross-task Protocol Inconsistency for Distillation in Dense Object Detection", ICCV 2023,
+    arXiv 2308.14286, the sections on its two losses. It needs no distance distributions, so it serves every head, also
+    where only one of the two has them.
+
+    Both terms act on all points. Where we depart: the published code divides by the number of positive anchors, we by
+    the sum of the target scores that the native loss gave its positives, which is what Ultralytics divides its own
+    terms by; levels without a positive are not left out, so that the strength does not jump with them. Points on which
+    both models agree, nearly all of the background, weigh nothing in either form.
+
+    Args:
+        lam_cls: Strength of the class term, the paper's 1, at least 0.
+        lam_loc: Strength of the localisation term, the paper's 4, at least 0.
+        beta: Exponent of the probability gap in the class term, at least 1.
+    """
+
+    name = "bckd"
+    columns = ("kbcls_loss", "kbloc_loss")
+    reads = frozenset({"scores", "boxes", "assignment"})
+    paper = "Yang et al. 2023, arXiv 2308.14286"
+    cost = "2 %"
+
+    def __init__(self, *, lam_cls: float = 1.0, lam_loc: float = 4.0, beta: float = 1.0):
+        super().__init__()
+        self.lam_cls = check_range("lam_cls", lam_cls, 0)
+        self.lam_loc = check_range("lam_loc", lam_loc, 0)
+        self.beta = check_range("beta", beta, 1)
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """Return the class and the localisation term."""
+        s, t = step.student, step.teacher
+        divisor = step.once("target score sum", lambda: target_score_sum(step))
+        student, teacher = s.scores.float(), t.scores.float()
+        cls = gap_cross_entropy(student, teacher, self.beta).sum() / divisor
+        distance = giou_distance(corners(s.boxes.float(), s.reg_max), corners(t.boxes.float(), t.reg_max))
+        loc = (distance * probability_gap(student, teacher)).sum() / divisor
+        return {
+            "kbcls_loss": CLS_STRENGTH * self.lam_cls * cls,
+            "kbloc_loss": LOC_STRENGTH * self.lam_loc * loc,
+        }

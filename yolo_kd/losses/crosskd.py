@@ -1,0 +1,225 @@
+"""Cross-head distillation: the student's head features finish their way through the teacher's head (CrossKD, 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from yolo_kd.errors import PairError
+from yolo_kd.losses.base import Loss, check_range
+from yolo_kd.losses.ops import (
+    categorical_kl,
+    corners,
+    gap_cross_entropy,
+    giou_distance,
+    same_shape,
+    target_score_sum,
+    weighted_mean,
+)
+from yolo_kd.views import Pair, Step
+
+# weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
+CLS_STRENGTH = 0.15
+BOX_STRENGTH = 0.15
+
+BRANCHES = ("cls", "box")
+
+V = TypeVar("V")
+
+
+class TeacherTails(tuple[tuple[nn.Module, nn.Module], ...]):
+    """The teacher's last head layers per level: (class, box). No module tree sees them and copies share them."""
+
+    def __deepcopy__(self, memo: dict) -> TeacherTails:
+        return self
+
+
+def align_scale(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
+    """Give each channel of the student's features the mean and deviation of the teacher's at the same place.
+
+    (s - mean(s)) / (std(s) + ε) · std(t) + mean(t), per channel over batch and cells, as in the published code; the
+    student's statistics take part in the gradient.
+
+    Args:
+        student: (B, C, H, W) features before the activation, with gradient.
+        teacher: (B, C, H, W) features before the activation; detached here.
+        eps: ε.
+
+    Returns:
+        (B, C, H, W).
+
+    Raises:
+        ValueError: If shapes differ.
+    """
+    same_shape(student=student, teacher=teacher)
+    over = (0, 2, 3)
+    correction = min(1, student.numel() // student.shape[1] - 1)  # a single value has no unbiased deviation
+    s_std, s_mean = torch.std_mean(student, over, correction=correction, keepdim=True)
+    t_std, t_mean = torch.std_mean(teacher.detach(), over, correction=correction, keepdim=True)
+    return (student - s_mean) / (s_std + eps) * t_std + t_mean
+
+
+def crosskd_cls(reused: Tensor, teacher: Tensor, divisor: Tensor | float, beta: float = 1.0) -> Tensor:
+    """Class term: Σ_points Σ_c |σ(r) - q|^β · BCE(σ(r), q) / divisor with q = σ(teacher).
+
+    Args:
+        reused: (..., nc) logits of the teacher's head on the student's features, with gradient.
+        teacher: (..., nc) logits; detached here.
+        divisor: Number of positives in the published code.
+        beta: Exponent, at least 1.
+
+    Returns:
+        Scalar, at least 0.
+    """
+    return gap_cross_entropy(reused, teacher, beta).sum() / divisor
+
+
+def crosskd_box(reused: Tensor, teacher: Tensor, weight: Tensor, reg_max: int, temperature: float = 1.0) -> Tensor:
+    """Box term, weighted by the teacher's confidence and divided by the sum of weights.
+
+    KL over the bins, mean over the sides, where the teacher predicts distributions; 1 - GIoU of the decoded boxes where
+    it predicts distances (the published code does the same with its detectors that have none).
+
+    Args:
+        reused: (B, A, 4 * reg_max) box outputs of the teacher's head on the student's features, with gradient.
+        teacher: (B, A, 4 * reg_max) the teacher's own; detached here.
+        weight: (B, A) in [0, 1].
+        reg_max: Bins per side of the teacher, 1 for plain distances.
+        temperature: T of both softmaxes, above zero; unused without bins.
+
+    Returns:
+        Scalar, at least 0.
+
+    Raises:
+        ValueError: If shapes differ.
+    """
+    same_shape(reused=reused, teacher=teacher)
+    same_shape(weight=weight, points=teacher[..., 0])
+    if reg_max == 1:
+        return weighted_mean(giou_distance(corners(reused, 1), corners(teacher, 1)), weight)
+    sides = (4, reg_max)
+    rows = categorical_kl(reused.unflatten(-1, sides), teacher.unflatten(-1, sides), temperature)
+    return weighted_mean(rows.mean(-1), weight)
+
+
+class CrossKD(Loss):
+    """Cross-head knowledge distillation.
+
+    Wang et al., "CrossKD: Cross-Head Knowledge Distillation for Object Detection", CVPR 2024, arXiv 2306.11369.
+    Features of the student's head, taken after the second convolution of each branch and before its activation, get
+    the teacher's scale, pass that activation and the rest of the frozen teacher head, and what comes out is compared
+    with the teacher's own predictions. The student's own predictions meet only the labels.
+
+    Where we depart: a trained 1x1 convolution brings a branch to the teacher's width where widths differ (the paper's
+    are equal); the class term is divided by the sum of target scores, at least one per image, instead of the number of
+    positives; the box term has a guard where all weights are zero; SiLU takes the place of ReLU, as in the heads
+    themselves. The student's bins play no part, since both sides come out of the teacher's head.
+
+    What it needs besides a step's scores, boxes and assignment, with i the index of the level:
+
+    - `pair.student_layer_channels` and `pair.teacher_layer_channels` hold `cls<i>` and `box<i>`;
+    - `attach_teacher_head` is called once, after `build`;
+    - `step.student.layers` and `step.teacher.layers` hold `cls<i>` and `box<i>`, each (B, C, H, W).
+
+    Args:
+        lam_cls: Strength of the class term, the paper's 1, at least 0.
+        lam_box: Strength of the box term, the paper's 4, at least 0.
+        beta: Exponent of the probability gap in the class term, at least 1.
+        temperature: T of the box distributions, above 0.
+    """
+
+    name = "crosskd"
+    columns = ("xcls_loss", "xbox_loss")
+    reads = frozenset({"scores", "boxes", "assignment"})
+    paper = "Wang et al. 2024, arXiv 2306.11369"
+    cost = "18 %"
+    head_split: ClassVar[bool] = True
+
+    def __init__(self, *, lam_cls: float = 1.0, lam_box: float = 4.0, beta: float = 1.0, temperature: float = 1.0):
+        super().__init__()
+        self.lam_cls = check_range("lam_cls", lam_cls, 0)
+        self.lam_box = check_range("lam_box", lam_box, 0)
+        self.beta = check_range("beta", beta, 1)
+        self.temperature = check_range("temperature", temperature, 0, above=True)
+        self.tails = TeacherTails()
+
+    def build(self, pair: Pair) -> None:
+        """Make a 1x1 convolution for each branch whose width differs.
+
+        Raises:
+            PairError: If the pair does not say how wide the heads are.
+        """
+        super().build(pair)
+        self.adapters = nn.ModuleDict()
+        for name in (f"{branch}{i}" for i in range(len(pair.strides)) for branch in BRANCHES):
+            student = _entry(pair.student_layer_channels, name, "the student's layer channels")
+            teacher = _entry(pair.teacher_layer_channels, name, "the teacher's layer channels")
+            if student != teacher:
+                self.adapters[name] = nn.Conv2d(student, teacher, 1)
+
+    def attach_teacher_head(self, tails: Sequence[tuple[nn.Module, nn.Module]]) -> None:
+        """Receive the end of the teacher's head: the activation of the second convolution and all that follows it.
+
+        The parts stay the teacher's: they are not among this loss's parameters nor in its state, `to` does not move
+        them, and copies of the loss share them.
+
+        Args:
+            tails: For each level the class and the box part, frozen and in eval mode, on the training device. Their
+                outputs, (B, nc, H, W) and (B, 4 * reg_max, H, W), have the columns of the teacher's view.
+
+        Raises:
+            PairError: If a part could be trained.
+        """
+        for i, pair in enumerate(tails):
+            for branch, tail in zip(BRANCHES, pair, strict=True):
+                if tail.training or any(p.requires_grad for p in tail.parameters()):
+                    raise PairError(f"the teacher's head part '{branch}{i}' must be frozen and in eval mode")
+        self.tails = TeacherTails((cls, box) for cls, box in tails)
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """Return the class and the box term.
+
+        Raises:
+            PairError: If the teacher's head was not attached or a layer is missing from a view.
+        """
+        t = step.teacher
+        if len(self.tails) != len(t.features):
+            raise PairError(
+                f"loss '{self.name}' needs the teacher's head for {len(t.features)} levels, but {len(self.tails)} were "
+                "attached"
+            )
+        divisor = step.once("target score sum", lambda: target_score_sum(step))
+        scores, boxes = t.scores.detach().float(), t.boxes.detach().float()
+        cls = crosskd_cls(self._reuse(step, 0), scores, divisor, self.beta)
+        box = crosskd_box(self._reuse(step, 1), boxes, t.objectness, t.reg_max, self.temperature)
+        return {
+            "xcls_loss": CLS_STRENGTH * self.lam_cls * cls,
+            "xbox_loss": BOX_STRENGTH * self.lam_box * box,
+        }
+
+    def _reuse(self, step: Step, branch: int) -> Tensor:
+        """Return what the teacher's head makes of the student's features in one branch, float32, (B, A, columns)."""
+        outputs = []
+        for i, tails in enumerate(self.tails):
+            name, tail = f"{BRANCHES[branch]}{i}", tails[branch]
+            feature = _entry(step.student.layers, name, "the student's layers").float()
+            if name in self.adapters:
+                feature = self.adapters[name](feature)
+            feature = align_scale(feature, _entry(step.teacher.layers, name, "the teacher's layers").float())
+            dtype = next(tail.parameters(), feature).dtype  # a teacher made fast may hold half precision
+            outputs.append(tail(feature.to(dtype)).float().flatten(2).transpose(1, 2))
+        return torch.cat(outputs, 1)
+
+
+def _entry(where: Mapping[str, V], name: str, what: str) -> V:
+    """Return one entry.
+
+    Raises:
+        PairError: If it is missing, with what is there.
+    """
+    if name not in where:
+        raise PairError(f"loss 'crosskd' needs '{name}' among {what}, which hold {sorted(where) or 'nothing'}")
+    return where[name]

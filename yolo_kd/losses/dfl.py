@@ -1,0 +1,71 @@
+"""Distillation of the distance distributions at the student's positives (YOLOv6, 2022)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from yolo_kd.losses.base import Loss, check_range
+from yolo_kd.losses.ops import assigned, categorical_kl, same_shape, weighted_mean
+from yolo_kd.views import Step
+
+# weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
+STRENGTH = 0.35
+
+
+def distribution_kl(student: Tensor, teacher: Tensor, positive: Tensor, temperature: float = 20.0) -> Tensor:
+    """Divergence of distance distributions, mean over the positives and their four sides.
+
+    L = T² / (4 P) Σ_positives Σ_sides KL(softmax(t / T) ‖ softmax(s / T))
+
+    Args:
+        student: (..., 4, bins) logits, with gradient.
+        teacher: (..., 4, bins) logits; detached here.
+        positive: (...) weights, 1 at positives and 0 elsewhere.
+        temperature: T, above zero.
+
+    Returns:
+        Scalar, at least 0; zero where nothing is positive.
+
+    Raises:
+        ValueError: If shapes differ.
+    """
+    same_shape(positive=positive, points=student[..., 0, 0])
+    return weighted_mean(categorical_kl(student, teacher, temperature).mean(-1), positive)
+
+
+class DFL(Loss):
+    """YOLOv6's distillation of the box distributions.
+
+    Li et al., "YOLOv6: A Single-Stage Object Detection Framework for Industrial Applications", 2022, arXiv 2209.02976,
+    the section on self-distillation, and the project's code. YOLOv6 lets the term fade over the training; here that is
+    the recipe's `schedule: {kind: cosine, start: 1.0, end: 0.01}`.
+
+    Where we depart: YOLOv6's class term is left out. It takes a softmax of probabilities that are sigmoids already,
+    which is nearly uniform, and sums over all points of the batch, so it teaches little and grows with the image. The
+    code also multiplies by target scores and divides by their sum in a way that cancels; the mean is unweighted here
+    as it is there. A batch without positives gives zero.
+
+    Args:
+        temperature: T of both softmaxes, above 0.
+    """
+
+    name = "dfl"
+    columns = ("kdfl_loss",)
+    reads = frozenset({"boxes", "assignment"})
+    paper = "Li et al. 2022 (YOLOv6), arXiv 2209.02976"
+    cost = "under 1 %"
+    needs_bins = True
+    instead = "bckd"
+
+    def __init__(self, *, temperature: float = 20.0):
+        super().__init__()
+        self.temperature = check_range("temperature", temperature, 0, above=True)
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """Return the one term."""
+        s, t = step.student, step.teacher
+        same_shape(student_boxes=s.boxes, teacher_boxes=t.boxes)
+        sides = (4, s.reg_max)
+        student, teacher = s.boxes.float().unflatten(-1, sides), t.boxes.float().unflatten(-1, sides)
+        positive = assigned(step).foreground.float()
+        return {"kdfl_loss": STRENGTH * distribution_kl(student, teacher, positive, self.temperature)}

@@ -1,0 +1,342 @@
+"""Focal and global feature distillation (Yang et al., 2022)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from yolo_kd.losses.base import Loss, check_levels, check_range
+from yolo_kd.losses.boxes import box_cells, cell_weights, paint
+from yolo_kd.losses.ops import EPS, channel_attention, same_shape, spatial_attention
+from yolo_kd.views import Pair, Step
+
+# weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
+STRENGTH = 1.2
+
+PART = 2**21  # elements of a map that are worked on at once
+
+# the setting whose published sums the normalised ones reproduce: width of an FPN, cells per level of P3 to P5 at
+# 640 px, objects per image of COCO
+CHANNELS, CELLS, OBJECTS = 256, 2800, 7
+UNITS = (CHANNELS * OBJECTS, CHANNELS, CHANNELS, CELLS, CHANNELS * CELLS)  # in the order of `Sums`
+
+
+class Sums(NamedTuple):
+    """One value for each part of the loss; the attention term has two parts because they grow differently.
+
+    Attributes:
+        fg: Error inside boxes.
+        bg: Error outside boxes.
+        channel: Difference of the channel attentions.
+        spatial: Difference of the spatial attentions.
+        rela: Error after the context blocks.
+    """
+
+    fg: Tensor
+    bg: Tensor
+    channel: Tensor
+    spatial: Tensor
+    rela: Tensor
+
+
+class ContextBlock(nn.Module):
+    """Adds to every cell what the whole map holds: the global context block of section 3.3.
+
+    p = softmax over the cells of a 1x1 convolution to one channel; c = Σ_hw p F; the result is
+    F + conv1x1(ReLU(LN(conv1x1(c)))) with half as many hidden channels. The last convolution starts at zero, so the
+    block starts as the identity.
+
+    Args:
+        channels: Width of the map.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        hidden = max(1, channels // 2)
+        self.mask = nn.Conv2d(channels, 1, 1)
+        self.add = nn.Sequential(
+            nn.Conv2d(channels, hidden, 1),
+            nn.LayerNorm([hidden, 1, 1]),
+            nn.ReLU(inplace=True),
+            last := nn.Conv2d(hidden, channels, 1),
+        )
+        nn.init.kaiming_normal_(self.mask.weight, mode="fan_in", nonlinearity="relu")
+        for zero in (self.mask.bias, last.weight, last.bias):
+            if zero is not None:
+                nn.init.zeros_(zero)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """Return the (B, C, H, W) map with its context added."""
+        flat = feature.flatten(2)
+        p = context_weights(flat, *self.mask_parameters())
+        return feature + self.transform(flat @ p[..., None])[..., None, None]
+
+    def mask_parameters(self) -> tuple[Tensor, Tensor]:
+        """Return weight (C,) and bias (1,) of the convolution to one channel."""
+        return self.mask.weight.flatten(), self.mask.get_parameter("bias")
+
+    def transform(self, context: Tensor) -> Tensor:
+        """Turn c, (B, C, 1), into what is added to every cell, (B, C)."""
+        return self.add(context[..., None]).flatten(1)
+
+
+def context_weights(flat: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return p, (B, HW), of a (B, C, HW) map; a matrix product is several times faster here than a convolution."""
+    return ((weight @ flat) + bias).softmax(-1)
+
+
+class PairMoments(torch.autograd.Function):
+    """Everything that the sums of a level need of a pair of maps, in few passes over small parts of the maps.
+
+    Written out by hand because these maps are the largest tensors of a step, and elementwise arithmetic on them costs
+    its number of passes and of fresh buffers. Parts of a few images stay in the processor's cache; results do not
+    depend on their size.
+
+    For S, T (B, C, HW), the teacher's channel attention a (B, C) and the mask convolution of the student's context
+    block, with d = S - T, it returns Σ_c a d² (B, HW), Σ_hw d² (B, C), Σ_hw d (B, C), mean_c |S| (B, HW),
+    mean_hw |S| (B, C) and the context Σ_hw p S (B, C, 1). Gradient flows to S and the convolution.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, channel: Tensor, weight: Tensor, bias: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Compute the six sums."""
+        size = max(1, PART // student[0].numel())
+        parts, weights = [], []
+        for s, t, a in zip(student.split(size), teacher.split(size), channel.split(size), strict=True):
+            d = s - t
+            buffer = d * d
+            attended, squares = (a[:, None] @ buffer).squeeze(1), buffer.sum(2)
+            torch.abs(s, out=buffer)
+            weights.append(context_weights(s, weight, bias))
+            context = s @ weights[-1][..., None]
+            parts.append((attended, squares, d.sum(2), buffer.mean(1), buffer.mean(2), context))
+        ctx.save_for_backward(student, teacher, channel, weight, torch.cat(weights))
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Return 2 d (a g_e + g_sq) + g_d + sign(S) (g_s / C + g_c / HW) + g_x p + w g_m, and the convolution's."""
+        # whoever asks for gradients inside autocast would get matrix products in half precision
+        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+            return PairMoments._gradient(ctx, *gradients)
+
+    @staticmethod
+    def _gradient(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        student, teacher, channel, weight, p = ctx.saved_tensors
+        size = max(1, PART // student[0].numel())
+        result = torch.empty_like(student)
+        by_weight, by_bias = torch.zeros_like(weight), weight.new_zeros(1)
+        for s, t, a, p_, g_e, g_sq, g_d, g_s, g_c, g_x, out in zip(
+            *(x.split(size) for x in (student, teacher, channel, p, *gradients, result)), strict=True
+        ):
+            ones, cells = torch.ones_like(a), torch.ones_like(p_)
+            torch.sub(s, t, out=out)
+            factor = torch.stack([2 * a, 2 * g_sq], 2) @ torch.stack([g_e, cells], 1)
+            out.mul_(factor)
+            torch.bmm(torch.stack([ones / s.shape[1], g_c / s.shape[2]], 2), torch.stack([g_s, cells], 1), out=factor)
+            out.addcmul_(factor, s.sign())
+            slope = (g_x.transpose(1, 2) @ s).squeeze(1)  # through p, the softmax of the mask
+            g_m = p_ * (slope - (p_ * slope).sum(-1, keepdim=True))
+            out.baddbmm_(torch.stack([g_d, g_x.squeeze(2), weight.expand_as(a)], 2), torch.stack([cells, p_, g_m], 1))
+            by_weight += (s @ g_m[..., None]).sum((0, 2))
+            by_bias += g_m.sum()
+        return result, None, None, by_weight, by_bias
+
+
+def focal_masks(
+    boxes: Tensor, image_index: Tensor, batch_size: int, image_size: tuple[int, int], shape: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Return the weights of cells inside and outside boxes (equations 2, 3 and 5).
+
+    Inside, a cell weighs one over the number of cells of its box, of the smallest box where several overlap, so that
+    every object counts alike; outside, one over the number of background cells of its image. As in the published code,
+    and unlike the paper's H_r W_r, a box's cells are counted after rounding outwards, see `box_cells`.
+
+    Args:
+        boxes: (M, 4) in pixels, xyxy; M may be zero.
+        image_index: (M,) int64 image of each box.
+        batch_size: B.
+        image_size: Height and width of the images in pixels.
+        shape: Height and width of the level in cells.
+
+    Returns:
+        Foreground and background weights, (B, H, W) each, float32. Where an image has no background, or no box, that
+        image's weights are zero.
+    """
+    cells = box_cells(boxes, image_size, shape)
+    fg = paint(cell_weights(cells), cells, image_index, batch_size, shape)
+    bg = (fg == 0).to(fg)
+    return fg, bg / bg.sum((1, 2), keepdim=True).clamp(min=1)
+
+
+def fgd_sums(
+    student: Tensor,
+    teacher: Tensor,
+    fg: Tensor,
+    bg: Tensor,
+    student_context: ContextBlock,
+    teacher_context: ContextBlock,
+    temperature: float = 0.5,
+) -> Sums:
+    """Return the parts of one level as published: sums over channels and cells, mean over images.
+
+    fg    = 1/N Σ A_S A_C M_fg (S - T)²      bg likewise with M_bg; A_S, A_C: the teacher's attention (equations 6, 7)
+    mask  = 1/N (Σ |A_C(S) - A_C(T)| + Σ |A_S(S) - A_S(T)|)      channel + spatial here (equation 8)
+    rela  = 1/N Σ (G_s(S) - G_t(T))²      G: context blocks, one for each side (equation 10)
+
+    The published loss of a level is alpha fg + beta bg + gamma (channel + spatial) + lam rela. The teacher's map is a
+    constant, but its context block is trained like the student's.
+
+    Args:
+        student: (B, C, H, W), already at the teacher's width, with gradient.
+        teacher: (B, C, H, W); detached here.
+        fg: (B, H, W) foreground weights of `focal_masks`.
+        bg: (B, H, W) background weights.
+        student_context: Context block of the student's side.
+        teacher_context: Context block of the teacher's side.
+        temperature: T of both attentions, above zero.
+
+    Raises:
+        ValueError: If shapes differ.
+    """
+    same_shape(student=student, teacher=teacher)
+    same_shape(fg=fg, bg=bg, cells=teacher[:, 0])
+    teacher = teacher.detach()
+    n, c, h, w = student.shape
+    spatial, channel = spatial_attention(teacher, temperature), channel_attention(teacher, temperature)
+    flat = teacher.flatten(2)
+    attended, squares, differences, s_spatial, s_channel, s_context = PairMoments.apply(
+        student.flatten(2), flat, channel, *student_context.mask_parameters()
+    )
+    t_context = flat @ context_weights(flat, *teacher_context.mask_parameters())[..., None]
+    error = attended.view(n, h, w) * spatial
+    # the context blocks add one value k to all cells of a channel: Σ (d + k)² = Σ d² + 2 k Σ d + HW k²
+    k = student_context.transform(s_context) - teacher_context.transform(t_context)
+    return Sums(
+        fg=(error * fg).sum() / n,
+        bg=(error * bg).sum() / n,
+        channel=(c * (s_channel / temperature).softmax(-1) - channel).abs().sum() / n,
+        spatial=(h * w * (s_spatial / temperature).softmax(-1) - spatial.flatten(1)).abs().sum() / n,
+        rela=(squares + 2 * k * differences + h * w * k.square()).sum() / n,
+    )
+
+
+def normalise(sums: Sums, fg: Tensor, bg: Tensor, channels: int) -> Sums:
+    """Divide each published sum by what it grows with, which leaves means.
+
+    fg becomes the attended squared error averaged over objects and channels (zero without objects), bg over background
+    cells and channels, channel over channels, spatial over cells, rela over channels and cells.
+
+    Args:
+        sums: Of `fgd_sums`.
+        fg: (B, H, W) foreground weights.
+        bg: (B, H, W) background weights.
+        channels: C.
+    """
+    n, cells = fg.shape[0], fg[0].numel()
+    return Sums(
+        fg=sums.fg / (channels * fg.sum() / n + EPS),
+        bg=sums.bg / (channels * bg.sum() / n + EPS),
+        channel=sums.channel / channels,
+        spatial=sums.spatial / cells,
+        rela=sums.rela / (channels * cells),
+    )
+
+
+class FGD(Loss):
+    """Focal and global knowledge distillation of neck features.
+
+    Yang et al., "Focal and Global Knowledge Distillation for Detectors", CVPR 2022, arXiv 2111.11837, section 3. Focal:
+    squared error weighted by the teacher's attention, separately inside and outside boxes, and agreement of the
+    attentions themselves. Global: squared error after a context block on each side.
+
+    The published loss is made of sums: its foreground part grows with the number of boxes (mosaic!) and channels, its
+    relation part with channels times cells. Here each part is a mean (see `normalise`) times what the published sum has
+    at 256 channels, 2800 cells per level (P3 to P5 at 640 px) and 7 objects per image (COCO). So the published
+    constants keep their values and, in that setting, their balance; and the strength stays the same at any image size,
+    batch size, width and number of boxes. `STRENGTH` scales the whole, set from a measurement, as the
+    published rows were tuned for linear FPN maps and task losses of another size. Levels are added, as published.
+
+    Published rows (temperature; alpha, beta, gamma, lam):
+        RetinaNet, GFL, SOLO      0.5; 1e-3, 5e-4, 5e-4, 5e-6 (the defaults)
+        RepPoints                 0.5; 1.6e-3, 8e-4, 8e-4, 8e-6
+        FCOS                      0.8; 1.6e-3, 8e-4, 8e-4, 8e-6 (the paper says 0.5 everywhere)
+        YOLOX                     0.5; 2e-3, 1e-3, 1e-3, 1e-5
+        Faster and Mask R-CNN     0.5; 5e-5, 2.5e-5, 5e-5, 5e-7
+
+    Other departures: the 1x1 adapter is there for equal widths too; boxes are clipped to the image (negative
+    coordinates would wrap around in the published code); nothing is divided by the multi-scale factor, which the
+    published YOLOX variant does. The default of gamma is what the one-stage configurations use, half of the published
+    class's own default. The loss is zero when the student's map equals the teacher's and both context blocks are equal,
+    as they effectively are at the start.
+
+    Args:
+        alpha: Strength of the foreground part, at least 0.
+        beta: Strength of the background part, at least 0.
+        gamma: Strength of the attention part, at least 0.
+        lam: Strength of the relation part (the paper's λ), at least 0.
+        temperature: T of the attentions, above 0.
+        levels: Levels to use, all by default.
+    """
+
+    name = "fgd"
+    columns = ("fgd_loss",)
+    reads = frozenset({"features", "targets"})
+    adapter = "conv1x1"
+    paper = "Yang et al. 2022, arXiv 2111.11837"
+    cost = "6 %"
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 1e-3,
+        beta: float = 5e-4,
+        gamma: float = 5e-4,
+        lam: float = 5e-6,
+        temperature: float = 0.5,
+        levels: list[str] | None = None,
+    ):
+        super().__init__()
+        self.alpha = check_range("alpha", alpha, 0)
+        self.beta = check_range("beta", beta, 0)
+        self.gamma = check_range("gamma", gamma, 0)
+        self.lam = check_range("lam", lam, 0)
+        self.temperature = check_range("temperature", temperature, 0, above=True)
+        self.level_names = check_levels(levels)
+
+    def build(self, pair: Pair) -> None:
+        """Make a context block for each side of each level."""
+        super().build(pair)
+        self.student_context = nn.ModuleList(ContextBlock(pair.teacher_channels[i]) for i in self.levels)
+        self.teacher_context = nn.ModuleList(ContextBlock(pair.teacher_channels[i]) for i in self.levels)
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """Return the one term, summed over levels."""
+        strengths = (self.alpha, self.beta, self.gamma, self.gamma, self.lam)
+        terms = []
+        contexts = cast(
+            list[tuple[ContextBlock, ContextBlock]], [*zip(self.student_context, self.teacher_context, strict=True)]
+        )
+        for i, context in zip(self.levels, contexts, strict=True):
+            teacher = step.teacher_feature(i)
+            fg, bg = self._masks(step, i)
+            sums = fgd_sums(step.aligned("conv1x1", i), teacher, fg, bg, context[0], context[1], self.temperature)
+            means = normalise(sums, fg, bg, teacher.shape[1])
+            terms += [a * unit * mean for a, unit, mean in zip(strengths, UNITS, means, strict=True)]
+        return {"fgd_loss": STRENGTH * torch.stack(terms).sum()}
+
+    @staticmethod
+    def _masks(step: Step, level: int) -> tuple[Tensor, Tensor]:
+        """Return the foreground and background weights of a level, made once per step."""
+        t, shape = step.targets, step.teacher.shapes[level]
+        if t is None:
+            raise ValueError("loss 'fgd' reads ground-truth boxes, but this step has no targets")
+        return step.once(
+            ("focal_masks", level), lambda: focal_masks(t.boxes, t.image_index, t.batch_size, t.image_size, shape)
+        )

@@ -1,0 +1,136 @@
+"""Masked generative feature distillation (Yang et al., 2022)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from yolo_kd.errors import did_you_mean, listed
+from yolo_kd.losses.base import Loss, check_levels, check_range
+from yolo_kd.losses.ops import aligned_maps, same_shape
+from yolo_kd.views import Pair, Step
+
+# weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
+STRENGTH = 0.7
+
+MASKS = ("spatial", "channel")
+
+
+def generator(channels: int) -> nn.Sequential:
+    """Two 3x3 convolutions with a ReLU between, which are to restore the teacher's map from the masked student's."""
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(channels, channels, 3, padding=1),
+    )
+
+
+def keep_mask(uniform: Tensor, lam: float, mask: str = "spatial") -> Tensor:
+    """Return 1 where the student's map is kept and 0 where it is hidden, in the shape of `uniform`.
+
+    The two published forms draw opposite ends of the interval: hidden are cells above 1 - λ, but channels below λ.
+
+    Args:
+        uniform: Draws in [0, 1): (B, 1, H, W) to hide cells, (B, C, 1, 1) to hide channels.
+        lam: Share that is hidden on average, in [0, 1].
+        mask: `spatial` or `channel`.
+    """
+    return (uniform <= 1 - lam if mask == "spatial" else uniform >= lam).to(uniform)
+
+
+def mgd_sum(student: Tensor, teacher: Tensor, keep: Tensor, generate: nn.Module) -> Tensor:
+    """Return 1/N Σ (G(S · keep) - T)² of one level, as published before its factor alpha (equation 5).
+
+    What is kept is not scaled up by 1 / (1 - λ), unlike in dropout.
+
+    Args:
+        student: (B, C, H, W), already at the teacher's width, with gradient.
+        teacher: (B, C, H, W); detached here.
+        keep: Of `keep_mask`, (B, 1, H, W) or (B, C, 1, 1).
+        generate: G, keeps the shape.
+
+    Returns:
+        Scalar, at least 0.
+
+    Raises:
+        ValueError: If shapes differ.
+    """
+    same_shape(student=student, teacher=teacher)
+    restored = generate(student * keep).float()
+    return (restored - teacher.detach()).square().sum() / student.shape[0]
+
+
+class MGD(Loss):
+    """Masked generative distillation of neck features.
+
+    Yang et al., "Masked Generative Distillation", ECCV 2022, arXiv 2205.01529, section 3. Part of the student's map is
+    hidden, anew in each step, and a small generator must restore the whole of the teacher's from what is left.
+
+    The published sum over channels and cells is divided by both, which leaves the mean squared error per level; it is
+    independent of image size, batch size and width. At 256 channels and 2800 cells (P3 to P5 at 640 px) the published
+    alpha of one-stage detectors, 2e-5, makes it 14.3 times that mean (alpha C H W), several times a YOLO head's task
+    loss; `STRENGTH` sets what is used instead. Levels are added, as published.
+
+    Other departures: both maps are standardised per channel by default (`standardise`), as DAMO-YOLO does, because
+    scales of YOLO necks differ by layer; the 1x1 adapter is there for equal widths too; in eval mode nothing is hidden,
+    so that a validation value is repeatable. The generators are trained with the student (in DAMO-YOLO's code they are
+    outside the optimiser's reach). The paper hides cells; the authors' classification code hides whole channels and
+    also names a λ of 0.5 that its code sets to 0.15: both kinds are here.
+
+    The minimum 0 is reached where the generator restores the teacher's map, not where student and teacher agree.
+
+    Args:
+        lam: Share that is hidden (the paper's λ), in [0, 1): 0.65 one-stage, 0.45 two-stage, 0.75 segmentation, 0.15
+            for channels in classification.
+        mask: `spatial` hides cells, the same in all channels; `channel` hides channels, the same in all cells.
+        standardise: Give each channel of both maps mean 0 and variance 1 over the batch first.
+        levels: Levels to use, all by default.
+    """
+
+    name = "mgd"
+    columns = ("mgd_loss",)
+    reads = frozenset({"features"})
+    adapter = "conv1x1"
+    paper = "Yang et al. 2022, arXiv 2205.01529"
+    cost = "41 %"
+
+    def __init__(
+        self,
+        *,
+        lam: float = 0.65,
+        mask: str = "spatial",
+        standardise: bool = True,
+        levels: list[str] | None = None,
+    ):
+        super().__init__()
+        self.lam = check_range("lam", lam, 0, 1)
+        if lam == 1:
+            raise ValueError("lam must be less than 1, otherwise nothing of the student is left, received 1")
+        if mask not in MASKS:
+            raise ValueError(f"mask must be {listed(MASKS)}, received {mask!r}.{did_you_mean(mask, MASKS)}")
+        if not isinstance(standardise, bool):
+            raise ValueError(f"standardise must be true or false, received {standardise!r}")
+        self.mask = mask
+        self.standardise = standardise
+        self.level_names = check_levels(levels)
+
+    def build(self, pair: Pair) -> None:
+        """Make a generator for each level."""
+        super().build(pair)
+        self.generators = nn.ModuleList(generator(pair.teacher_channels[i]) for i in self.levels)
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """Return the one term, summed over levels."""
+        terms = []
+        for i, generate in zip(self.levels, self.generators, strict=True):
+            student, teacher = aligned_maps(step, "conv1x1", i, self.standardise)
+            terms.append(mgd_sum(student, teacher, self._keep(student), generate) / teacher[0].numel())
+        return {"mgd_loss": STRENGTH * torch.stack(terms).sum()}
+
+    def _keep(self, student: Tensor) -> Tensor:
+        """Draw what of the student's map is kept: everything in eval mode."""
+        b, c, h, w = student.shape
+        size = (b, 1, h, w) if self.mask == "spatial" else (b, c, 1, 1)
+        if not self.training:
+            return student.new_ones(size)
+        return keep_mask(torch.rand(size, device=student.device, dtype=student.dtype), self.lam, self.mask)

@@ -1,0 +1,130 @@
+"""Objectness-scaled logit distillation for anchor-free heads (Mehta & Öztürk, 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from yolo_kd.losses.base import Loss, check_range
+from yolo_kd.losses.ops import (
+    binary_kl,
+    categorical_kl,
+    distance_giou,
+    expected_distance,
+    feature_map_nms,
+    same_shape,
+    weighted_mean,
+)
+from yolo_kd.views import Step
+
+# the class gain is that of Ultralytics' own class loss; together their gradient into the neck is half of the task
+# loss's, as upstream's own distillation pulls (table and command in docs/losses.md)
+CLS_GAIN = 0.5
+BOX_GAIN = 1.0
+
+
+def objectness_class(student: Tensor, teacher: Tensor, objectness: Tensor) -> Tensor:
+    """Class distillation, each point weighted by the teacher's objectness.
+
+    L = Σ_i o_i Σ_c KL(σ(t_ic) ‖ σ(s_ic)) / Σ_i o_i
+
+    The paper scales the class loss of the detector at hand, against the teacher's probabilities, by the teacher's
+    objectness (equation 7). For heads of independent sigmoids that is binary cross-entropy; the teacher's entropy is
+    subtracted, which leaves the gradient alone and makes zero mean agreement. Division by the sum of weights is ours:
+    it keeps the strength independent of image size, batch size and number of objects.
+
+    Args:
+        student: (B, A, nc) raw class logits.
+        teacher: (B, A, nc) raw class logits.
+        objectness: (B, A) weights in [0, 1], zero for points that take no part.
+
+    Returns:
+        Scalar, at least 0.
+
+    Raises:
+        ValueError: If shapes differ.
+    """
+    same_shape(student=student, teacher=teacher)
+    return weighted_mean(binary_kl(student, teacher).sum(-1), objectness)
+
+
+def objectness_box(
+    student: Tensor, teacher: Tensor, objectness: Tensor, student_reg_max: int, teacher_reg_max: int
+) -> Tensor:
+    """Box distillation, each point weighted by the teacher's objectness.
+
+    With distance distributions of equal bins on both sides it is KL(teacher ‖ student) over the bins, mean over the
+    four sides. Otherwise both are decoded and it is 1 − GIoU, which needs no bins.
+
+    Args:
+        student: (B, A, 4 * student_reg_max) raw box outputs.
+        teacher: (B, A, 4 * teacher_reg_max) raw box outputs.
+        objectness: (B, A) weights in [0, 1].
+        student_reg_max: Bins per side of the student, 1 for plain distances.
+        teacher_reg_max: Bins per side of the teacher, 1 for plain distances.
+
+    Returns:
+        Scalar, at least 0.
+
+    Raises:
+        ValueError: If the number of points differs.
+    """
+    if student_reg_max == teacher_reg_max > 1:
+        same_shape(student=student, teacher=teacher)
+        sides = (*student.shape[:2], 4, student_reg_max)
+        return weighted_mean(categorical_kl(student.view(sides), teacher.view(sides)).mean(-1), objectness)
+    decoded = expected_distance(student, student_reg_max), expected_distance(teacher, teacher_reg_max).detach()
+    same_shape(student_distances=decoded[0], teacher_distances=decoded[1])
+    return weighted_mean(1 - distance_giou(*decoded), objectness)
+
+
+def objectness_weights(
+    teacher_scores: Tensor, objectness: Tensor, shapes: Sequence[tuple[int, int]], fm_nms: bool
+) -> Tensor:
+    """Return the weight of each point, (B, A): the teacher's objectness, zero where suppressed.
+
+    Args:
+        teacher_scores: (B, A, nc) raw class logits.
+        objectness: (B, A) in [0, 1].
+        shapes: Height and width of each level.
+        fm_nms: Apply the paper's feature-map NMS.
+    """
+    return objectness * feature_map_nms(teacher_scores, shapes) if fm_nms else objectness
+
+
+class Objectness(Loss):
+    """Objectness-scaled distillation of classes and boxes.
+
+    Mehta & Öztürk, "Object detection at 200 Frames Per Second", 2018, arXiv 1805.06361, sections 3.2 and 3.3. Where we
+    depart: heads since YOLOv8 have no objectness output, so the largest class probability of the teacher takes its
+    place; there is therefore no objectness term of its own (the paper's third); the terms are normalised by the sum of
+    weights.
+
+    Args:
+        lam_cls: Strength of the class term (the paper's λ_D), at least 0.
+        lam_box: Strength of the box term, at least 0.
+        fm_nms: Distil only the strongest of neighbouring predictions of one class (feature-map NMS).
+    """
+
+    name = "objectness"
+    columns = ("kcls_loss", "kbox_loss")
+    reads = frozenset({"scores", "boxes"})
+    paper = "Mehta & Öztürk 2018, arXiv 1805.06361"
+    cost = "3 %"
+
+    def __init__(self, *, lam_cls: float = 1.0, lam_box: float = 1.0, fm_nms: bool = True):
+        super().__init__()
+        self.lam_cls = check_range("lam_cls", lam_cls, 0)
+        self.lam_box = check_range("lam_box", lam_box, 0)
+        self.fm_nms = fm_nms
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """Return the class and the box term."""
+        s, t = step.student, step.teacher
+        weights = step.once(
+            ("objectness", self.fm_nms), lambda: objectness_weights(t.scores, t.objectness, t.shapes, self.fm_nms)
+        )
+        cls = objectness_class(s.scores.float(), t.scores.float(), weights)
+        box = objectness_box(s.boxes.float(), t.boxes.float(), weights, s.reg_max, t.reg_max)
+        return {"kcls_loss": CLS_GAIN * self.lam_cls * cls, "kbox_loss": BOX_GAIN * self.lam_box * box}

@@ -1,0 +1,85 @@
+"""Pearson-correlation distillation: channels that rise and fall together (Cao et al., NeurIPS 2022)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from yolo_kd.losses.base import Loss, check_levels
+from yolo_kd.losses.ops import same_shape
+from yolo_kd.views import Step
+
+# weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
+STRENGTH = 2.0
+EPS = 1e-6  # the published one, added to the standard deviation
+
+
+def pkd(student: Tensor, teacher: Tensor, *, unbiased: bool = True, resize_student: bool | None = None) -> Tensor:
+    """Half the mean squared error of maps whose channels were standardised over batch and cells.
+
+    L = ½ mean((s̃ - t̃)²), x̃ = (x - mean_c) / (std_c + 1e-6)
+
+    With n = B H W values per channel it equals 1 - r, averaged over channels, for the Pearson correlation r, times
+    (n - 1) / n when `unbiased`. A channel that is constant on one side only counts ½. Statistics span the batch of one
+    processor.
+
+    Args:
+        student: (B, C, H, W), already at the teacher's width.
+        teacher: (B, C, H, W); detached here.
+        unbiased: Divide variances by n - 1, as published; this is nan for n = 1.
+        resize_student: How to treat maps of different height or width: resize the student's (True, published default)
+            or the teacher's (False) bilinearly, or refuse (None). The published code looks at heights only.
+
+    Returns:
+        Scalar in [0, 2].
+
+    Raises:
+        ValueError: If shapes differ and resizing does not help.
+    """
+    if resize_student is not None and student.shape[-2:] != teacher.shape[-2:]:
+        if resize_student:
+            student = F.interpolate(student, teacher.shape[-2:], mode="bilinear", align_corners=False)
+        else:
+            teacher = F.interpolate(teacher, student.shape[-2:], mode="bilinear", align_corners=False)
+    same_shape(student=student, teacher=teacher)
+    return (_normalise(student, unbiased) - _normalise(teacher.detach(), unbiased)).square().mean() / 2
+
+
+def _normalise(x: Tensor, unbiased: bool) -> Tensor:
+    """Return (B, C, H, W) with mean 0 and standard deviation 1 per channel; a constant channel becomes zero."""
+    std = x.std((0, 2, 3), correction=int(unbiased), keepdim=True)
+    return (x - x.mean((0, 2, 3), keepdim=True)) / (std + EPS)
+
+
+class PKD(Loss):
+    """Distillation by the Pearson correlation of each channel, summed over levels.
+
+    Cao et al., "PKD: General Distillation Framework for Object Detectors via Pearson Correlation Coefficient", NeurIPS
+    2022, arXiv 2207.02039, the section on distillation with the Pearson correlation. It ignores the scale and offset of
+    channels, which differ between architectures. Where we depart: variances are divided by n instead of n - 1, so that
+    the value is 1 - r at any batch and image size and defined for a single value; an adapter precedes, because the
+    published code demands equal widths.
+
+    The value is a mean over channels, so it grows with neither batch, width nor image size; weight 1.0 multiplies it
+    by `STRENGTH`. Published weights of the plain value are 6 (two-stage heads) and 10 (dense heads).
+
+    Args:
+        levels: Levels to use, all by default.
+    """
+
+    name = "pkd"
+    columns = ("pkd_loss",)
+    reads = frozenset({"features"})
+    adapter = "conv1x1"
+    paper = "Cao et al. 2022, arXiv 2207.02039"
+    cost = "7 %"
+
+    def __init__(self, *, levels: list[str] | None = None):
+        super().__init__()
+        self.level_names = check_levels(levels)
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """Return the one term."""
+        terms = [pkd(step.aligned("conv1x1", i), step.teacher_feature(i), unbiased=False) for i in self.levels]
+        return {"pkd_loss": STRENGTH * torch.stack(terms).sum()}

@@ -1,0 +1,149 @@
+"""Knowledge review: fine levels of the student learn with the help of deeper ones (Chen et al., CVPR 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from yolo_kd.losses.base import Loss, check_levels, check_range
+from yolo_kd.losses.ops import same_shape
+from yolo_kd.views import Pair, Step
+
+# weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
+STRENGTH = 3.0
+POOLS = (4, 2, 1)  # sides of the pooled maps in cells
+
+
+def hcl(student: Tensor, teacher: Tensor) -> Tensor:
+    """Hierarchical context loss: squared error of the maps and of their averages over ever larger regions.
+
+    L = [mse(s, t) + Σ_k 2^-k mse(pool_k(s), pool_k(t))] / [1 + Σ_k 2^-k], pools to 4x4, 2x2 and 1x1 cells
+
+    Pools at least as high as the map are left out, as published.
+
+    Args:
+        student: (B, C, H, W), already fused and at the teacher's width.
+        teacher: (B, C, H, W); detached here.
+
+    Returns:
+        Scalar, at least 0.
+
+    Raises:
+        ValueError: If shapes differ.
+    """
+    same_shape(student=student, teacher=teacher)
+    teacher = teacher.detach()
+    total, weights, weight = F.mse_loss(student, teacher), 1.0, 1.0
+    for side in POOLS:
+        if side >= student.shape[-2]:
+            continue
+        weight /= 2
+        weights += weight
+        pooled = F.adaptive_avg_pool2d(student, side), F.adaptive_avg_pool2d(teacher, side)
+        total = total + weight * F.mse_loss(*pooled)
+    return total / weights
+
+
+class Fusion(nn.Module):
+    """Attention-based fusion of one student level with what comes from the next deeper one.
+
+    Batch normalisation always uses the statistics of the batch and keeps no running ones: these modules never run
+    outside of training.
+
+    Args:
+        student: Channels of the student's level.
+        mid: Channels in which levels are fused.
+        teacher: Channels of the teacher's level.
+        deeper: False for the deepest level, which has nothing to be fused with.
+    """
+
+    def __init__(self, student: int, mid: int, teacher: int, *, deeper: bool):
+        super().__init__()
+        self.reduce = nn.Conv2d(student, mid, 1, bias=False)
+        self.reduce_norm = nn.BatchNorm2d(mid, track_running_stats=False)
+        self.gate = nn.Conv2d(2 * mid, 2, 1) if deeper else None
+        self.expand = nn.Conv2d(mid, teacher, 3, padding=1, bias=False)
+        self.expand_norm = nn.BatchNorm2d(teacher, track_running_stats=False)
+        for conv in (self.reduce, self.expand):
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+
+    def forward(self, feature: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Fuse.
+
+        Args:
+            feature: The student's map, (B, C_student, H, W).
+            residual: The fused map of the next deeper level, (B, mid, H', W'), None for the deepest.
+
+        Returns:
+            The map at the teacher's width, (B, C_teacher, H, W), and the one to hand on, (B, mid, H, W).
+        """
+        fused = self.reduce_norm(self.reduce(feature))
+        if self.gate is not None and residual is not None:
+            residual = F.interpolate(residual, fused.shape[-2:], mode="nearest")
+            own, other = self.gate(torch.cat((fused, residual), 1)).sigmoid().split(1, dim=1)
+            fused = fused * own + residual * other
+        return self.expand_norm(self.expand(fused)), fused
+
+
+def review(fusions: Sequence[Fusion] | nn.ModuleList, features: Sequence[Tensor]) -> list[Tensor]:
+    """Return the fused student maps in stride order.
+
+    Args:
+        fusions: One module per level, deepest first.
+        features: The student's maps in stride order.
+    """
+    outputs: list[Tensor] = []
+    residual = None
+    for fusion, feature in zip(fusions, reversed(features), strict=True):
+        output, residual = fusion(feature, residual)
+        outputs.append(output)
+    return outputs[::-1]
+
+
+class ReviewKD(Loss):
+    """Knowledge review between the head's input features, summed over levels.
+
+    Chen, Liu, Zhao and Jia, "Distilling Knowledge via Knowledge Review", CVPR 2021, arXiv 2104.09044, the parts named
+    ABF (attention-based fusion) and HCL (hierarchical context loss): from the deepest level upwards each level of the
+    student is fused with the deeper ones before it is compared with the teacher's. The fusion also brings widths
+    together, so there is no adapter. Because it is trained and ends in a normalisation, the loss is not zero for a
+    student that equals its teacher. Where we depart: the default of `mid_channels` is 128 instead of 256, because at
+    stride 8 the fusion would otherwise cost as much as a small student.
+
+    Everything is a mean over images, channels and cells, so it grows with neither batch, width nor image size; weight
+    1.0 multiplies it by `STRENGTH`. Published detectors weigh the plain value with 0.8 to 2.
+
+    Args:
+        mid_channels: Channels in which levels are fused, at least 1.
+        levels: Levels to use, all by default.
+    """
+
+    name = "reviewkd"
+    columns = ("rev_loss",)
+    reads = frozenset({"features"})
+    paper = "Chen et al. 2021, arXiv 2104.09044"
+    cost = "19 %"
+
+    def __init__(self, *, mid_channels: int = 128, levels: list[str] | None = None):
+        super().__init__()
+        if not isinstance(mid_channels, int):
+            raise ValueError(f"mid_channels must be a whole number of at least 1, received {mid_channels!r}")
+        self.mid_channels = int(check_range("mid_channels", mid_channels, 1))
+        self.level_names = check_levels(levels)
+
+    def build(self, pair: Pair) -> None:
+        """Make one fusion per level, deepest first."""
+        super().build(pair)
+        self.fusions = nn.ModuleList(
+            Fusion(pair.student_channels[i], self.mid_channels, pair.teacher_channels[i], deeper=i != self.levels[-1])
+            for i in reversed(self.levels)
+        )
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """Return the one term."""
+        fused = review(self.fusions, [step.student.features[i].float() for i in self.levels])
+        terms = [hcl(f.float(), step.teacher_feature(i)) for f, i in zip(fused, self.levels, strict=True)]
+        return {"rev_loss": STRENGTH * torch.stack(terms).sum()}

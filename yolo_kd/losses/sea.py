@@ -1,0 +1,257 @@
+"""Semantic-aware alignment (2022): features aligned by class, centre, edge and background over the whole batch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from yolo_kd.losses.base import Loss, check_levels, check_range
+from yolo_kd.losses.ops import categorical_kl, same_shape
+from yolo_kd.views import Step, Targets
+
+# weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
+CAD_GAIN = 14.0
+TDD_GAIN = 14.0
+LDA_GAIN = 14.0
+
+CHUNK = 2**24  # cells of box masks held at once
+COSINE_EPS = 1e-4  # least norm of a feature in a cosine: bounds the gradient of cells that are all zero
+NEVER = -1e4  # logit of a category that no cell belongs to
+
+
+def covered_cells(
+    boxes: Tensor, slot: Tensor, slots: int, shape: tuple[int, int], stride: int, chunk: int = CHUNK
+) -> Tensor:
+    """Mark the cells that boxes overlap, in one plane for each group of boxes.
+
+    A cell belongs to a box when they share some area, so that even the smallest object has a cell on every level; a box
+    without an area has none.
+
+    Args:
+        boxes: (M, 4) xyxy pixels.
+        slot: (M,) plane of each box, int64 in [0, slots).
+        slots: Number of planes.
+        shape: Height and width of the level, in cells.
+        stride: Pixels per cell.
+        chunk: Cells to hold in memory at once; results do not depend on it.
+
+    Returns:
+        (slots, H, W) bool.
+    """
+    height, width = shape
+    left, top = (torch.arange(n, device=boxes.device) * stride for n in (width, height))
+    x1, y1, x2, y2 = boxes[:, :, None].unbind(1)
+    columns = (x1 < left + stride) & (x2 > left) & (x2 > x1)  # (M, W)
+    rows = (y1 < top + stride) & (y2 > top) & (y2 > y1)  # (M, H)
+    count = torch.zeros((slots, height, width), device=boxes.device)
+    for part in torch.arange(len(boxes), device=boxes.device).split(max(chunk // (height * width), 1)):
+        inside = rows[part][:, :, None] & columns[part][:, None]
+        count.index_add_(0, slot[part], inside.to(count.dtype))
+    return count > 0
+
+
+def semantic_masks(
+    boxes: Tensor,
+    labels: Tensor,
+    image_index: Tensor,
+    classes: int,
+    batch_size: int,
+    shape: tuple[int, int],
+    stride: int,
+    shrink: float,
+) -> Tensor:
+    """Sort cells into categories: the centre and the edge of each class, and background.
+
+    The centre of a class is what its boxes cover once shrunk about their middles, its edge is the rest of them. A cell
+    may belong to several classes; background belongs to none.
+
+    Args:
+        boxes: (M, 4) xyxy pixels.
+        labels: (M,) int64 in [0, classes).
+        image_index: (M,) image of each box.
+        classes: Number of classes, K.
+        batch_size: Number of images, B.
+        shape: Height and width of the level, in cells.
+        stride: Pixels per cell.
+        shrink: Share of a box's sides that its centre keeps, in (0, 1].
+
+    Returns:
+        (B, 2 * K + 1, H, W) bool: K centres, K edges, background.
+    """
+    slot = image_index * classes + labels
+    middle, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * shrink
+    shrunk = torch.cat([middle - half, middle + half], dim=1)
+    whole = covered_cells(boxes, slot, batch_size * classes, shape, stride).view(batch_size, classes, *shape)
+    centre = covered_cells(shrunk, slot, batch_size * classes, shape, stride).view(batch_size, classes, *shape)
+    background = ~whole.any(dim=1, keepdim=True)
+    return torch.cat([centre, whole & ~centre, background], dim=1)
+
+
+def category_anchors(feature: Tensor, masks: Tensor) -> Tensor:
+    """Return the mean feature of each category over all cells of all images: a_p = Σ M_p F / Σ M_p.
+
+    Args:
+        feature: (B, C, H, W).
+        masks: (B, P, H, W) bool.
+
+    Returns:
+        (P, C), zero for categories without a cell.
+    """
+    weights = masks.flatten(2).to(feature.dtype)
+    sums = torch.einsum("bpn,bcn->pc", weights, feature.flatten(2))
+    return sums / weights.sum((0, 2)).clamp(min=1)[:, None]
+
+
+def anchor_distillation(student: Tensor, teacher: Tensor, present: Tensor) -> Tensor:
+    """Category anchor distillation (CAD): mean over present categories and channels of (a^S − a^T)².
+
+    Args:
+        student: (P, C) anchors.
+        teacher: (P, C) anchors; detached here.
+        present: (P,) bool, categories with a cell.
+
+    Returns:
+        Scalar, at least 0.
+
+    Raises:
+        ValueError: If shapes differ.
+    """
+    same_shape(student=student, teacher=teacher)
+    error = (student - teacher.detach()).square().mean(1)
+    return (error * present).sum() / present.sum().clamp(min=1)
+
+
+def distance_distribution(feature: Tensor, anchors: Tensor, present: Tensor) -> Tensor:
+    """Return how similar each cell is to each category anchor: cos(f_i, a_p), and `NEVER` for absent categories.
+
+    Args:
+        feature: (B, C, H, W).
+        anchors: (P, C) anchors of the same network.
+        present: (P,) bool.
+
+    Returns:
+        (B, P, H * W), logits of a distribution over P.
+    """
+    cells = F.normalize(feature.flatten(2), dim=1, eps=COSINE_EPS)
+    cosine = F.normalize(anchors, dim=1, eps=COSINE_EPS) @ cells
+    return cosine.masked_fill(~present[:, None], NEVER)
+
+
+def topological_distillation(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
+    """Topological distance distillation (TDD): mean over cells of τ² · KL over categories.
+
+    Args:
+        student: (B, P, N) from `distance_distribution`.
+        teacher: (B, P, N) likewise; detached here.
+        tau: τ₁, above 0.
+
+    Returns:
+        Scalar, at least 0; zero when there is one category only.
+    """
+    return categorical_kl(student, teacher, tau, dim=1).mean()
+
+
+def localisation_alignment(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
+    """Localisation distribution alignment (LDA): mean over channels of τ² · KL over space.
+
+    Args:
+        student: (B, C, H, W).
+        teacher: (B, C, H, W); detached here.
+        tau: τ₂, above 0.
+
+    Returns:
+        Scalar, at least 0.
+
+    Raises:
+        ValueError: If shapes differ.
+    """
+    same_shape(student=student, teacher=teacher)
+    return categorical_kl(student.flatten(2), teacher.flatten(2), tau).mean()
+
+
+class SEA(Loss):
+    """Semantic-aware alignment: category anchors, distances to them, and where each channel responds.
+
+    arXiv 2203.00862. **Reconstructed**: no code is public and its formulas and coefficients were not at hand. The paper
+    gives: three losses beside the task's, on anchors of each class and of background pooled over all images of the
+    batch, on the distribution of distances to them (τ₁) and on localisation (τ₂), temperatures that matter little from
+    0.01 to 5, no parameters besides. Ours are: centres as boxes shrunk to half their sides and cells counted by any
+    overlap; squared error as the anchors' distance; cosine as the distance to them; student anchors with gradient;
+    softmax over space per channel as localisation; the factor τ²; all means; and all strengths.
+
+    A departure by choice: the paper acts on the convolutions of both head branches. Teacher and student towers differ
+    in width and depth there, so all three terms act on the features that the head receives, the student's aligned by a
+    1x1 convolution. Means over levels, so that strength does not depend on their number. Anchors are those of the
+    images on one device.
+
+    Args:
+        alpha: Strength of category anchor distillation, at least 0.
+        beta: Strength of topological distance distillation, at least 0.
+        gamma: Strength of localisation distribution alignment, at least 0.
+        tau1: Temperature of the distances, above 0.
+        tau2: Temperature over space, above 0.
+        shrink: Share of a box's sides that its centre keeps, in (0, 1].
+        levels: Levels to use, all by default.
+    """
+
+    name = "sea"
+    columns = ("kcad_loss", "ktdd_loss", "klda_loss")
+    reads = frozenset({"features", "targets"})
+    adapter = "conv1x1"
+    paper = "SEA, 2022, arXiv 2203.00862 (reconstructed)"
+    cost = "12 %"
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        gamma: float = 1.0,
+        tau1: float = 0.5,
+        tau2: float = 1.0,
+        shrink: float = 0.5,
+        levels: list[str] | None = None,
+    ):
+        super().__init__()
+        self.alpha = check_range("alpha", alpha, 0)
+        self.beta = check_range("beta", beta, 0)
+        self.gamma = check_range("gamma", gamma, 0)
+        self.tau1 = check_range("tau1", tau1, 0, above=True)
+        self.tau2 = check_range("tau2", tau2, 0, above=True)
+        self.shrink = check_range("shrink", shrink, 0, 1, above=True)
+        self.level_names = check_levels(levels)
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """Return the three terms, means over levels."""
+        masks = step.once(("semantic masks", self.shrink), lambda: self._masks(step))
+        cad, tdd, lda = [], [], []
+        for i in self.levels:
+            s, t = step.aligned("conv1x1", i), step.teacher_feature(i)
+            same_shape(student=s, teacher=t)
+            present = masks[i].any((0, 2, 3))
+            s_anchors, t_anchors = category_anchors(s, masks[i]), category_anchors(t, masks[i])
+            cad.append(anchor_distillation(s_anchors, t_anchors, present))
+            s_distances = distance_distribution(s, s_anchors, present)
+            t_distances = distance_distribution(t, t_anchors, present)
+            tdd.append(topological_distillation(s_distances, t_distances, self.tau1))
+            lda.append(localisation_alignment(s, t, self.tau2))
+        return {
+            "kcad_loss": CAD_GAIN * self.alpha * torch.stack(cad).mean(),
+            "ktdd_loss": TDD_GAIN * self.beta * torch.stack(tdd).mean(),
+            "klda_loss": LDA_GAIN * self.gamma * torch.stack(lda).mean(),
+        }
+
+    def _masks(self, step: Step) -> list[Tensor]:
+        """Return the categories of every level's cells, (B, P, H, W) each; P counts the classes in the batch."""
+        targets = step.targets
+        assert isinstance(targets, Targets)  # the distiller supplies what `reads` names
+        boxes = targets.clipped_boxes
+        present, labels = targets.labels.unique(return_inverse=True)
+        t = step.teacher
+        return [
+            semantic_masks(
+                boxes, labels, targets.image_index, len(present), targets.batch_size, shape, stride, self.shrink
+            )
+            for shape, stride in zip(t.shapes, t.strides, strict=True)
+        ]

@@ -1,0 +1,185 @@
+"""Structured knowledge distillation of single points and of pairs of points (Liu et al., 2019)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from yolo_kd.losses.base import Loss, check_levels, check_range
+from yolo_kd.losses.ops import binary_kl, same_shape
+from yolo_kd.views import Step
+
+# weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
+PIXEL_GAIN = 0.3
+PAIR_GAIN = 2.0
+PUBLISHED_EPS = 1e-8  # added to a node's norm
+UNIT_EPS = 1e-4  # least norm of a node: bounds the gradient of nodes that are all zero
+
+
+def pixel_wise(student: Tensor, teacher: Tensor) -> Tensor:
+    """Pixel-wise distillation as published (equation 1), for one softmax over classes.
+
+    L = −Σ_{n,h,w} Σ_c softmax(t)_c · log softmax(s)_c / (H W): a cross-entropy, summed over the batch
+
+    With one class it is 0 whatever the student says, and detectors do not score classes by a softmax: see
+    `pixel_wise_sigmoid`.
+
+    Args:
+        student: (B, C, H, W) raw class logits.
+        teacher: (B, C, H, W) raw class logits; detached here.
+
+    Returns:
+        Scalar, at least the teacher's entropy, growing with B.
+
+    Raises:
+        ValueError: If shapes differ.
+    """
+    same_shape(student=student, teacher=teacher)
+    cross_entropy = -(teacher.detach().softmax(1) * student.log_softmax(1)).sum()
+    return cross_entropy / (student.shape[2] * student.shape[3])
+
+
+def pixel_wise_sigmoid(student: Tensor, teacher: Tensor) -> Tensor:
+    """Pixel-wise distillation for heads of independent sigmoids.
+
+    L = Σ_{b,i} Σ_c KL(σ(t) ‖ σ(s)) / max(Σ_{b,i} o_i, B), with o_i the teacher's largest class probability at a point
+
+    As published, every point counts alike, background too. A detector has a hundred background points for one on an
+    object, so the sum is divided by the number of objects' points, softly counted, as detection losses are; and by at
+    least one for each image, which keeps batches without objects at rest.
+
+    Args:
+        student: (B, A, nc) raw class logits.
+        teacher: (B, A, nc) raw class logits; detached here.
+
+    Returns:
+        Scalar, at least 0.
+
+    Raises:
+        ValueError: If shapes differ.
+    """
+    same_shape(student=student, teacher=teacher)
+    positives = teacher.detach().sigmoid().amax(-1).sum()
+    return binary_kl(student, teacher).sum() / positives.clamp(min=student.shape[0])
+
+
+def pool_by_scale(feature: Tensor, scale: float = 0.5) -> Tensor:
+    """Max-pool to nodes as published: windows of int(H · scale) by int(W · scale) cells, partial ones at the border.
+
+    Args:
+        feature: (B, C, H, W).
+        scale: Side of a window as a share of the map, in (0, 1].
+
+    Returns:
+        (B, C, h, w), 2x2 for a scale of 0.5 and even sides. Windows have at least one cell (published: an error).
+    """
+    kernel = max(int(feature.shape[2] * scale), 1), max(int(feature.shape[3] * scale), 1)
+    return F.max_pool2d(feature, kernel, stride=kernel, ceil_mode=True)
+
+
+def pool_to_nodes(feature: Tensor, nodes: int) -> Tensor:
+    """Max-pool to at most `nodes` by `nodes` nodes, with windows of equal size, partial ones at the border.
+
+    Args:
+        feature: (B, C, H, W).
+        nodes: Most nodes along a side; maps that have no more cells than that stay as they are.
+    """
+    kernel = math.ceil(feature.shape[2] / nodes), math.ceil(feature.shape[3] / nodes)
+    return F.max_pool2d(feature, kernel, stride=kernel, ceil_mode=True)
+
+
+def affinity(feature: Tensor, published: bool = True) -> Tensor:
+    """Cosine similarity between all pairs of nodes of each image.
+
+    Args:
+        feature: (B, C, H, W).
+        published: Let the norm carry no gradient, as the published code does: the gradient then has a part along the
+            node itself, which changes lengths without end and the loss not at all. Otherwise it is the cosine's own.
+
+    Returns:
+        (B, H * W, H * W), in [-1, 1].
+    """
+    nodes = feature.flatten(2)
+    if published:
+        unit = nodes / (nodes.detach().square().sum(1, keepdim=True).sqrt() + PUBLISHED_EPS)
+    else:
+        unit = F.normalize(nodes, dim=1, eps=UNIT_EPS)
+    return torch.einsum("bcm,bcn->bmn", unit, unit)
+
+
+def pair_wise(student: Tensor, teacher: Tensor, published: bool = True) -> Tensor:
+    """Pair-wise distillation of maps that have been pooled to nodes (equation 3); widths may differ.
+
+    L = Σ_{b,i,j} (a_ij^S − a_ij^T)² / (B · nodes²)
+
+    Args:
+        student: (B, C_student, h, w).
+        teacher: (B, C_teacher, h, w); detached here.
+        published: See `affinity`; the value is the same.
+
+    Returns:
+        Scalar in [0, 4].
+
+    Raises:
+        ValueError: If batch or spatial sizes differ.
+    """
+    same_shape(student=student[:, :1], teacher=teacher[:, :1])
+    return (affinity(student, published) - affinity(teacher.detach(), published)).square().mean()
+
+
+class Structured(Loss):
+    """Structured knowledge distillation: class scores at each point, similarities between pairs of nodes.
+
+    Liu et al., "Structured Knowledge Distillation for Semantic Segmentation", CVPR 2019, arXiv 1903.04197, sections 3.1
+    and 3.2; the authors' extension to dense prediction applies it to FCOS. The third part, adversarial training, is
+    the loss `holistic`: name both in a recipe for the whole of the paper. Where we depart:
+
+    - Pixel-wise: binary divergences instead of a softmax, because YOLO heads score classes independently; divided by
+      the teacher's soft number of positive points, not summed over the batch (see `pixel_wise_sigmoid`).
+    - Pair-wise: 10x10 nodes, not 2x2, whose similarities of pooled maxima are all near one. Mean over levels. The paper
+      averages within nodes, the published code takes the maximum; we follow the code, except that the norm of a node
+      has its gradient (see `affinity`). With `nodes: 2` and even sides the value is the published one.
+    - The published weights λ_pi = 10 and λ_pa = 0.5 belong to those sums; after our normalisation both begin at 1.
+
+    Args:
+        lam_pi: Strength of the pixel-wise term, at least 0.
+        lam_pa: Strength of the pair-wise term, at least 0.
+        nodes: Most nodes along a side of a map, a whole number of at least 2.
+        levels: Levels of both terms, all by default.
+    """
+
+    name = "structured"
+    columns = ("kpix_loss", "kpair_loss")
+    reads = frozenset({"features", "scores"})
+    paper = "Liu et al. 2019, arXiv 1903.04197"
+    cost = "3 %"
+
+    def __init__(self, *, lam_pi: float = 1.0, lam_pa: float = 1.0, nodes: int = 10, levels: list[str] | None = None):
+        super().__init__()
+        self.lam_pi = check_range("lam_pi", lam_pi, 0)
+        self.lam_pa = check_range("lam_pa", lam_pa, 0)
+        if not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 2:
+            raise ValueError(f"nodes must be a whole number of at least 2, received {nodes!r}")
+        self.nodes = nodes
+        self.level_names = check_levels(levels)
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """Return the pixel-wise and the pair-wise term."""
+        s, t = step.student, step.teacher
+        same_shape(student=s.scores, teacher=t.scores)
+        s_scores, t_scores = s.per_level(s.scores), t.per_level(t.scores)
+        pixel = pixel_wise_sigmoid(
+            torch.cat([s_scores[i] for i in self.levels], 1).float(),
+            torch.cat([t_scores[i] for i in self.levels], 1).float(),
+        )
+        pairs = []
+        for i in self.levels:
+            same_shape(student=s.features[i][:, :1], teacher=t.features[i][:, :1])
+            student = pool_to_nodes(s.features[i].float(), self.nodes)
+            teacher = pool_to_nodes(step.teacher_feature(i), self.nodes)
+            pairs.append(pair_wise(student, teacher, published=False))
+        pair = torch.stack(pairs).mean()
+        return {"kpix_loss": PIXEL_GAIN * self.lam_pi * pixel, "kpair_loss": PAIR_GAIN * self.lam_pa * pair}

@@ -1,0 +1,354 @@
+"""Options of a training: `key=value` words, experiment files and Python mappings, checked before any work starts."""
+
+from __future__ import annotations
+
+import ast
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from yolo_kd.errors import did_you_mean
+from yolo_kd.recipe import read_recipe
+from yolo_kd.yaml_lines import Item, problem, raise_if, read_yaml, shown, wrap
+
+DEFAULT_RECIPE = "objectness"
+NO_RECIPE = "none"
+
+OWN_KEYS: dict[str, str] = {
+    "teacher": "checkpoint of the large model that is imitated",
+    "student": "checkpoint or YAML file of the small model that is trained",
+    "kd": f"what to distil: a recipe's name, its file, or '{NO_RECIPE}' for the student alone ('{DEFAULT_RECIPE}')",
+    "kd.<loss>.<key>": "one value of the recipe, e.g. kd.objectness.weight=0.5",
+    "cfg": "experiment file: a YAML file of these same keys; the command line wins over it",
+    "trust_checkpoints": "load checkpoints that hold more than tensors and known classes, which can run code (false)",
+    "inherit": "start the student's neck and head from the teacher's where shapes agree (false)",
+    "random_teacher": "allow a teacher that was never trained, to try things out (false)",
+}
+
+_SWITCHES = ("trust_checkpoints", "random_teacher", "inherit")
+_PATHS = ("teacher", "student", "data")
+# Ultralytics takes these two from Python although its list of keys lacks them
+_PYTHON_KEYS = ("augmentations", "save_dir")
+_REPLACED = {
+    "model": "write student= for the model that is trained.",
+    "distill_model": "write teacher= with kd=ultralytics, which is the same loss.",
+    "dis": "write kd=ultralytics kd.ultralytics.dis=... (with teacher=), which is the same gain.",
+}
+_FIXED = {"task": "detect", "mode": "train"}
+# text as it stands: a run named 007 is not run 7
+_VERBATIM = frozenset({"teacher", "student", "kd", "cfg", "data", "name", "project"})
+_BRACKETS = {"[": "]", "(": ")", "{": "}"}
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What a training was asked to do.
+
+    Attributes:
+        teacher: Checkpoint of the teacher, None for none, or on resume for the one that the run was started with.
+        student: Checkpoint or YAML file of the student, None on resume.
+        kd: Name or path of a recipe, a mapping as a recipe file holds, `none` for the student alone, None on resume.
+        kd_overrides: Values that replace what the recipe says, by `loss.key`.
+        resume: Checkpoint of the run to continue.
+        trust_checkpoints: Load checkpoints that can run code.
+        random_teacher: Allow a teacher that was never trained.
+        inherit: Start the student's neck and head from the teacher's where shapes agree.
+        ultralytics: Every other key, as Ultralytics takes it. Never holds model, task, mode, resume or cfg.
+    """
+
+    teacher: str | None = None
+    student: str | None = None
+    kd: str | Mapping[str, Any] | None = None
+    kd_overrides: dict[str, Any] = field(default_factory=dict)
+    resume: str | None = None
+    trust_checkpoints: bool = False
+    random_teacher: bool = False
+    inherit: bool = False
+    ultralytics: dict[str, Any] = field(default_factory=dict)
+
+
+def parse_assignments(arguments: Sequence[str]) -> dict[str, Any]:
+    """Turn `key=value` words into values: None, true/false, numbers, lists, otherwise text.
+
+    Spaces around `=` and inside brackets may have split a word, as in Ultralytics' own command line.
+
+    Raises:
+        ConfigError: With one line for every word that is not key=value, has no key or no value, or repeats a key.
+    """
+    problems: list[str] = []
+    values = _assignments(arguments, problems)
+    raise_if(problems)
+    return values
+
+
+def parse_train(arguments: Sequence[str]) -> TrainOptions:
+    """Return the options that a command line asks for; `cfg=` reads an experiment file, over which its words win.
+
+    Raises:
+        ConfigError: With one line for every mistake on the command line, in the experiment file and in the recipe.
+    """
+    problems: list[str] = []
+    items = {}
+    for key, value in _assignments(arguments, problems).items():
+        override = key.startswith("kd.")
+        items[key] = wrap(value, f"{key} on the command line", problems) if override else Item(value)
+    return _resolve(items, problems)
+
+
+def train_options(mapping: Mapping[str, Any]) -> TrainOptions:
+    """Return the options of a mapping of the same keys; None stands for a key of ours that was not given.
+
+    Raises:
+        ConfigError: With one line for every mistake.
+    """
+    problems: list[str] = []
+    items = {}
+    for key, value in mapping.items():
+        if not isinstance(key, str):
+            problems.append(f"keys must be text, received {shown(key)}.")
+        elif key == "kd" or key.startswith("kd."):
+            items[key] = wrap(value, key if isinstance(value, Mapping) or key != "kd" else "", problems)
+        else:
+            items[key] = Item(value)  # Ultralytics' values are handed on as they are
+    return _resolve(items, problems)
+
+
+def _assignments(arguments: Sequence[str], problems: list[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    words: dict[str, str] = {}
+    for word in _merged(arguments):
+        key, sign, text = (part.strip() for part in word.partition("="))
+        if not sign:
+            dashed = key.lstrip("-")
+            fix = f"Write {dashed}=<value>, without dashes." if dashed != key else f"Write {key}=<value>."
+            problems.append(problem("", f"{shown(word)} is not key=value. {fix}"))
+        elif not key:
+            problems.append(problem("", f"{shown(word)} has no key before '='."))
+        elif key in words:
+            problems.append(problem("", f"key '{key}' is given twice: {words[key]} and {word}. Keep one."))
+        else:
+            words[key] = word
+            if not text:
+                problems.append(problem("", f"'{key}=' has no value. Write {key}=<value>, or leave it out."))
+            elif text[0] in _BRACKETS and _open_brackets(text) > 0:
+                problems.append(problem("", f"{shown(word)} opens a bracket that is never closed."))
+            else:
+                values[key] = _value(key, text)
+    return values
+
+
+def _merged(arguments: Sequence[str]) -> list[str]:
+    """Join words that spaces around '=' or inside brackets have split."""
+    words: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word.startswith("=") and words and "=" not in words[-1]:
+            word = words.pop() + word
+        if word.endswith("=") and word.count("=") == 1 and rest and "=" not in rest[0]:
+            word += rest.pop(0)
+        text = word.partition("=")[2].strip()
+        if text and text[0] in _BRACKETS:
+            joined, ahead = text, 0
+            while _open_brackets(joined) > 0 and ahead < len(rest) and "=" not in rest[ahead]:
+                joined = f"{joined} {rest[ahead]}"
+                ahead += 1
+            if _open_brackets(joined) <= 0:
+                word, rest = f"{word.partition('=')[0]}={joined}", rest[ahead:]
+        words.append(word)
+    return words
+
+
+def _open_brackets(text: str) -> int:
+    return sum(text.count(left) - text.count(right) for left, right in _BRACKETS.items())
+
+
+def _value(key: str, text: str) -> Any:
+    if key == "kd" and text.lower() == NO_RECIPE:
+        return NO_RECIPE
+    constants = {"none": None, "true": True, "false": False}
+    if key in _VERBATIM:
+        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+        return None if text.lower() == "none" else text[1:-1] if quoted else text
+    if text.lower() in constants:
+        return constants[text.lower()]
+    try:
+        with warnings.catch_warnings():  # '\d' and '1if' are only worth a warning in code
+            warnings.simplefilter("ignore")
+            return ast.literal_eval(text)
+    except Exception:  # anything else is text, as in Ultralytics' parser
+        return text
+
+
+def _resolve(items: dict[str, Item], problems: list[str]) -> TrainOptions:
+    """Add what the experiment file says and check everything together."""
+    items, complete = _with_experiment(items, problems)
+    if "kd" in items and str(items["kd"].value).lower() == NO_RECIPE and items["kd"].value is not None:
+        items["kd"] = Item(NO_RECIPE, items["kd"].where)
+    overrides, ultralytics = _sort_out(items, problems)
+    resume = _resume(items.get("resume"), problems)
+    resuming = _given(items, "resume") and items["resume"].value is not False
+    paths = {key: _path(key, items.get(key), problems) for key in _PATHS}
+    switches = {key: _switch(key, items.get(key), problems) for key in _SWITCHES}
+    kd = items.get("kd")
+    if _given(items, "kd") and resuming:
+        kd = items["kd"] if items["kd"].value == NO_RECIPE else None
+    elif not _given(items, "kd"):
+        kd = Item(DEFAULT_RECIPE) if _given(items, "teacher") and not resuming else None
+    if complete:  # otherwise what is missing may stand in the file
+        _check_together(items, overrides, resuming, problems)
+    if kd is not None and kd.value != NO_RECIPE:
+        read_recipe(kd, overrides, problems)
+    if paths["data"] is not None:
+        ultralytics["data"] = paths["data"]
+    raise_if(problems)
+    source = None if kd is None else os.fspath(kd.value) if isinstance(kd.value, os.PathLike) else kd.plain()
+    if source is None and not resuming:
+        source = NO_RECIPE
+    return TrainOptions(
+        teacher=paths["teacher"],
+        student=paths["student"],
+        kd=source,
+        kd_overrides={key: item.plain() for key, item in overrides.items()},
+        resume=resume,
+        ultralytics=ultralytics,
+        **switches,
+    )
+
+
+def _with_experiment(items: dict[str, Item], problems: list[str]) -> tuple[dict[str, Item], bool]:
+    """Put the keys of the experiment file under those that were given beside it; False if it could not be read."""
+    cfg = items.get("cfg")
+    own = {key: item for key, item in items.items() if key != "cfg"}
+    if cfg is None or cfg.value is None:
+        return own, True
+    if not isinstance(cfg.value, str | os.PathLike) or not os.fspath(cfg.value):
+        sentence = f"cfg must be the path of an experiment file, received {shown(cfg)}."
+        problems.append(problem(cfg.where, sentence))
+        return own, False
+    root = read_yaml(cfg.value, problems)
+    if root is None:
+        return own, False
+    if not isinstance(root.value, dict):
+        received = "the experiment file is empty" if root.value is None else f"received {shown(root)}"
+        problems.append(problem(root.where, f"an experiment must be a mapping of keys to values; {received}."))
+        return own, False
+    entries = dict(root.value)
+    if "cfg" in entries:
+        sentence = "an experiment file cannot name another one with cfg; write its keys here."
+        problems.append(problem(entries.pop("cfg").where, sentence))
+    kd = entries.get("kd")
+    if kd is not None and kd.value is None:
+        sentence = f"kd is empty. Write kd: {NO_RECIPE} for the student alone, or leave the line out."
+        problems.append(problem(entries.pop("kd").where, sentence))
+    # as Ultralytics reads its files: None is what it writes for null
+    entries = {k: Item(None, v.where) if v.value == "None" and k != "kd" else v for k, v in entries.items()}
+    return {**entries, **own}, True
+
+
+def _sort_out(items: dict[str, Item], problems: list[str]) -> tuple[dict[str, Item], dict[str, Any]]:
+    """Separate overrides of the recipe and keys of Ultralytics from our own, refusing what is neither."""
+    from ultralytics.cfg import check_cfg
+    from ultralytics.utils import DEFAULT_CFG_DICT
+
+    allowed = [key for key in (*DEFAULT_CFG_DICT, *OWN_KEYS) if key not in _REPLACED and "<" not in key]
+    overrides, ultralytics = {}, {}
+    for key, item in items.items():
+        if key.startswith("kd."):
+            overrides[key.removeprefix("kd.")] = item
+        elif key in OWN_KEYS or key in ("resume", "data"):
+            continue
+        elif key in _REPLACED:
+            if item.value is not None:
+                problems.append(problem(item.where, f"key '{key}' is not used here: {_REPLACED[key]}"))
+        elif key in _FIXED:
+            if item.value not in (None, _FIXED[key]):
+                sentence = (
+                    f"{key}={item.value} is not possible: this program does {key}={_FIXED[key]} only. Leave it out."
+                )
+                problems.append(problem(item.where, sentence))
+        elif key in DEFAULT_CFG_DICT or key in _PYTHON_KEYS:
+            checked = {key: item.plain()}
+            try:
+                check_cfg(checked)
+            except Exception as error:  # it checks some values with comparisons that raise errors of their own
+                problems.append(problem(item.where, " ".join(str(error).split())))
+            ultralytics[key] = checked[key]
+        else:
+            close = did_you_mean(key[:60], allowed)
+            hint = close or " See 'yolo-kd help' for ours and docs.ultralytics.com/usage/cfg for the others."
+            problems.append(problem(item.where, f"unknown key '{key}'.{hint}"))
+    return overrides, ultralytics
+
+
+def _check_together(
+    items: Mapping[str, Item], overrides: Mapping[str, Item], resuming: bool, problems: list[str]
+) -> None:
+    """Report keys that contradict or need each other."""
+    if resuming:
+        for key in ("student", "kd"):
+            if _given(items, key) and items[key].value != NO_RECIPE:  # kd=none: the run that goes on has no teacher
+                sentence = f"{key} cannot be given with resume: the checkpoint knows it. Leave out {key}."
+                problems.append(problem(items[key].where, sentence))
+        for key, item in overrides.items():
+            sentence = f"kd.{key} cannot be given with resume: the checkpoint knows the recipe. Leave it out."
+            problems.append(problem("" if item.where.startswith("kd.") else item.where, sentence))
+        return
+    for key, example in (("student", "yolov8n.pt"), ("data", "coco8.yaml")):
+        if not _given(items, key):
+            problems.append(f"{key} is missing. Add {key}={example}, or resume=<last.pt> to continue a run.")
+    teacher, kd = items.get("teacher"), items.get("kd")
+    alone = _given(items, "kd") and kd is not None and kd.value == NO_RECIPE
+    if _given(items, "teacher") and teacher is not None and alone:
+        sentence = f"kd={NO_RECIPE} trains the student alone, but teacher={teacher.value} is given"
+        place = f" ({teacher.where})" if teacher.where else ""
+        problems.append(problem(kd.where if kd else "", f"{sentence}{place}. Leave one out, or write teacher=none."))
+    elif not _given(items, "teacher") and _given(items, "kd") and not alone:
+        problems.append(
+            problem(
+                kd.where if kd and not isinstance(kd.value, dict) else "",
+                f"kd is given but no teacher. Add teacher=<model.pt>, or write kd={NO_RECIPE} for the student alone.",
+            )
+        )
+    if overrides and not alone and not _given(items, "teacher") and not _given(items, "kd"):
+        sentence = f"kd.{next(iter(overrides))} is given but no teacher. Add teacher=<model.pt>, or leave it out."
+        problems.append(sentence)
+    elif overrides and alone:
+        problems.append(f"kd.{next(iter(overrides))} is given, but kd={NO_RECIPE} distils nothing. Leave one out.")
+
+
+def _given(items: Mapping[str, Item], key: str) -> bool:
+    return key in items and items[key].value is not None
+
+
+def _path(key: str, item: Item | None, problems: list[str]) -> str | None:
+    if item is None or item.value is None:
+        return None
+    if isinstance(item.value, str | os.PathLike):
+        text = os.fspath(item.value)
+        if isinstance(text, str) and text.strip():
+            return text
+    problems.append(problem(item.where, f"{key} must be the path of a file, received {shown(item)}."))
+    return None
+
+
+def _switch(key: str, item: Item | None, problems: list[str]) -> bool:
+    if item is None or item.value is None:
+        return False
+    if isinstance(item.value, bool):
+        return item.value
+    problems.append(problem(item.where, f"{key} must be true or false, received {shown(item)}."))
+    return False
+
+
+def _resume(item: Item | None, problems: list[str]) -> str | None:
+    if item is None or item.value is None or item.value is False:
+        return None
+    if item.value is True:
+        # the newest run of the machine, which is what Ultralytics would take, may be anybody's
+        sentence = "name the checkpoint to continue: resume=runs/detect/train/weights/last.pt."
+        problems.append(problem(item.where, sentence))
+        return None
+    return _path("resume", item, problems)

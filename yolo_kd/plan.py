@@ -1,0 +1,199 @@
+"""What a training is to do, resolved and checked before Ultralytics makes a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ultralytics.data.utils import check_det_dataset
+from ultralytics.utils import LOGGER
+
+from yolo_kd import __version__
+from yolo_kd.checkpoints import LoadedDetector, load_detector, sha256
+from yolo_kd.errors import CheckpointError, ConfigError, DataError, PairError
+from yolo_kd.options import DEFAULT_RECIPE, NO_RECIPE
+from yolo_kd.recipe import Recipe, load_recipe
+from yolo_kd.taps import check_class_names, check_levels
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to distil from which teacher, resolved and checked; plain enough to ride in a checkpoint's arguments."""
+
+    recipe: Recipe
+    teacher: str
+    teacher_sha256: str
+    trust_checkpoints: bool = False
+    random_teacher: bool = False
+    inherit: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain types only."""
+        return {
+            "name": self.recipe.name,
+            "recipe": self.recipe.to_dict(),
+            "teacher": self.teacher,
+            "teacher_sha256": self.teacher_sha256,
+            "trust_checkpoints": self.trust_checkpoints,
+            "random_teacher": self.random_teacher,
+            "inherit": self.inherit,
+            "version": __version__,
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> Plan:
+        """Rebuild a plan from `to_dict`."""
+        return cls(
+            load_recipe(state["recipe"], name=state["name"]),
+            state["teacher"],
+            state["teacher_sha256"],
+            state["trust_checkpoints"],
+            state["random_teacher"],
+            state["inherit"],
+        )
+
+
+def make_plan(own: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Plan | None, LoadedDetector | None]:
+    """Resolve recipe and teacher.
+
+    Args:
+        own: This package's keys of a training: `teacher`, `kd`, `inherit`, `trust_checkpoints`, `random_teacher`.
+        changes: Changes to the recipe, by `loss.key`.
+
+    Returns:
+        The plan, None for the student alone, and the teacher where it had to be loaded for it.
+
+    Raises:
+        ConfigError: If keys are missing or contradict each other, or the recipe has mistakes.
+        CheckpointError: If the teacher cannot be loaded.
+    """
+    source, teacher = own.get("kd"), own.get("teacher")
+    if isinstance(source, Mapping) and "teacher_sha256" in source:
+        return Plan.from_dict(source), None  # a worker of multi-GPU training receives its parent's resolved plan
+    if source is None and teacher is None:
+        raise ConfigError("no teacher: add teacher=<checkpoint>, or kd=none to train the student alone.")
+    if source == NO_RECIPE:
+        if teacher is not None or changes or own.get("inherit"):
+            raise ConfigError("kd=none trains the student alone and takes no teacher, no inherit and no kd. keys.")
+        return None, None
+    if teacher is None:
+        raise ConfigError(f"kd={source} needs a teacher: add teacher=<checkpoint>.")
+    recipe = load_recipe(DEFAULT_RECIPE if source is None else source, changes)
+    trust, random, inherit = (bool(own.get(k, False)) for k in ("trust_checkpoints", "random_teacher", "inherit"))
+    if str(teacher).lower().endswith((".yaml", ".yml")):
+        if not random:
+            raise ConfigError(
+                f"teacher={teacher} is a model YAML, so its weights would be random and teach nothing. Name a trained "
+                "checkpoint, or add random_teacher=true if that is what you want."
+            )
+        return Plan(recipe, str(teacher), "", trust, random, inherit), None
+    detector = load_detector(teacher, role="teacher", trust=trust)
+    return Plan(recipe, str(detector.path.resolve()), detector.sha256, trust, random, inherit), detector
+
+
+def check_models(
+    plan: Plan | None, detector: LoadedDetector | None, keys: Mapping[str, Any], trust: bool
+) -> LoadedDetector | None:
+    """Check data set, student and teacher against each other.
+
+    Args:
+        plan: The plan, None for the student alone.
+        detector: The teacher if it is loaded already.
+        keys: Ultralytics' keys of the training.
+        trust: Load checkpoints without restriction.
+
+    Returns:
+        The loaded teacher, None for the student alone.
+
+    Raises:
+        DataError: If the data set cannot be used.
+        CheckpointError: If a model cannot be loaded.
+        PairError: If they do not fit each other.
+    """
+    data = read_dataset(keys.get("data"), keys.get("split") or "val")
+    nc = 1 if keys.get("single_cls") else data["nc"]
+    channels = data["channels"]
+    student = load_detector(keys.get("model") or "", role="student", trust=trust, nc=nc, channels=channels)
+    if plan is None:
+        return None
+    detector = detector or load_detector(plan.teacher, role="teacher", trust=trust, nc=nc, channels=channels)
+    teacher = detector.model
+    if len(teacher.names) != nc:
+        raise PairError(
+            f"teacher={plan.teacher} knows {len(teacher.names)} classes, data={keys.get('data')} has {nc}. "
+            "Distillation needs the same classes: train the teacher on this data set first "
+            f"(yolo-kd train kd=none student={Path(plan.teacher).name} data={keys.get('data')})."
+        )
+    named = not detector.random and not keys.get("single_cls")
+    if named and (warning := check_class_names(teacher.names, data["names"])):
+        LOGGER.warning(warning)
+    if not student.random and student.sha256 == detector.sha256:
+        LOGGER.warning(f"teacher and student are the same file {student.path}: this is self-distillation.")
+    check_levels(student.model, teacher)
+    if (takes := teacher.yaml.get("channels", 3)) != channels:
+        raise PairError(f"the teacher takes images of {takes} channels, the data set has {channels}.")
+    return detector
+
+
+def check_teacher_file(plan: Plan) -> None:
+    """Check that the teacher of a run that is resumed is still the file it began with.
+
+    Raises:
+        CheckpointError: If it is gone, or another file stands in its place.
+    """
+    if plan.random_teacher:
+        return
+    if not Path(plan.teacher).exists():
+        raise CheckpointError(
+            f"the teacher {plan.teacher} of this run is gone. If it has moved, add teacher=<its new path>."
+        )
+    if (found := sha256(plan.teacher)) != plan.teacher_sha256:
+        raise CheckpointError(
+            f"teacher={plan.teacher} is not the file this run began with: its SHA-256 is {found[:12]}..., the run's "
+            f"teacher had {plan.teacher_sha256[:12]}.... Name the original file with teacher=."
+        )
+
+
+def check_resumable(checkpoint: Mapping[str, Any], path: Any, alone: bool) -> None:
+    """Check that a checkpoint is one that a training can go on from.
+
+    Args:
+        checkpoint: Its dictionary.
+        path: Its file, for messages.
+        alone: True if the run to resume has no teacher.
+
+    Raises:
+        CheckpointError: If it is finished, or holds no distillation.
+    """
+    arguments = checkpoint.get("train_args") or {}
+    if "kd" not in arguments and not alone:
+        raise CheckpointError(
+            f"resume={path} was not written by a distillation: it names no teacher and no recipe. Start a new run with "
+            f"student={path} and teacher=, or add kd=none to go on training it alone."
+        )
+    if checkpoint.get("optimizer") is None or checkpoint.get("epoch", -1) < 0:
+        raise CheckpointError(
+            f"resume={path} is a finished training: it holds no optimiser state. Name the last.pt of a run that was "
+            "interrupted."
+        )
+
+
+def read_dataset(data: Any, split: str) -> dict[str, Any]:
+    """Read a data YAML as Ultralytics does.
+
+    Args:
+        data: The data YAML, or a name that Ultralytics knows.
+        split: The split that training validates on.
+
+    Raises:
+        DataError: If it is missing or lacks what training needs.
+    """
+    if not data:
+        raise DataError("no data set: add data=<data yaml>.")
+    try:
+        return check_det_dataset(str(data), split=split)
+    except Exception as error:
+        text = " ".join(str(error).replace("❌", "").split())
+        raise DataError(f"data={data} cannot be used: {text or type(error).__name__}") from error

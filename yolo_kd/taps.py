@@ -1,0 +1,393 @@
+"""The one file that knows how Ultralytics' models look inside.
+
+It finds the layers that feed the head, turns raw head outputs into views, a batch into targets, and captures the label
+assignment of the native loss. Nothing here is hard-coded to a family: layers, widths and strides come from the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from ultralytics.nn.modules.head import Detect
+from ultralytics.utils.ops import xywh2xyxy
+
+from yolo_kd.errors import ConfigError, PairError, did_you_mean, listed
+from yolo_kd.views import Assignment, Pair, Targets, View
+
+
+def head_of(model: nn.Module) -> Detect:
+    """Return the detection head of an Ultralytics detector."""
+    return model.model[-1]  # type: ignore[index]
+
+
+def neck_layers(model: nn.Module) -> tuple[int, ...]:
+    """Return the indices of the layers that feed the head, finest level first."""
+    return tuple(head_of(model).f)
+
+
+def strides_of(model: nn.Module) -> tuple[int, ...]:
+    """Return the stride of each head level in pixels."""
+    return tuple(int(s) for s in head_of(model).stride)
+
+
+def channels_of(model: nn.Module) -> tuple[int, ...]:
+    """Return the width of the features that feed the head, per level."""
+    return tuple(
+        next(m for m in branch.modules() if isinstance(m, nn.Conv2d)).in_channels for branch in head_of(model).cv2
+    )
+
+
+def bins_of(model: nn.Module) -> int:
+    """Return the number of bins of the head's distance distributions, 1 where it has none."""
+    return int(head_of(model).reg_max)
+
+
+def neck_and_head(model: nn.Module) -> list[tuple[int, tuple[int, nn.Module]]]:
+    """Return the layers behind the backbone as (distance from the head, (index, layer)), in order."""
+    layers: list[nn.Module] = list(model.model)  # type: ignore[arg-type]
+    first = len(model.yaml["backbone"])  # type: ignore[index]
+    return [(len(layers) - 1 - i, (i, layers[i])) for i in range(first, len(layers))]
+
+
+def pair_of(
+    student: nn.Module,
+    teacher: nn.Module,
+    student_taps: Mapping[str, nn.Module] | None = None,
+    teacher_taps: Mapping[str, nn.Module] | None = None,
+) -> Pair:
+    """Collect what the losses need to know about a teacher and a student.
+
+    Args:
+        student: The student.
+        teacher: The teacher.
+        student_taps: Other layers of the student that the recipe reads, by name.
+        teacher_taps: Other layers of the teacher that the recipe reads, by name.
+
+    Raises:
+        PairError: If class counts or head levels differ.
+    """
+    s_nc, t_nc = head_of(student).nc, head_of(teacher).nc
+    if s_nc != t_nc:
+        raise PairError(
+            f"the teacher was trained on {t_nc} classes, the student has {s_nc}. Distillation needs the same classes: "
+            f"train the teacher on this data set first (yolo-kd train kd=none student=<teacher model> data=...)."
+        )
+    check_levels(student, teacher)
+    s_strides = strides_of(student)
+    s_layers, t_layers = _measure(student, student_taps or {}), _measure(teacher, teacher_taps or {})
+    return Pair(
+        channels_of(student),
+        channels_of(teacher),
+        s_strides,
+        s_nc,
+        bins_of(student),
+        bins_of(teacher),
+        student_layer_channels={name: c for name, (c, _) in s_layers.items()},
+        teacher_layer_channels={name: c for name, (c, _) in t_layers.items()},
+        student_layer_strides={name: stride for name, (_, stride) in s_layers.items()},
+        teacher_layer_strides={name: stride for name, (_, stride) in t_layers.items()},
+    )
+
+
+def check_levels(student: nn.Module, teacher: nn.Module) -> None:
+    """Check that both heads have the same levels.
+
+    Raises:
+        PairError: Naming the strides of both.
+    """
+    ours, theirs = strides_of(student), strides_of(teacher)
+    if ours != theirs:
+        raise PairError(
+            f"the student's head has levels of stride {listed(ours)}, the teacher's {listed(theirs)}. "
+            "Choose two models with the same levels."
+        )
+
+
+def _measure(model: nn.Module, taps: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
+    """Return width and stride of layers, seen in one forward pass of a blank image."""
+    if not taps:
+        return {}
+    parameter = next(model.parameters())
+    size = 2 * max(strides_of(model))
+    images = parameter.new_zeros(1, model.yaml.get("channels", 3), size, size)  # type: ignore[union-attr, operator]
+    training = {module: module.training for module in model.modules()}
+    tap = LayerTap(taps)
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(images)
+        found = tap.take()
+    finally:
+        tap.remove()
+        for module, mode in training.items():
+            module.training = mode
+    return {name: (map_.shape[1], size // map_.shape[-1]) for name, map_ in found.items()}
+
+
+def find_layers(model: nn.Module, names: Sequence[str], role: str) -> dict[str, nn.Module]:
+    """Return layers by the names that a recipe gives them: `model.9`, or anything deeper such as `model.9.cv2`.
+
+    Args:
+        model: The detector.
+        names: Layer names.
+        role: teacher or student, for messages.
+
+    Raises:
+        ConfigError: If there is no such layer, with the closest match.
+    """
+    layers = {}
+    known = dict(model.named_modules())
+    for name in names:
+        if name not in known or not name:
+            top = [k for k in known if k.startswith("model.") and k.count(".") == 1]
+            raise ConfigError(
+                f"the {role} has no layer '{name}'.{did_you_mean(name, known)} Its layers are {top[0]} to {top[-1]} "
+                "and everything inside them."
+            )
+        layers[name] = known[name]
+    return layers
+
+
+def head_split_points(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules in the head whose outputs enter the activation of each branch's second convolution.
+
+    They are the normalisation layers, or in a fused model the convolutions themselves, named `cls0`, `box0`, `cls1`...
+    """
+    head = head_of(model)
+    points = {}
+    for i, (box, cls) in enumerate(zip(head.cv2, head.cv3, strict=True)):
+        for name, branch in (("cls", cls), ("box", box)):
+            block = _last_convolution(branch[-2])
+            fused = not hasattr(block, "bn")
+            points[f"{name}{i}"] = block.conv if fused else block.bn
+    return points
+
+
+def head_tails(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """Return the end of each level's class and box branch: the activation and what follows the second convolution."""
+    head = head_of(model)
+    tails: list[tuple[nn.Module, nn.Module]] = []
+    for box, cls in zip(head.cv2, head.cv3, strict=True):
+        pair = []
+        for branch in (cls, box):
+            activation = deepcopy(_last_convolution(branch[-2]).act)
+            if hasattr(activation, "inplace"):
+                activation.inplace = False  # its input is a leaf of the student's graph here
+            pair.append(nn.Sequential(activation, branch[-1]).eval().requires_grad_(False))
+        tails.append((pair[0], pair[1]))
+    return tails
+
+
+def _last_convolution(block: nn.Module) -> Any:
+    """Return the last convolution block (convolution, normalisation, activation) of a branch's part."""
+    return [m for m in block.modules() if hasattr(m, "conv") and hasattr(m, "act")][-1]
+
+
+class LayerTap:
+    """Forward hooks that keep the outputs of layers until they are taken.
+
+    Outputs are copied, since an activation may overwrite its input in place.
+
+    Args:
+        layers: Layers by the name under which their outputs are handed out.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]):
+        self._captured: dict[str, Tensor] = {}
+        self._handles = [layer.register_forward_hook(self._keep(name)) for name, layer in layers.items()]
+        self._names = tuple(layers)
+
+    def _keep(self, name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if not isinstance(output, Tensor) or output.ndim != 4:
+                raise ConfigError(f"layer '{name}' does not yield one feature map, so it cannot be distilled.")
+            self._captured[name] = output.clone()
+
+        return hook
+
+    def take(self) -> dict[str, Tensor]:
+        """Return what the last forward pass left, (B, C, H, W) by name, and forget it."""
+        captured = {name: self._captured[name] for name in self._names if name in self._captured}
+        self._captured.clear()
+        return captured
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._captured.clear()
+
+
+def check_class_names(teacher: Mapping[int, str], data: Mapping[int, str]) -> str | None:
+    """Compare the teacher's class names with the data set's, which have equal length.
+
+    Returns:
+        A warning if names differ, None if all is well.
+
+    Raises:
+        PairError: If it is the same set of names in another order, which would distil wrong classes silently.
+    """
+    ours = [str(data[i]).strip().lower() for i in sorted(data)]
+    theirs = [str(teacher[i]).strip().lower() for i in sorted(teacher)]
+    if ours == theirs:
+        return None
+    if sorted(ours) == sorted(theirs):
+        raise PairError(
+            f"the teacher has the data set's classes in another order: {listed(theirs)} against {listed(ours)}. "
+            "Reorder the names and labels of the data set to the teacher's order."
+        )
+    differing = [f"{i}: '{a}' / '{b}'" for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b]
+    more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+    return f"class names of teacher and data set differ ({', '.join(differing[:4])}{more}); they are paired by index."
+
+
+def view_of(predictions: Any, model: nn.Module, layers: Mapping[str, Tensor] | None = None) -> View:
+    """Turn a detector's raw training outputs into a view.
+
+    Of the two branches of an end-to-end head the one-to-many branch is taken: the other gets detached features and
+    would train nothing but itself.
+
+    Args:
+        predictions: What the head returned: a dictionary, or in eval mode a tuple that ends in one.
+        model: The detector that made them.
+        layers: Outputs of other layers, by name.
+    """
+    raw = predictions[1] if isinstance(predictions, tuple) else predictions
+    one2one = raw.get("one2one")
+    main = raw.get("one2many", raw)
+    return View(
+        features=tuple(main["feats"]),
+        scores=main["scores"].transpose(1, 2),
+        boxes=main["boxes"].transpose(1, 2),
+        strides=strides_of(model),
+        reg_max=bins_of(model),
+        one2one_scores=None if one2one is None else one2one["scores"].transpose(1, 2),
+        layers=layers or {},
+    )
+
+
+class TeacherTap:
+    """Forward hooks on a frozen teacher: on the layers that feed its head, and on the head.
+
+    The head is asked for its raw outputs, as in training, so that no box is decoded only to be thrown away; all its
+    normalisation layers stay in eval mode. The student needs no hook, as its head hands out the features it was given.
+
+    Args:
+        model: The teacher, in eval mode.
+        others: Other layers that the recipe reads, by name.
+    """
+
+    def __init__(self, model: nn.Module, others: Mapping[str, nn.Module] | None = None):
+        self.model = model
+        self._others = LayerTap(others or {})
+        self._head = head_of(model)
+        self._head.training = True  # this module alone, not its children: raw outputs instead of decoded boxes
+        self._captured: dict[int, Tensor] = {}
+        self._raw: dict[str, Any] = {}
+        self._handles: list[RemovableHandle] = []
+        self._layers = neck_layers(model)
+        for index in self._layers:
+            layer: nn.Module = model.model[index]  # type: ignore[index, assignment]
+            self._handles.append(layer.register_forward_hook(self._keep(index)))
+        self._handles.append(self._head.register_forward_hook(self._keep_raw))
+
+    def _keep(self, index: int) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            self._captured[index] = output
+
+        return hook
+
+    def _keep_raw(self, _module: nn.Module, _inputs: Any, output: dict[str, Any]) -> None:
+        self._raw = output
+
+    def __call__(self, images: Tensor) -> View:
+        """Run the teacher on (B, C, H, W) images in [0, 1] and return its view."""
+        self.model(images)
+        features = tuple(self._captured[i] for i in self._layers)
+        raw, self._raw = self._raw, {}
+        self._captured.clear()
+        main = {**raw.get("one2many", raw), "feats": features}
+        return view_of({"one2many": main, "one2one": raw.get("one2one")}, self.model, self._others.take())
+
+    def remove(self) -> None:
+        """Take the hooks off; the model is plain again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._others.remove()
+        self._head.training = False
+
+
+class AssignmentTap:
+    """Captures the answer of the native loss's task-aligned assigner, so that no term computes it again.
+
+    Args:
+        criterion: The student's native loss; for end-to-end heads its one-to-many part is tapped.
+    """
+
+    def __init__(self, criterion: Any):
+        assigner = getattr(criterion, "one2many", criterion).assigner
+        self._answer: Sequence[Tensor] | None = None
+        self._handle = assigner.register_forward_hook(self._keep)
+
+    def _keep(self, _module: nn.Module, _inputs: Any, output: Sequence[Tensor]) -> None:
+        self._answer = output
+
+    def take(self) -> Assignment | None:
+        """Return the assignment of the batch that just passed, and forget it."""
+        answer, self._answer = self._answer, None
+        if answer is None:
+            return None
+        _labels, boxes, scores, foreground, _index = answer
+        return Assignment(foreground.bool(), scores.detach(), boxes.detach())
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        self._handle.remove()
+
+
+def targets_of(batch: Mapping[str, Any], assignment: Assignment | None = None) -> Targets:
+    """Turn a batch of Ultralytics' loader into targets: normalised xywh boxes become pixels, xyxy."""
+    size = batch["img"].shape[-2:]
+    boxes = batch["bboxes"].view(-1, 4).float()
+    scale = boxes.new_tensor([size[1], size[0], size[1], size[0]])
+    return Targets(
+        boxes=xywh2xyxy(boxes) * scale,
+        labels=batch["cls"].view(-1).long(),
+        image_index=batch["batch_idx"].view(-1).long(),
+        image_size=(int(size[0]), int(size[1])),
+        batch_size=int(batch["img"].shape[0]),
+        assignment=assignment,
+    )
+
+
+class OptimizerScope(nn.Module):
+    """Student and distillation modules under the names by which Ultralytics' optimiser builder looks for them.
+
+    Passing this in place of the student puts adapters into the same parameter groups that upstream's own projector
+    gets, so that they are trained alike. It exists only for that one call.
+    """
+
+    def __init__(self, student: nn.Module, distiller: nn.Module):
+        super().__init__()
+        self.student_model = student
+        self.projector = distiller
+
+
+def fuse_keeping_branches(model: nn.Module) -> nn.Module:
+    """Fuse convolutions with their normalisation, keeping both branches of an end-to-end head.
+
+    Ultralytics' own fusion deletes the branch that inference will not use.
+    """
+    head = head_of(model)
+    head.fuse = lambda *_args, **_kwargs: None
+    try:
+        return model.fuse(verbose=False)  # type: ignore[operator]
+    finally:
+        del head.fuse
