@@ -29,6 +29,7 @@ from yolo_kd.checkpoints import load_detector
 from yolo_kd.distiller import Distiller
 from yolo_kd.losses.base import registered
 from yolo_kd.recipe import load_recipe
+from yolo_kd.speed import Speed
 from yolo_kd.taps import AssignmentTap, LayerTap, head_split_points, head_tails, pair_of, targets_of, view_of
 from yolo_kd.teacher import Teacher
 from yolo_kd.views import View
@@ -81,8 +82,8 @@ class Bench:
         self.student.names = self.data["names"]
         for name, p in self.student.named_parameters():
             p.requires_grad = ".dfl" not in name
-        dtype = torch.bfloat16 if args.bf16 else torch.float32
-        self.teacher = Teacher(teacher, torch.device("cpu"), dtype, head_split=True)
+        speed = Speed(teacher_precision="bf16" if args.bf16 else "fp32")
+        self.teacher = Teacher(teacher, torch.device("cpu"), speed, head_split=True)
         self.points = head_split_points(self.student)
         pair = pair_of(self.student, teacher.model, self.points, head_split_points(teacher.model))
         self.distillers = {}
@@ -90,7 +91,7 @@ class Bench:
             if (args.losses and name not in args.losses) or (loss.needs_bins and not pair.same_bins):
                 continue
             distiller = Distiller(load_recipe({"losses": {name: {}}}), pair).train()
-            distiller.attach_teacher_head(head_tails(self.teacher.model))
+            distiller.attach_teacher_head(head_tails(teacher.model))
             self.distillers[name] = distiller
         self.criterion = self.student.init_criterion()
         self.assignment = AssignmentTap(self.criterion)

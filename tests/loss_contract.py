@@ -429,6 +429,23 @@ def check_gradient(cls: type[Loss]) -> None:
             assert id(parameter) in own or parameter.grad is not None, f"{owner} parameter {name} is never trained"
 
 
+def check_reads(cls: type[Loss]) -> None:
+    """Of the teacher it needs what it declares and no more: the rest of the head is never computed."""
+    pair = make_pair()
+    step = make_step(pair, one2one=True)
+    teacher = step.teacher
+    nothing = teacher.scores.new_empty(len(teacher.scores), 0, 0)
+    emptied = replace(
+        teacher,
+        scores=teacher.scores if "scores" in cls.reads else nothing,
+        boxes=teacher.boxes if "boxes" in cls.reads else nothing,
+        one2one_scores=teacher.one2one_scores if "one2one" in cls.reads else None,
+    )
+    whole = evaluate(make_loss(cls, pair), step)
+    part = evaluate(make_loss(cls, pair), Step(step.student, emptied, step.targets, step.progress, step._align))
+    assert {k: v.item() for k, v in part.items()} == {k: v.item() for k, v in whole.items()}
+
+
 def check_self_trained(cls: type[Loss]) -> None:
     """`after_step` trains what `self_trained` names, all of it and nothing else."""
     pair = make_pair()

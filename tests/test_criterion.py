@@ -71,7 +71,7 @@ def check_one_step(student: DetectionModel, teacher: DetectionModel) -> None:
     assert [row.term for row in rows] == ["objectness", "ultralytics"]
     assert all(row.gradient > 0 for row in rows)
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in distiller.trained_parameters())
-    assert all(p.grad is None for p in frozen.model.parameters())
+    assert all(p.grad is None for p in frozen.runner.model.parameters())
     frozen.verify_untouched()
 
 
@@ -187,7 +187,7 @@ def test_changed_teacher_is_noticed(models: dict) -> None:
     _, _, frozen, _, _ = make_step(models["yolov8n"], models["yolov8n"])
     frozen.verify_untouched()
     with torch.no_grad():
-        next(frozen.model.parameters())[0] += 1e-7
+        next(frozen.runner.model.parameters())[0] += 1e-7
     with pytest.raises(AuditError, match="changed during training"):
         frozen.verify_untouched()
 
@@ -209,7 +209,7 @@ def test_teacher_is_fused_yet_equal(models: dict) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         assert (view.one2one_scores is None) == ("one2one" not in raw)
         frozen.close()
-        assert not any(m._forward_hooks for m in frozen.model.modules())
+        assert not any(m._forward_hooks for m in frozen.runner.model.modules())
 
 
 def test_pair_with_other_classes_or_levels(models: dict, tmp_path: Path) -> None:

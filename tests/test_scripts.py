@@ -29,7 +29,7 @@ def test_help(name: str) -> None:
 
 @pytest.mark.e2e
 def test_cost_of_recipes() -> None:
-    found = run("bench_terms.py", "--recipes", "objectness", "fgd", "--imgsz", "64", "--batch", "2", "--rounds", "1")
+    found = run("bench_step.py", "--recipes", "objectness", "fgd", "--imgsz", "64", "--batch", "2", "--rounds", "1")
     assert found.returncode == 0, found.stderr
     assert [line.split("|")[1].strip() for line in found.stdout.splitlines()[3:]] == ["none", "objectness", "fgd"]
 

@@ -368,7 +368,7 @@ def test_a_teacher_that_learns_is_an_error(tmp_path: Path, shapes: Path, student
 
     def meddle(t: Any) -> None:
         with torch.no_grad():
-            next(t.teacher.model.parameters()).add_(1)
+            next(t.teacher.runner.model.parameters()).add_(1)
 
     trainer.add_callback("on_train_end", meddle)
     with pytest.raises(AuditError, match="changed during training"):

@@ -35,6 +35,10 @@ Keys of train besides Ultralytics' own:
   inherit=true             start the student's neck and head from the teacher's where shapes agree
   trust_checkpoints=true   load files that ask for more than weights; they can run code
   random_teacher=true      allow a model YAML as teacher
+  teacher_precision=       auto, fp32, bf16 or fp16
+  teacher_channels_last=   auto, true or false; so are teacher_compile= and teacher_stream=
+  threads=                 auto or a number, on a CPU
+  kd.cache=disk            keep the teacher's outputs, for trainings without random augmentation
   --debug                  show the traceback of an error
 """
 
@@ -103,6 +107,7 @@ def _train(arguments: list[str]) -> int:
         "resume": options.resume,
     }
     overrides |= {k: v for k, v in own.items() if v is not None}
+    overrides |= options.speed
     overrides |= {f"kd.{k}": v for k, v in options.kd_overrides.items()}
     trainer = DistillationTrainer(overrides=overrides)
     trainer.train()

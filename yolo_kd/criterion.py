@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from yolo_kd.audit import AuditRow, audit
 from yolo_kd.distiller import Distiller
 from yolo_kd.taps import AssignmentTap, LayerTap, targets_of, view_of
+from yolo_kd.views import View
 
 TEACHER_VIEW = "teacher_view"  # key under which the teacher's view rides in the batch
 
@@ -68,6 +69,7 @@ class DistillationCriterion:
         """Return the loss vector, times the batch size as Ultralytics wants it, and the logged items, per image."""
         loss, items = self.native(predictions, batch)
         teacher = batch[TEACHER_VIEW]
+        teacher = teacher if isinstance(teacher, View) else teacher.take()  # it may have a stream of its own
         student = view_of(predictions, self._student, self.layers.take() if self.layers else None)
         reads = self._distiller.reads
         targets = None

@@ -11,6 +11,7 @@ from typing import Any
 
 from yolo_kd.errors import did_you_mean
 from yolo_kd.recipe import read_recipe
+from yolo_kd.speed import SPEED_KEYS, mistake
 from yolo_kd.yaml_lines import Item, problem, raise_if, read_yaml, shown, wrap
 
 DEFAULT_RECIPE = "objectness"
@@ -25,6 +26,7 @@ OWN_KEYS: dict[str, str] = {
     "trust_checkpoints": "load checkpoints that hold more than tensors and known classes, which can run code (false)",
     "inherit": "start the student's neck and head from the teacher's where shapes agree (false)",
     "random_teacher": "allow a teacher that was never trained, to try things out (false)",
+    **SPEED_KEYS,
 }
 
 _SWITCHES = ("trust_checkpoints", "random_teacher", "inherit")
@@ -55,6 +57,7 @@ class TrainOptions:
         trust_checkpoints: Load checkpoints that can run code.
         random_teacher: Allow a teacher that was never trained.
         inherit: Start the student's neck and head from the teacher's where shapes agree.
+        speed: Keys of `yolo_kd.speed` that were given.
         ultralytics: Every other key, as Ultralytics takes it. Never holds model, task, mode, resume or cfg.
     """
 
@@ -66,6 +69,7 @@ class TrainOptions:
     trust_checkpoints: bool = False
     random_teacher: bool = False
     inherit: bool = False
+    speed: dict[str, Any] = field(default_factory=dict)
     ultralytics: dict[str, Any] = field(default_factory=dict)
 
 
@@ -92,7 +96,7 @@ def parse_train(arguments: Sequence[str]) -> TrainOptions:
     problems: list[str] = []
     items = {}
     for key, value in _assignments(arguments, problems).items():
-        override = key.startswith("kd.")
+        override = key.startswith("kd.") and key not in SPEED_KEYS
         items[key] = wrap(value, f"{key} on the command line", problems) if override else Item(value)
     return _resolve(items, problems)
 
@@ -108,7 +112,7 @@ def train_options(mapping: Mapping[str, Any]) -> TrainOptions:
     for key, value in mapping.items():
         if not isinstance(key, str):
             problems.append(f"keys must be text, received {shown(key)}.")
-        elif key == "kd" or key.startswith("kd."):
+        elif key == "kd" or (key.startswith("kd.") and key not in SPEED_KEYS):
             items[key] = wrap(value, key if isinstance(value, Mapping) or key != "kd" else "", problems)
         else:
             items[key] = Item(value)  # Ultralytics' values are handed on as they are
@@ -192,6 +196,8 @@ def _resolve(items: dict[str, Item], problems: list[str]) -> TrainOptions:
     resuming = _given(items, "resume") and items["resume"].value is not False
     paths = {key: _path(key, items.get(key), problems) for key in _PATHS}
     switches = {key: _switch(key, items.get(key), problems) for key in _SWITCHES}
+    speed = {key: items[key] for key in SPEED_KEYS if _given(items, key)}
+    problems += [problem(item.where, text) for key, item in speed.items() if (text := mistake(key, item.value))]
     kd = items.get("kd")
     if _given(items, "kd") and resuming:
         kd = items["kd"] if items["kd"].value == NO_RECIPE else None
@@ -213,6 +219,7 @@ def _resolve(items: dict[str, Item], problems: list[str]) -> TrainOptions:
         kd=source,
         kd_overrides={key: item.plain() for key, item in overrides.items()},
         resume=resume,
+        speed={key: item.value for key, item in speed.items()},
         ultralytics=ultralytics,
         **switches,
     )
@@ -256,10 +263,10 @@ def _sort_out(items: dict[str, Item], problems: list[str]) -> tuple[dict[str, It
     allowed = [key for key in (*DEFAULT_CFG_DICT, *OWN_KEYS) if key not in _REPLACED and "<" not in key]
     overrides, ultralytics = {}, {}
     for key, item in items.items():
-        if key.startswith("kd."):
-            overrides[key.removeprefix("kd.")] = item
-        elif key in OWN_KEYS or key in ("resume", "data"):
+        if key in OWN_KEYS or key in ("resume", "data"):
             continue
+        elif key.startswith("kd."):
+            overrides[key.removeprefix("kd.")] = item
         elif key in _REPLACED:
             if item.value is not None:
                 problems.append(problem(item.where, f"key '{key}' is not used here: {_REPLACED[key]}"))

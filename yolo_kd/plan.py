@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from yolo_kd.checkpoints import LoadedDetector, load_detector, sha256
 from yolo_kd.errors import CheckpointError, ConfigError, DataError, PairError
 from yolo_kd.options import DEFAULT_RECIPE, NO_RECIPE
 from yolo_kd.recipe import Recipe, load_recipe
+from yolo_kd.speed import Speed
 from yolo_kd.taps import check_class_names, check_levels
 
 
@@ -28,6 +29,7 @@ class Plan:
     trust_checkpoints: bool = False
     random_teacher: bool = False
     inherit: bool = False
+    speed: Speed = field(default_factory=Speed)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types only."""
@@ -39,6 +41,7 @@ class Plan:
             "trust_checkpoints": self.trust_checkpoints,
             "random_teacher": self.random_teacher,
             "inherit": self.inherit,
+            "speed": self.speed.to_keys(),
             "version": __version__,
         }
 
@@ -52,6 +55,7 @@ class Plan:
             state["trust_checkpoints"],
             state["random_teacher"],
             state["inherit"],
+            Speed.of(state.get("speed", {})),
         )
 
 
@@ -59,7 +63,8 @@ def make_plan(own: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Plan 
     """Resolve recipe and teacher.
 
     Args:
-        own: This package's keys of a training: `teacher`, `kd`, `inherit`, `trust_checkpoints`, `random_teacher`.
+        own: This package's keys of a training: `teacher`, `kd`, `inherit`, `trust_checkpoints`, `random_teacher` and
+            those of `yolo_kd.speed`.
         changes: Changes to the recipe, by `loss.key`.
 
     Returns:
@@ -80,6 +85,7 @@ def make_plan(own: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Plan 
         return None, None
     if teacher is None:
         raise ConfigError(f"kd={source} needs a teacher: add teacher=<checkpoint>.")
+    speed = Speed.of(own)
     recipe = load_recipe(DEFAULT_RECIPE if source is None else source, changes)
     trust, random, inherit = (bool(own.get(k, False)) for k in ("trust_checkpoints", "random_teacher", "inherit"))
     if str(teacher).lower().endswith((".yaml", ".yml")):
@@ -88,9 +94,9 @@ def make_plan(own: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Plan 
                 f"teacher={teacher} is a model YAML, so its weights would be random and teach nothing. Name a trained "
                 "checkpoint, or add random_teacher=true if that is what you want."
             )
-        return Plan(recipe, str(teacher), "", trust, random, inherit), None
+        return Plan(recipe, str(teacher), "", trust, random, inherit, speed), None
     detector = load_detector(teacher, role="teacher", trust=trust)
-    return Plan(recipe, str(detector.path.resolve()), detector.sha256, trust, random, inherit), detector
+    return Plan(recipe, str(detector.path.resolve()), detector.sha256, trust, random, inherit, speed), detector
 
 
 def check_models(

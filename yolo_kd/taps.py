@@ -6,7 +6,7 @@ assignment of the native loss. Nothing here is hard-coded to a family: layers, w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -275,19 +275,33 @@ def view_of(predictions: Any, model: nn.Module, layers: Mapping[str, Tensor] | N
 class TeacherTap:
     """Forward hooks on a frozen teacher: on the layers that feed its head, and on the head.
 
-    The head is asked for its raw outputs, as in training, so that no box is decoded only to be thrown away; all its
-    normalisation layers stay in eval mode. The student needs no hook, as its head hands out the features it was given.
+    The head computes what is read and nothing else: raw outputs, so that no box is decoded only to be thrown away, and
+    only the branches that some term asks for. The student needs no hook, as its head hands out the features it was
+    given.
 
     Args:
         model: The teacher, in eval mode.
         others: Other layers that the recipe reads, by name.
+        reads: What the terms read of the teacher: scores, boxes, one2one. Layers inside the head need both branches.
     """
 
-    def __init__(self, model: nn.Module, others: Mapping[str, nn.Module] | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        others: Mapping[str, nn.Module] | None = None,
+        reads: Collection[str] = ("scores", "boxes", "one2one"),
+    ):
         self.model = model
+        self.forward: Callable[[Tensor], Any] = model
         self._others = LayerTap(others or {})
         self._head = head_of(model)
-        self._head.training = True  # this module alone, not its children: raw outputs instead of decoded boxes
+        inside = {id(module) for module in self._head.modules()}
+        whole = any(id(module) in inside for module in (others or {}).values())
+        self._reads = {*reads, "scores", "boxes"} if whole else {*reads}
+        if type(self._head).forward is Detect.forward:
+            self._head.forward = self._read_head
+        else:
+            self._head.training = True  # this module alone, not its children: raw outputs instead of decoded boxes
         self._captured: dict[int, Tensor] = {}
         self._raw: dict[str, Any] = {}
         self._handles: list[RemovableHandle] = []
@@ -296,6 +310,20 @@ class TeacherTap:
             layer: nn.Module = model.model[index]  # type: ignore[index, assignment]
             self._handles.append(layer.register_forward_hook(self._keep(index)))
         self._handles.append(self._head.register_forward_hook(self._keep_raw))
+
+    def _read_head(self, features: list[Tensor]) -> dict[str, Any]:
+        """Stand in for the head's own forward pass."""
+
+        def points(branches: nn.ModuleList, read: str) -> Tensor:
+            if read not in self._reads:
+                return features[0].new_empty(len(features[0]), 0, 0)
+            return torch.cat([b(f).flatten(2) for b, f in zip(branches, features, strict=True)], -1)
+
+        head = self._head
+        raw: dict[str, Any] = {"boxes": points(head.cv2, "boxes"), "scores": points(head.cv3, "scores")}
+        if "one2one" in self._reads and getattr(head, "one2one_cv3", None) is not None:
+            return {"one2many": raw, "one2one": {"scores": points(head.one2one_cv3, "one2one")}}
+        return raw
 
     def _keep(self, index: int) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
@@ -307,8 +335,8 @@ class TeacherTap:
         self._raw = output
 
     def __call__(self, images: Tensor) -> View:
-        """Run the teacher on (B, C, H, W) images in [0, 1] and return its view."""
-        self.model(images)
+        """Run the teacher on (B, C, H, W) images in [0, 1] and return its view; what nothing reads has no points."""
+        self.forward(images)
         features = tuple(self._captured[i] for i in self._layers)
         raw, self._raw = self._raw, {}
         self._captured.clear()
@@ -322,6 +350,7 @@ class TeacherTap:
         self._handles.clear()
         self._others.remove()
         self._head.training = False
+        self._head.__dict__.pop("forward", None)
 
 
 class AssignmentTap:

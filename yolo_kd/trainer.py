@@ -19,14 +19,16 @@ from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_kd.audit import AuditRow, table
+from yolo_kd.batch_probe import BatchProbe
 from yolo_kd.checkpoints import LoadedDetector, load_checkpoint_file, load_detector, restricted_loading
 from yolo_kd.criterion import TEACHER_VIEW, DistillationCriterion
 from yolo_kd.distiller import Distiller
-from yolo_kd.environment import check_cpu_bf16, check_torchvision
+from yolo_kd.environment import check_cpu_bf16, check_torchvision, reused_memory
 from yolo_kd.errors import AuditError, ConfigError
 from yolo_kd.inherit import inherit
 from yolo_kd.losses.base import find
 from yolo_kd.plan import Plan, check_models, check_resumable, check_teacher_file, make_plan
+from yolo_kd.speed import AUTO, SPEED_KEYS, Speed, thread_count
 from yolo_kd.taps import (
     LayerTap,
     OptimizerScope,
@@ -35,10 +37,12 @@ from yolo_kd.taps import (
     head_tails,
     pair_of,
 )
-from yolo_kd.teacher import Teacher
+from yolo_kd.teacher import Pending, Teacher
+from yolo_kd.view_cache import ViewCache, check_cacheable
+from yolo_kd.views import View
 
 ADAPTER_STATE = "yolo_kd"  # key of the adapters' state inside the optimiser's state dict
-OWN_KEYS = ("teacher", "kd", "inherit", "trust_checkpoints", "random_teacher")
+OWN_KEYS = ("teacher", "kd", "inherit", "trust_checkpoints", "random_teacher", *SPEED_KEYS)
 
 
 class DistillationTrainer(DetectionTrainer):
@@ -54,7 +58,8 @@ class DistillationTrainer(DetectionTrainer):
     Args:
         cfg: Ultralytics' defaults.
         overrides: Ultralytics' training keys and ours: `teacher` (checkpoint, or with `random_teacher` a model YAML),
-            `kd` (recipe name, YAML file or mapping), `kd.<loss>.<key>` (changes to it), `trust_checkpoints`.
+            `kd` (recipe name, YAML file or mapping), `kd.<loss>.<key>` (changes to it), `trust_checkpoints`, and those
+            of `yolo_kd.speed`.
         _callbacks: Ultralytics' callbacks.
 
     Raises:
@@ -64,6 +69,7 @@ class DistillationTrainer(DetectionTrainer):
     def __init__(self, cfg: Any = DEFAULT_CFG, overrides: dict | None = None, _callbacks: dict | None = None):
         overrides = dict(overrides or {})
         self.args: Any
+        self.model: Any
         own = {key: overrides.pop(key) for key in OWN_KEYS if key in overrides}
         changes = {k.removeprefix("kd."): overrides.pop(k) for k in [*overrides] if k.startswith("kd.")}
         if overrides.get("distill_model"):
@@ -75,20 +81,25 @@ class DistillationTrainer(DetectionTrainer):
         self.distiller: Distiller | None = None
         self.audit_rows: list[AuditRow] = []
         self._student_taps: dict[str, nn.Module] = {}
+        self._views: ViewCache | None = None
         self._detector: LoadedDetector | None = None
         self._batch_in_epoch = (-1, 0)  # epoch, batches seen in it
         self._own = own
         self.trust_checkpoints = bool(own.get("trust_checkpoints", False))
         self.plan: Plan | None = None
+        self.speed = Speed.of(own)
         if not overrides.get("resume"):
             self.plan, detector = make_plan(own, changes)
             self._detector = check_models(self.plan, detector, overrides, self.trust_checkpoints)
+            self.speed = self.plan.speed if self.plan else self.speed
         if _is_cpu_bf16(overrides):
             check_cpu_bf16()
         with restricted_loading(self.trust_checkpoints):
             super().__init__(cfg, overrides, _callbacks)
         if self.plan is not None:
             self.args.kd = self.plan.to_dict()
+            if self.speed.cache:
+                check_cacheable(vars(self.args))
 
     # ---------------------------------------------------------------------------------------------- resume
 
@@ -108,7 +119,9 @@ class DistillationTrainer(DetectionTrainer):
         if self._own.get("teacher") is not None:
             plan = replace(plan, teacher=str(self._own["teacher"]))
         # what the file says of trust does not count: whoever made it must not decide what may run here
-        self.plan = replace(plan, trust_checkpoints=self.trust_checkpoints)
+        given = {k: v for k, v in self._own.items() if k in SPEED_KEYS and v is not None}
+        self.speed = Speed.of({**plan.speed.to_keys(), **given})
+        self.plan = replace(plan, trust_checkpoints=self.trust_checkpoints, speed=self.speed)
         check_teacher_file(self.plan)
 
     # ---------------------------------------------------------------------------------------------- set-up
@@ -145,7 +158,11 @@ class DistillationTrainer(DetectionTrainer):
         terms = self.plan.recipe.terms
         split = any(find(term.name).head_split for term in terms)
         layers = _names(term.teacher_layers for term in terms)
-        self.teacher = Teacher(detector, self.device, self._teacher_dtype(), layers, split)
+        reads = frozenset().union(*(find(term.name).reads for term in terms))
+        speed = self.speed
+        if speed.teacher_compile == AUTO:
+            speed = replace(speed, teacher_compile=bool(self.args.compile) and self.device.type == "cuda")
+        self.teacher = Teacher(detector, self.device, speed, layers, split, reads, self._teacher_settled)
         self._student_taps = find_layers(student, _names(term.student_layers for term in terms), "student")
         teacher_taps = find_layers(detector.model, layers, "teacher")
         if split:
@@ -158,8 +175,6 @@ class DistillationTrainer(DetectionTrainer):
             )
         pair = pair_of(student, detector.model, self._student_taps, teacher_taps)
         self.distiller = Distiller(self.plan.recipe, pair).to(self.device).train()
-        if split:
-            self.distiller.attach_teacher_head(head_tails(self.teacher.model))
         if dist.is_initialized():
             for tensor in self.distiller.state_dict().values():  # ranks draw different random numbers
                 if isinstance(tensor, torch.Tensor):
@@ -167,13 +182,14 @@ class DistillationTrainer(DetectionTrainer):
         student.criterion = DistillationCriterion(student, self.distiller, on_audit=self._log_audit)
         if RANK in {-1, 0}:
             origin = "random weights" if detector.random else f"sha256 {detector.sha256[:12]}"
-            LOGGER.info(
-                f"Distilling {', '.join(self.distiller.terms)} from {detector.path} ({origin}, frozen, "
-                f"{str(self.teacher.dtype).removeprefix('torch.')})"
-            )
+            LOGGER.info(f"Distilling {', '.join(self.distiller.terms)} from {detector.path} ({origin}, frozen)")
 
-    def _teacher_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.args.amp == "bf16" else torch.float32
+    def _teacher_settled(self, sentence: str) -> None:
+        """Log how the teacher runs, and hand the end of its head to the losses that ask for it."""
+        if RANK in {-1, 0}:
+            LOGGER.info(sentence)
+        if self.teacher is not None and self.distiller is not None:
+            self.distiller.attach_teacher_head(head_tails(self.teacher.runner.model))
 
     def _log_audit(self, rows: list[AuditRow]) -> None:
         self.audit_rows = rows
@@ -217,6 +233,9 @@ class DistillationTrainer(DetectionTrainer):
         """Hang up the student's taps and write the resolved recipe, once everything else is set up."""
         super()._setup_train()
         self._tap_student()
+        if self.speed.cache and self.teacher is not None:
+            folder = self.save_dir / f"teacher_views{RANK if RANK > 0 else ''}"
+            self._views = ViewCache(folder, self.train_loader.dataset.im_files)
         if self.plan is not None and RANK in {-1, 0}:
             (self.save_dir / "kd.yaml").write_text(
                 yaml.safe_dump(self.plan.to_dict(), sort_keys=False), encoding="utf-8"
@@ -232,6 +251,24 @@ class DistillationTrainer(DetectionTrainer):
             student.criterion = DistillationCriterion(
                 student, self.distiller, native=student.criterion, on_audit=self._log_audit
             )
+
+    def auto_batch(self) -> int:
+        """Let Ultralytics find the batch size for the whole step: student, teacher, adapters and terms."""
+        if self.teacher is None or self.distiller is None:
+            return super().auto_batch()
+        split = any(term.loss.head_split for term in self.distiller.terms.values())
+        names = [name for term in self.distiller.terms.values() for name in term.student_layers]
+
+        def tap(student: nn.Module) -> LayerTap:
+            return LayerTap(find_layers(student, names, "student") | (head_split_points(student) if split else {}))
+
+        model = self.model
+        student = unwrap_model(model)
+        self.model = BatchProbe(student, self.distiller, self.teacher.rehearsal(), tap if self._student_taps else None)
+        try:
+            return super().auto_batch()
+        finally:
+            self.model = model
 
     def _tap_student(self) -> None:
         """Hang hooks on the student where the recipe reads more than its neck; never while it is copied or saved."""
@@ -258,30 +295,39 @@ class DistillationTrainer(DetectionTrainer):
             return super().train()
 
     def _do_train(self) -> None:
-        """Train with bfloat16 autocast on the CPU where asked, which Ultralytics refuses, and clean up after."""
+        """On a CPU train on all cores and with bfloat16 autocast where asked, which Ultralytics does not; clean up."""
+        threads = torch.get_num_threads()
+        if self.device.type == "cpu":
+            torch.set_num_threads(thread_count(self.speed.threads))
         try:
-            with cpu_bf16_autocast() if _is_cpu_bf16(vars(self.args), self.device.type) else nullcontext():
+            with (
+                reused_memory() if self.device.type == "cpu" else nullcontext(),
+                cpu_bf16_autocast() if _is_cpu_bf16(vars(self.args), self.device.type) else nullcontext(),
+            ):
                 super()._do_train()
             if self.teacher is not None:
                 self.teacher.verify_untouched()
         finally:
+            torch.set_num_threads(threads)
             self._detach()
 
     def _detach(self) -> None:
         """Leave a plain student and a teacher without hooks."""
         if self.teacher is not None:
             self.teacher.close()
-        student = unwrap_model(self.model) if isinstance(self.model, nn.Module) else None
+        if self._views is not None:
+            self._views.close()
+        student: Any = unwrap_model(self.model) if isinstance(self.model, nn.Module) else None
         if isinstance(getattr(student, "criterion", None), DistillationCriterion):
-            student.criterion.close()  # type: ignore[union-attr]
-            student.criterion = None  # type: ignore[union-attr]
+            student.criterion.close()
+            student.criterion = None
 
     def preprocess_batch(self, batch: dict) -> dict:
         """Let the teacher see the batch as the student will: on the device, after multi-scale."""
         batch = super().preprocess_batch(batch)
         if self.teacher is None or self.optimizer is None:  # without an optimiser this is a calibration pass
             return batch
-        batch[TEACHER_VIEW] = self.teacher(batch["img"])
+        batch[TEACHER_VIEW] = self._teacher_view(batch)
         epoch, seen = self._batch_in_epoch
         seen = seen + 1 if epoch == self.epoch else 0
         self._batch_in_epoch = (self.epoch, seen)
@@ -289,6 +335,17 @@ class DistillationTrainer(DetectionTrainer):
         criterion.progress = min((self.epoch + seen / max(len(self.train_loader), 1)) / max(self.epochs, 1), 1.0)
         criterion.close_mosaic = 1 - self.args.close_mosaic / max(self.epochs, 1) if self.args.close_mosaic else 1.0
         return batch
+
+    def _teacher_view(self, batch: dict) -> View | Pending:
+        """Return what the teacher sees on a batch, from the cache where there is one."""
+        assert self.teacher is not None
+        if self._views is None:
+            return self.teacher.begin(batch["img"])
+        kept = self._views.get(batch["im_file"], batch["img"])
+        if kept is None:
+            kept = self.teacher(batch["img"])
+            self._views.put(batch["im_file"], batch["img"], kept)
+        return kept
 
     def optimizer_step(self) -> None:
         """Step student and adapters under one gradient-norm limit, as upstream does with its projector."""

@@ -21,7 +21,7 @@ class View:
 
     Attributes:
         features: Inputs of the head, one (B, C, H, W) map per level in stride order.
-        scores: Raw class logits, (B, A, nc).
+        scores: Raw class logits, (B, A, nc). A teacher's are (B, 0, 0) where no term reads them, and so are its boxes.
         boxes: Raw box outputs, (B, A, 4 * reg_max): logits of a distribution over distances for each of the sides
             left, top, right, bottom, or with `reg_max == 1` the four distances themselves, in units of the stride.
         strides: Pixels per cell of each level.

@@ -32,6 +32,7 @@ def run(check: str, name: str, *args: object) -> None:
         "one_class",
         "gradient",
         "self_trained",
+        "reads",
         "gradcheck",
         "autocast",
         "duplication",
@@ -185,6 +186,11 @@ class FixedPrecision(Sound):
         return self.Square.apply(s - t).mean()
 
 
+class UndeclaredTeacher(Sound):
+    def forward(self, step):
+        return {"sound_loss": super().forward(step)["sound_loss"] * (1 + step.teacher.boxes.mean())}
+
+
 class UntrainedModule(Sound):
     def build(self, pair):
         self.spare = torch.nn.Linear(2, 2)
@@ -204,6 +210,7 @@ BROKEN = {
     NeverZero: ("minimum",),
     Drifts: ("state",),
     UndeclaredRead: ("gradient",),
+    UndeclaredTeacher: ("reads",),
     UntrainedModule: ("gradient",),
     FixedPrecision: ("autocast",),
 }

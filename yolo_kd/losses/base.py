@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from yolo_kd.errors import ConfigError, PairError, did_you_mean, listed
 from yolo_kd.views import Pair, Step
 
-READABLE = frozenset({"features", "scores", "boxes", "targets", "assignment"})
+READABLE = frozenset({"features", "scores", "boxes", "one2one", "targets", "assignment"})
 COLUMN_WIDTH = 10  # the progress bar of Ultralytics gives each column 11 characters, one of them a space
 
 _REGISTRY: dict[str, type[Loss]] = {}
@@ -29,7 +29,7 @@ class Loss(nn.Module):
         name: Key in recipes.
         columns: Names of the scalars that `forward` returns, each ending in `_loss` (Ultralytics plots only those) and
             at most 10 characters wide (its progress bar has no room for more).
-        reads: What the loss needs of a step, a subset of `READABLE`.
+        reads: What the loss needs of a step, a subset of `READABLE`. Of the teacher's head nothing else is computed.
         adapter: Kind of adapter that it reads through `step.aligned`, None for none.
         paper: Short reference.
         needs_bins: True when both heads must predict distance distributions with equal bins.

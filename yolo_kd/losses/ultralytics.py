@@ -46,7 +46,7 @@ class Ultralytics(Loss):
 
     name = "ultralytics"
     columns = ("dis_loss",)
-    reads = frozenset({"features", "scores"})
+    reads = frozenset({"features", "scores", "one2one"})
     adapter = "mlp"
     paper = "Ultralytics 8.4, distill_model="
     cost = "5 %"

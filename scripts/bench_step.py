@@ -1,0 +1,358 @@
+#!/usr/bin/env python3
+"""Time a distillation step against its parts and against Ultralytics' own, in one process, interleaved.
+
+A step is: teacher's view, student forward, native loss, terms, backward, and what a term trains by itself. Rounds go
+through all rows in turn, so that a slow moment of the machine hits all of them, and a ratio is the median over rounds
+of that round's ratio. Weights are random, boxes are drawn: speed does not depend on them.
+
+    python scripts/bench_step.py                                        yolov8s -> yolov8n, float32 student
+    python scripts/bench_step.py --amp bf16 --pair 11 --imgsz 640
+    python scripts/bench_step.py --recipes fgd mgd --batch 16 --boxes 40 --memory
+    python scripts/bench_step.py --recipes fgd --profile                where one step's time goes
+
+Columns: the bound of a row is student + teacher (only what that recipe reads of it) + the bare forward and backward of
+the modules that the recipe trains besides the student or passes the student's features through, all of the same round.
+Ultralytics' step runs in float32 on a CPU, since it refuses bfloat16 there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from ultralytics.cfg import get_cfg
+from ultralytics.nn.distill_model import DistillationModel
+from ultralytics.nn.tasks import DetectionModel
+
+from yolo_kd.checkpoints import LoadedDetector
+from yolo_kd.criterion import TEACHER_VIEW, DistillationCriterion
+from yolo_kd.distiller import Distiller
+from yolo_kd.environment import reused_memory
+from yolo_kd.recipe import load_recipe, shipped_recipes
+from yolo_kd.speed import SPEED_KEYS, Speed
+from yolo_kd.taps import LayerTap, head_split_points, head_tails, pair_of
+from yolo_kd.teacher import Teacher
+
+PAIRS = {"8": ("yolov8s", "yolov8n"), "11": ("yolo11l", "yolo11n"), "26": ("yolo26s", "yolo26n")}
+STUDENT, PLAIN, FAST, UPSTREAM = "student alone", "teacher, plain", "teacher, fast", "Ultralytics distill_model="
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module in a step, to be repeated on its own."""
+
+    module: nn.Module
+    inputs: tuple[Any, ...]
+    autocast: bool
+    graph: bool
+
+    def __call__(self, dtype: torch.dtype) -> None:
+        """Forward, and backward where the step goes backward."""
+        device = self.inputs[0].device.type
+        with torch.autocast(device, dtype=dtype, enabled=self.autocast), torch.set_grad_enabled(self.graph):
+            output = self.module(*self.inputs)
+        tensors = [t for t in (output if isinstance(output, tuple) else (output,)) if t.requires_grad]
+        if tensors:
+            torch.autograd.backward(tensors, [torch.ones_like(t) for t in tensors])
+
+
+class Bench:
+    """One student, one teacher, and what each row needs."""
+
+    def __init__(self, args: argparse.Namespace, rows: list[str]):
+        torch.manual_seed(0)
+        self.device = torch.device(args.device)
+        self.clock = time.process_time if args.cpu_time else time.perf_counter
+        self.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
+        teacher_name, student_name = PAIRS[args.pair]
+        student = DetectionModel(f"{student_name}.yaml", nc=80, verbose=False)
+        student.args = get_cfg(overrides={"imgsz": args.imgsz})
+        teacher = DetectionModel(f"{teacher_name}.yaml", nc=80, verbose=False).eval().requires_grad_(False)
+        layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
+        self.student = student.to(self.device).to(memory_format=layout).train()
+        self.upstream = None
+        if UPSTREAM in rows:
+            whole = DistillationModel(teacher_model=copy.deepcopy(teacher), student_model=copy.deepcopy(self.student))
+            self.upstream = whole.to(self.device).train()
+        if args.compile:
+            self.student.compile()
+        self.native = self.student.init_criterion()
+        self.plain = copy.deepcopy(teacher).to(self.device) if PLAIN in rows else None
+        detector = LoadedDetector(teacher, {}, Path(teacher_name), "")
+        self.speed = Speed.of({k: getattr(args, k.replace(".", "_"), None) for k in SPEED_KEYS})
+        count = args.boxes * args.batch
+        centre, size = torch.rand(count, 2) * 0.8 + 0.1, torch.rand(count, 2) * 0.2 + 0.02
+        self.batch = {
+            "img": torch.rand(args.batch, 3, args.imgsz, args.imgsz),
+            "bboxes": torch.cat([centre, size], 1),
+            "cls": torch.randint(0, 80, (count, 1)).float(),
+            "batch_idx": torch.arange(args.batch).repeat_interleave(args.boxes).float(),
+        }
+        self.batch = {k: v.to(self.device) for k, v in self.batch.items()}
+        self.distillers: dict[str, Distiller] = {}
+        self.teachers: dict[tuple[frozenset[str], bool], Teacher] = {}
+        self.calls: dict[str, list[Call]] = {}
+        self.report = ""
+        everything = frozenset({"scores", "boxes", "one2one"})
+        pair = pair_of(student, teacher, head_split_points(student), head_split_points(teacher))
+        for name in rows:
+            if name in (STUDENT, PLAIN, UPSTREAM):
+                continue
+            reads, split = everything, False
+            if name != FAST:
+                distiller = Distiller(load_recipe(name), pair).to(self.device).train()
+                self.distillers[name] = distiller
+                split = any(t.loss.head_split for t in distiller.terms.values())
+                reads = distiller.reads & everything
+            if (key := (reads, split)) not in self.teachers:
+                frozen = Teacher(detector, self.device, self.speed, (), split, reads, self._keep)
+                frozen(self.batch["img"])
+                self.teachers[key] = frozen
+            if name == FAST:
+                self.fast = self.teachers[key]
+                continue
+            self.distillers[name].attach_teacher_head(head_tails(self.teachers[key].runner.model))
+            if not args.only_memory:
+                self.calls[name] = self._record(name)
+
+    def _keep(self, sentence: str) -> None:
+        self.report = self.report or sentence
+
+    def _teacher(self, name: str) -> Teacher:
+        distiller = self.distillers[name]
+        split = any(t.loss.head_split for t in distiller.terms.values())
+        return self.teachers[distiller.reads & {"scores", "boxes", "one2one"}, split]
+
+    def _record(self, name: str) -> list[Call]:
+        """Run one step of a recipe and note which modules besides student and teacher it calls, outermost ones only."""
+        calls: list[Call] = []
+        depth = 0
+        distiller = self.distillers[name]
+        modules = [m for m in distiller.modules() if m is not distiller and not isinstance(m, nn.ModuleList)]
+        modules = [m for m in modules if m not in [t.loss for t in distiller.terms.values()]]
+        modules += [
+            tail for term in distiller.terms.values() for pair in getattr(term.loss, "tails", ()) for tail in pair
+        ]
+
+        def enter(_module: nn.Module, _inputs: Any) -> None:
+            nonlocal depth
+            depth += 1
+
+        def leave(module: nn.Module, inputs: tuple[Any, ...], _output: Any) -> None:
+            nonlocal depth
+            depth -= 1
+            if depth == 0:
+                copies = tuple(
+                    x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in inputs
+                )
+                autocast = torch.is_autocast_enabled(self.device.type)
+                calls.append(Call(module, copies, autocast, torch.is_grad_enabled()))
+
+        handles = [m.register_forward_pre_hook(enter) for m in modules]
+        handles += [m.register_forward_hook(leave) for m in modules]
+        self.step(name)
+        for handle in handles:
+            handle.remove()
+        return calls
+
+    def _precision(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+
+    def step(self, name: str) -> None:
+        """Run one row."""
+        batch = dict(self.batch)
+        if name == PLAIN and self.plain is not None:
+            with torch.no_grad():
+                self.plain(batch["img"])
+            return
+        if name == FAST:
+            self.fast(batch["img"])
+            return
+        if name == UPSTREAM and self.upstream is not None:
+            with self._precision() if self.device.type == "cuda" else torch.autocast("cpu", enabled=False):
+                loss, _ = self.upstream(batch)
+            loss.sum().backward()
+            return
+        distiller = self.distillers.get(name)
+        self.student.criterion = self.native
+        criterion = None
+        if distiller is not None:
+            criterion = DistillationCriterion(self.student, distiller, native=self.native)
+            split = any(t.loss.head_split for t in distiller.terms.values())
+            criterion.layers = LayerTap(head_split_points(self.student)) if split else None
+            criterion.progress = 0.1
+            self.student.criterion = criterion
+        with self._precision():
+            if distiller is not None:
+                batch[TEACHER_VIEW] = self._teacher(name).begin(batch["img"])
+            loss, _ = self.student.loss(batch, self.student(batch["img"]))
+        loss.sum().backward()
+        if distiller is not None and criterion is not None:
+            distiller.after_step()
+            criterion.close()
+
+    def seconds(self, run: Callable[[], None]) -> float:
+        """Time one run, from a quiet device to a quiet device."""
+        self._wait()
+        start = self.clock()
+        run()
+        self._wait()
+        seconds = self.clock() - start
+        for module in (self.student, self.upstream, *self.distillers.values()):
+            if module is not None:
+                module.zero_grad()
+        return seconds
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def round(self, rows: list[str]) -> dict[str, float]:
+        """Time every row once, and the parts of the recipes' bounds."""
+        times = {name: self.seconds(lambda name=name: self.step(name)) for name in rows}
+        for key, teacher in self.teachers.items():
+            times[f"teacher {key}"] = self.seconds(lambda teacher=teacher: teacher(self.batch["img"]) and None)
+        dtype = self.autocast or torch.bfloat16
+        for name, calls in self.calls.items():
+            times[f"modules {name}"] = self.seconds(lambda calls=calls: [call(dtype) for call in calls] and None)
+        return times
+
+    def bound(self, name: str, times: dict[str, float]) -> float:
+        """Return the lower bound of a recipe's step from one round's times."""
+        distiller = self.distillers[name]
+        split = any(t.loss.head_split for t in distiller.terms.values())
+        key = (distiller.reads & {"scores", "boxes", "one2one"}, split)
+        return times[STUDENT] + times[f"teacher {key}"] + times[f"modules {name}"]
+
+
+def peak_mb(device: str) -> int:
+    """Return the most memory this process has held on the device, in MB."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.max_memory_allocated() // 2**20)
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage says is inherited from the parent process
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) // 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Use that many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    yield
+    torch.set_num_threads(before)
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="*", help="names of shipped recipes; all by default")
+    parser.add_argument("--pair", choices=PAIRS, default="8", help="family: 8 is yolov8s -> n, 11 is yolo11l -> n")
+    parser.add_argument("--imgsz", type=int, default=320)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--boxes", type=int, default=12, help="boxes in each image")
+    parser.add_argument("--amp", choices=("fp32", "bf16", "fp16"), default="fp32", help="precision of the student")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="on a CPU; what torch takes by default")
+    parser.add_argument("--compile", action="store_true", help="compile the student")
+    for key in SPEED_KEYS:
+        if key.startswith("teacher_"):
+            parser.add_argument(f"--{key}", type=lambda t: {"true": True, "false": False}.get(t, t), help="as in train")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, where other work shares the cores")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--memory", action="store_true", help="also the peak memory, in a process for each row")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--profile", action="store_true", help="a torch.profiler table of one step of each recipe")
+    parser.add_argument("--only-memory", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print the table."""
+    args = parse()
+    with reused_memory() if args.device == "cpu" else nullcontext(), threads(args.threads):
+        if args.only_memory:
+            bench = Bench(args, [args.only_memory])
+            for _ in range(2):
+                bench.step(args.only_memory)
+            print(peak_mb(args.device))
+            return
+        recipes = [*shipped_recipes()] if args.recipes is None else args.recipes
+        if args.profile:
+            profile(Bench(args, [STUDENT, FAST, *recipes]), recipes)
+            return
+        result = measure(args, recipes)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1))
+
+
+def profile(bench: Bench, recipes: list[str]) -> None:
+    """Print where the time of one step of each recipe goes."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    for name in recipes:
+        bench.step(name)
+        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if bench.device.type == "cuda" else [])
+        with profiler(activities=activities) as record:
+            bench.step(name)
+        order = "self_cuda_time_total" if bench.device.type == "cuda" else "self_cpu_time_total"
+        print(f"{name}\n{record.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60)}")
+
+
+def measure(args: argparse.Namespace, recipes: list[str]) -> dict[str, Any]:
+    """Time all rows and print the table."""
+    rows = [STUDENT, PLAIN, FAST, UPSTREAM, *recipes]
+    bench = Bench(args, rows)
+    bench.round(rows)  # the first pass of each is slower
+    rounds = [bench.round(rows) for _ in range(args.rounds)]
+    table = {}
+    for name in rows:
+        table[name] = {
+            "median_s": statistics.median(r[name] for r in rounds),
+            "of_parts": statistics.median(r[name] / (r[STUDENT] + r[FAST]) for r in rounds),
+            "of_ultralytics": statistics.median(r[name] / r[UPSTREAM] for r in rounds),
+        }
+        if name in recipes:
+            table[name]["of_bound"] = statistics.median(r[name] / bench.bound(name, r) for r in rounds)
+            table[name]["modules_s"] = statistics.median(r[f"modules {name}"] for r in rounds)
+    if args.memory:
+        shared = [w for w in sys.argv[1:] if w != "--memory"]
+        for name in rows:
+            words = [sys.executable, __file__, *shared, "--only-memory", name]
+            output = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+            table[name]["peak_mb"] = int(output.split()[-1])
+    device = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    setting = (
+        f"{' -> '.join(PAIRS[args.pair])}, {args.imgsz} px, batch {args.batch}, {args.boxes} boxes per image, student "
+        f"{args.amp}{' compiled' if args.compile else ''}, {device}, torch {torch.__version__}, {args.rounds} rounds"
+        f"{', processor time' if args.cpu_time else ''}"
+    )
+    print(f"{setting}\n{bench.report}\n")
+    columns = ["row", "step, s", "of student + teacher", "of its bound", "of Ultralytics'"] + ["peak, MB"] * args.memory
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for name, row in table.items():
+        bound = f"{row['of_bound']:.3f}" if "of_bound" in row else "-"
+        cells = [name, f"{row['median_s']:.3f}", f"{row['of_parts']:.3f}", bound, f"{row['of_ultralytics']:.3f}"]
+        print(f"| {' | '.join(cells + [str(row.get('peak_mb'))] * args.memory)} |", flush=True)
+    return {"setting": setting, "machine": platform.processor(), "teacher": bench.report, "rows": table}
+
+
+if __name__ == "__main__":
+    main()
