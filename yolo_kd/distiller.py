@@ -111,12 +111,15 @@ class Distiller(nn.Module):
         dtype = torch.get_autocast_dtype(device)
         site = term.site
 
-        def align(kind: str, level: int) -> Tensor:
+        def precision() -> torch.autocast:
             # an adapter is a layer like any other and runs in the precision of the student's forward pass
-            with torch.autocast(device, dtype=dtype, enabled=autocast):
+            return torch.autocast(device, dtype=dtype, enabled=autocast)
+
+        def align(kind: str, level: int) -> Tensor:
+            with precision():
                 return self.adapters[f"{kind}@{site}"][level](student.features[level])  # type: ignore[index]
 
-        return Step(student, teacher, targets, progress, align)
+        return Step(student, teacher, targets, progress, align, precision)
 
     def unweighted(self, name: str, step: Step) -> dict[str, Tensor]:
         """Return the columns of one term before weight and schedule; its arithmetic runs in float32."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -54,7 +55,7 @@ class View:
 
         Heads since YOLOv8 have no objectness output; this is what takes its place throughout the package.
         """
-        return self.scores.detach().float().sigmoid().amax(-1)
+        return self.scores.detach().amax(-1).float().sigmoid()
 
     def per_level(self, points: Tensor) -> tuple[Tensor, ...]:
         """Split a (B, A, ...) tensor into one (B, H * W, ...) tensor per level."""
@@ -153,6 +154,7 @@ class Step:
         progress: Fraction of the training that has passed, in [0, 1].
         align: Function of (adapter kind, level index) that returns the student's features brought to the teacher's
             channels. The distiller supplies it; without one, features must agree already.
+        precision: Context in which learned layers run, as the student's do; float32 without one.
     """
 
     def __init__(
@@ -162,12 +164,14 @@ class Step:
         targets: Targets | None = None,
         progress: float = 0.0,
         align: Callable[[str, int], Tensor] | None = None,
+        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
         self.student = student
         self.teacher = teacher
         self.targets = targets
         self.progress = progress
         self._align = align
+        self._precision = precision
         self._memo: dict[Hashable, Any] = {}
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -189,6 +193,11 @@ class Step:
             return feature.float()
 
         return self.once(("aligned", kind, level), make)
+
+    def layer(self, module: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Run a learned layer of a loss in the precision in which the student's layers run; float32 comes out."""
+        with self._precision():
+            return module(*inputs).float()
 
     def teacher_feature(self, level: int) -> Tensor:
         """Return the teacher's features of one level, float32 and detached, (B, C_teacher, H, W).

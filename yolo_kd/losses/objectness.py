@@ -8,14 +8,14 @@ from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_range
 from yolo_kd.losses.ops import (
-    binary_kl,
-    categorical_kl,
+    EPS,
     distance_giou,
     expected_distance,
     feature_map_nms,
     same_shape,
     weighted_mean,
 )
+from yolo_kd.losses.parts import weighted_binary_kl, weighted_bins_kl
 from yolo_kd.views import Step
 
 # the class gain is that of Ultralytics' own class loss; together their gradient into the neck is half of the task
@@ -46,7 +46,7 @@ def objectness_class(student: Tensor, teacher: Tensor, objectness: Tensor) -> Te
         ValueError: If shapes differ.
     """
     same_shape(student=student, teacher=teacher)
-    return weighted_mean(binary_kl(student, teacher).sum(-1), objectness)
+    return weighted_binary_kl(student, teacher, objectness) / (objectness.sum() + EPS)
 
 
 def objectness_box(
@@ -72,9 +72,11 @@ def objectness_box(
     """
     if student_reg_max == teacher_reg_max > 1:
         same_shape(student=student, teacher=teacher)
-        sides = (*student.shape[:2], 4, student_reg_max)
-        return weighted_mean(categorical_kl(student.view(sides), teacher.view(sides)).mean(-1), objectness)
-    decoded = expected_distance(student, student_reg_max), expected_distance(teacher, teacher_reg_max).detach()
+        return weighted_bins_kl(student, teacher, objectness, student_reg_max) / (objectness.sum() + EPS)
+    decoded = (
+        expected_distance(student.float(), student_reg_max),
+        expected_distance(teacher.float(), teacher_reg_max).detach(),
+    )
     same_shape(student_distances=decoded[0], teacher_distances=decoded[1])
     return weighted_mean(1 - distance_giou(*decoded), objectness)
 
@@ -125,6 +127,6 @@ class Objectness(Loss):
         weights = step.once(
             ("objectness", self.fm_nms), lambda: objectness_weights(t.scores, t.objectness, t.shapes, self.fm_nms)
         )
-        cls = objectness_class(s.scores.float(), t.scores.float(), weights)
-        box = objectness_box(s.boxes.float(), t.boxes.float(), weights, s.reg_max, t.reg_max)
+        cls = objectness_class(s.scores, t.scores, weights)
+        box = objectness_box(s.boxes, t.boxes, weights, s.reg_max, t.reg_max)
         return {"kcls_loss": CLS_GAIN * self.lam_cls * cls, "kbox_loss": BOX_GAIN * self.lam_box * box}

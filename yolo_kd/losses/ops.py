@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -115,12 +116,17 @@ def feature_map_nms(scores: Tensor, shapes: Sequence[tuple[int, int]], kernel: i
         (B, A) bool.
     """
     kept = []
-    for level, (h, w) in zip(scores.detach().split([h * w for h, w in shapes], dim=1), shapes, strict=True):
-        best, label = level.max(-1)  # (B, H*W)
-        planes = torch.full_like(level, -torch.inf).scatter_(-1, label[..., None], best[..., None])
-        planes = planes.transpose(1, 2).unflatten(-1, (h, w))  # (B, nc, H, W): one point per class plane
-        peak = F.max_pool2d(planes, kernel, stride=1, padding=kernel // 2).flatten(2).transpose(1, 2)
-        kept.append(best >= peak.gather(-1, label[..., None])[..., 0])
+    reach = kernel // 2
+    best, label = scores.detach().max(-1)  # (B, A)
+    sizes = [h * w for h, w in shapes]
+    for values, labels, (h, w) in zip(best.split(sizes, 1), label.split(sizes, 1), shapes, strict=True):
+        values, labels = (F.pad(x.unflatten(1, (h, w)), [reach] * 4, value=-1) for x in (values, labels))
+        own, mine = (x[:, reach : reach + h, reach : reach + w] for x in (values, labels))
+        survives = torch.ones_like(own, dtype=torch.bool)
+        for dy, dx in product(range(kernel), repeat=2):
+            value, other = (x[:, dy : dy + h, dx : dx + w] for x in (values, labels))
+            survives &= (value <= own) | (other != mine)  # outside the map the class is -1
+        kept.append(survives.flatten(1))
     return torch.cat(kept, dim=1)
 
 

@@ -1,0 +1,121 @@
+"""Sums over large tensors, worked out part by part together with their gradient.
+
+On a CPU, elementwise arithmetic on the outputs of a detector costs its number of passes through memory: a formula of
+ten operations reads and writes every value ten times, keeps most results for the backward pass, and then does the same
+again. A part of a few images stays in the processor's cache, where passes cost next to nothing, and only the gradient
+is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+PART = 2**18  # values of the student's tensor that are worked on at once
+
+
+Part = Callable[..., Tensor | tuple[Tensor, Tensor]]
+
+
+class _InParts(torch.autograd.Function):
+    """Find the sum and its gradient, part by part, in the forward pass; the backward pass scales the latter."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Part, dim: int, student: Tensor, *others: Tensor) -> Tensor:
+        """Return the sum over the parts."""
+        whole = student.device.type != "cpu"  # elsewhere passes are cheap and launches are not
+        step = student.shape[dim] if whole else max(1, PART * student.shape[dim] // student.numel())
+        gradient = torch.empty_like(student)
+        totals = []
+        for part, slot, *rest in zip(*(t.split(step, dim) for t in (student, gradient, *others)), strict=True):
+            leaf = part.detach().requires_grad_()
+            with torch.autocast(student.device.type, enabled=False), torch.enable_grad():
+                answer = function(leaf, *rest)
+                value, slope = answer if isinstance(answer, tuple) else (answer, *torch.autograd.grad(answer, leaf))
+            slot.copy_(slope.detach())
+            totals.append(value.detach())
+        ctx.save_for_backward(gradient)
+        return torch.stack(totals).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of the student's tensor."""
+        (gradient,) = ctx.saved_tensors
+        return (None, None, gradient * scale.to(gradient.dtype), *[None] * (len(ctx.needs_input_grad) - 3))
+
+
+def sum_in_parts(function: Part, student: Tensor, *others: Tensor, dim: int = 0) -> Tensor:
+    """Return `function(student, *others)`, which must be a sum over `dim`: the sum of its values for parts.
+
+    Args:
+        function: Of equally long parts of all tensors. It returns a scalar, or a scalar and its gradient with respect
+            to its first argument, which saves the passes of finding that out. It runs outside autocast.
+        student: Gets the gradient.
+        others: As long as `student` along `dim`; they get no gradient.
+        dim: Where the tensors are cut.
+
+    Raises:
+        ValueError: If the tensors differ in length along `dim`.
+    """
+    others = tuple(t.detach() for t in others)
+    if len({t.shape[dim] for t in (student, *others)}) > 1:
+        lengths = [t.shape[dim] for t in (student, *others)]
+        raise ValueError(f"all tensors must be equally long along dimension {dim}, received {lengths}")
+    return _InParts.apply(function, dim, student, *others)
+
+
+def weighted_binary_kl(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+    """Return Σ_i w_i Σ_c KL(σ(t_ic) ‖ σ(s_ic)), in nats: `ops.binary_kl`, summed.
+
+    Args:
+        student: (B, A, nc) raw class logits of any precision, with gradient.
+        teacher: (B, A, nc) raw class logits.
+        weights: (B, A), at least 0.
+
+    Returns:
+        float32 scalar, at least 0 but for rounding.
+    """
+
+    def part(s: Tensor, t: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        s, t, w = s.detach().transpose(1, 2).float(), t.transpose(1, 2).float(), w.float()[:, None]
+        p, q = t.sigmoid(), s.sigmoid()
+        # p (t - s) + softplus(s) - softplus(t) with softplus(x) = max(x, 0) + log(1 + e^-|x|)
+        kl = (t - s).mul_(p).add_(s.relu()).sub_(t.relu())
+        kl.add_(s.abs().neg_().exp_().log1p_()).sub_(t.abs().neg_().exp_().log1p_())
+        return (kl.sum(1, keepdim=True) * w).sum(), q.sub_(p).mul_(w).transpose(1, 2)
+
+    return sum_in_parts(part, student, teacher, weights)
+
+
+def weighted_bins_kl(
+    student: Tensor, teacher: Tensor, weights: Tensor, reg_max: int, temperature: float = 1.0
+) -> Tensor:
+    """Return Σ_i w_i mean_sides T² KL(softmax(t / T) ‖ softmax(s / T)): `ops.categorical_kl` over the bins, summed.
+
+    Args:
+        student: (B, A, 4 * reg_max) raw box outputs of any precision, with gradient.
+        teacher: (B, A, 4 * reg_max) raw box outputs.
+        weights: (B, A), at least 0.
+        reg_max: Bins per side, more than 1.
+        temperature: T, above zero.
+
+    Returns:
+        float32 scalar, at least 0 but for rounding.
+    """
+
+    def part(s: Tensor, t: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        # raw outputs lie in memory as (B, 4 * reg_max, A), along which the softmax is several times faster
+        s, t = (x.detach().transpose(1, 2).unflatten(1, (4, reg_max)).float() / temperature for x in (s, t))
+        w = w.float()[:, None, None]
+        log_p, log_q = t.log_softmax(2), s.log_softmax(2)
+        p = log_p.exp()
+        value = ((log_p.sub_(log_q)).mul_(p).sum(2, keepdim=True) * w).sum() * (temperature**2 / 4)
+        slope = log_q.exp_().sub_(p).mul_(w * (temperature / 4))
+        return value, slope.flatten(1, 2).transpose(1, 2)
+
+    return sum_in_parts(part, student, teacher, weights)
