@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_range
-from yolo_kd.losses.ops import corners, gap_cross_entropy, giou_distance, same_shape, target_score_sum
+from yolo_kd.losses.ops import corners, giou_distance, same_shape, target_score_sum
+from yolo_kd.losses.parts import gap_cross_entropy_sum
 from yolo_kd.views import Step
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -61,10 +62,9 @@ class BCKD(Loss):
         """Return the class and the localisation term."""
         s, t = step.student, step.teacher
         divisor = step.once("target score sum", lambda: target_score_sum(step))
-        student, teacher = s.scores.float(), t.scores.float()
-        cls = gap_cross_entropy(student, teacher, self.beta).sum() / divisor
+        cls = gap_cross_entropy_sum(s.scores, t.scores, self.beta) / divisor
         distance = giou_distance(corners(s.boxes.float(), s.reg_max), corners(t.boxes.float(), t.reg_max))
-        loc = (distance * probability_gap(student, teacher)).sum() / divisor
+        loc = (distance * probability_gap(s.scores, t.scores)).sum() / divisor
         return {
             "kbcls_loss": CLS_STRENGTH * self.lam_cls * cls,
             "kbloc_loss": LOC_STRENGTH * self.lam_loc * loc,

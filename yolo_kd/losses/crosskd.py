@@ -10,15 +10,8 @@ from torch import Tensor, nn
 
 from yolo_kd.errors import PairError
 from yolo_kd.losses.base import Loss, check_range
-from yolo_kd.losses.ops import (
-    categorical_kl,
-    corners,
-    gap_cross_entropy,
-    giou_distance,
-    same_shape,
-    target_score_sum,
-    weighted_mean,
-)
+from yolo_kd.losses.ops import EPS, corners, giou_distance, same_shape, target_score_sum, weighted_mean
+from yolo_kd.losses.parts import gap_cross_entropy_sum, weighted_bins_kl
 from yolo_kd.views import Pair, Step
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -55,11 +48,17 @@ def align_scale(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
         ValueError: If shapes differ.
     """
     same_shape(student=student, teacher=teacher)
-    over = (0, 2, 3)
-    correction = min(1, student.numel() // student.shape[1] - 1)  # a single value has no unbiased deviation
-    s_std, s_mean = torch.std_mean(student, over, correction=correction, keepdim=True)
-    t_std, t_mean = torch.std_mean(teacher.detach(), over, correction=correction, keepdim=True)
-    return (student - s_mean) / (s_std + eps) * t_std + t_mean
+    count = student.numel() // student.shape[1]
+    unbiased = count / max(count - 1, 1)  # a single value has no unbiased deviation
+    # the fused kernel of batch normalisation, whose variance is biased and has its ε under the root; what is made up
+    # for afterwards is constant to one part in σ / ε, so that its own gradient is left out
+    normal, _, inverse = torch.native_batch_norm(student, None, None, None, None, True, 0.0, eps**2)
+    biased = inverse.to(student.dtype).pow(-2).sub(eps**2).clamp(min=0).sqrt()
+    rows = teacher.detach().permute(0, 2, 3, 1).flatten(0, 2).to(student.dtype)
+    t_mean = rows.mean(0)
+    t_std = ((rows - t_mean).square_().mean(0) * unbiased).sqrt()
+    scale = t_std * (biased.square() + eps**2).sqrt() / (biased * unbiased**0.5 + eps)
+    return torch.addcmul(t_mean[:, None, None], normal, scale[:, None, None])
 
 
 def crosskd_cls(reused: Tensor, teacher: Tensor, divisor: Tensor | float, beta: float = 1.0) -> Tensor:
@@ -74,7 +73,7 @@ def crosskd_cls(reused: Tensor, teacher: Tensor, divisor: Tensor | float, beta: 
     Returns:
         Scalar, at least 0.
     """
-    return gap_cross_entropy(reused, teacher, beta).sum() / divisor
+    return gap_cross_entropy_sum(reused, teacher, beta) / divisor
 
 
 def crosskd_box(reused: Tensor, teacher: Tensor, weight: Tensor, reg_max: int, temperature: float = 1.0) -> Tensor:
@@ -99,10 +98,8 @@ def crosskd_box(reused: Tensor, teacher: Tensor, weight: Tensor, reg_max: int, t
     same_shape(reused=reused, teacher=teacher)
     same_shape(weight=weight, points=teacher[..., 0])
     if reg_max == 1:
-        return weighted_mean(giou_distance(corners(reused, 1), corners(teacher, 1)), weight)
-    sides = (4, reg_max)
-    rows = categorical_kl(reused.unflatten(-1, sides), teacher.unflatten(-1, sides), temperature)
-    return weighted_mean(rows.mean(-1), weight)
+        return weighted_mean(giou_distance(corners(reused.float(), 1), corners(teacher.float(), 1)), weight)
+    return weighted_bins_kl(reused, teacher, weight, reg_max, temperature) / (weight.sum() + EPS)
 
 
 class CrossKD(Loss):
@@ -192,26 +189,24 @@ class CrossKD(Loss):
                 "attached"
             )
         divisor = step.once("target score sum", lambda: target_score_sum(step))
-        scores, boxes = t.scores.detach().float(), t.boxes.detach().float()
-        cls = crosskd_cls(self._reuse(step, 0), scores, divisor, self.beta)
-        box = crosskd_box(self._reuse(step, 1), boxes, t.objectness, t.reg_max, self.temperature)
+        cls = crosskd_cls(self._reuse(step, 0), t.scores, divisor, self.beta)
+        box = crosskd_box(self._reuse(step, 1), t.boxes, t.objectness, t.reg_max, self.temperature)
         return {
             "xcls_loss": CLS_STRENGTH * self.lam_cls * cls,
             "xbox_loss": BOX_STRENGTH * self.lam_box * box,
         }
 
     def _reuse(self, step: Step, branch: int) -> Tensor:
-        """Return what the teacher's head makes of the student's features in one branch, float32, (B, A, columns)."""
+        """Return what the teacher's head makes of the student's features in one branch, (B, A, columns)."""
         outputs = []
         for i, tails in enumerate(self.tails):
             name, tail = f"{BRANCHES[branch]}{i}", tails[branch]
-            feature = _entry(step.student.layers, name, "the student's layers").float()
-            if name in self.adapters:
-                feature = self.adapters[name](feature)
-            feature = align_scale(feature, _entry(step.teacher.layers, name, "the teacher's layers").float())
+            feature = _entry(step.student.layers, name, "the student's layers")
+            feature = step.layer(self.adapters[name], feature) if name in self.adapters else feature.float()
+            feature = align_scale(feature, _entry(step.teacher.layers, name, "the teacher's layers"))
             dtype = next(tail.parameters(), feature).dtype  # a teacher made fast may hold half precision
-            outputs.append(tail(feature.to(dtype)).float().flatten(2).transpose(1, 2))
-        return torch.cat(outputs, 1)
+            outputs.append(tail(feature.to(dtype)).flatten(2))
+        return torch.cat(outputs, 2).transpose(1, 2)
 
 
 def _entry(where: Mapping[str, V], name: str, what: str) -> V:

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_levels, check_range
-from yolo_kd.losses.ops import aligned_maps, categorical_kl, same_shape
+from yolo_kd.losses.ops import same_shape, standardise
+from yolo_kd.losses.parts import sum_in_parts
 from yolo_kd.views import Step
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
 STRENGTH = 0.35
 
 
-def cwd(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+def cwd(student: Tensor, teacher: Tensor, temperature: float = 1.0, standardised: bool = False) -> Tensor:
     """Divergence between the spatial distributions of each channel.
 
     L = τ² / (B C) Σ_b Σ_c KL(softmax_hw(t_bc / τ) ‖ softmax_hw(s_bc / τ))
@@ -26,6 +27,7 @@ def cwd(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
         student: (B, C, H, W), already at the teacher's width.
         teacher: (B, C, H, W); detached here.
         temperature: τ, above zero. Larger ones spread the attention over more cells.
+        standardised: Bring each channel of both maps to mean 0 and variance 1 over the batch first.
 
     Returns:
         Scalar in nats, at least 0, zero where each channel differs by a constant at most.
@@ -34,7 +36,19 @@ def cwd(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
         ValueError: If shapes differ.
     """
     same_shape(student=student, teacher=teacher)
-    return categorical_kl(student.flatten(2), teacher.flatten(2), temperature).mean()
+
+    count = student.shape[0] * student.shape[1]
+
+    def part(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:  # of the channels, each of which is compared by itself
+        leaf = s
+        s, t = (standardise(s), standardise(t)) if standardised else (s, t)
+        log_q, log_p = ((x.detach() / temperature).flatten(2).log_softmax(2) for x in (s, t))
+        p = log_p.exp()
+        value = log_p.sub_(log_q).mul_(p).sum() * (temperature**2 / count)
+        slope = log_q.exp_().sub_(p).mul_(temperature / count).view_as(s)
+        return value, torch.autograd.grad(s, leaf, slope)[0] if standardised else slope
+
+    return sum_in_parts(part, student, teacher, dim=1)
 
 
 class CWD(Loss):
@@ -71,8 +85,8 @@ class CWD(Loss):
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """Return the one term."""
-        terms = []
-        for i in self.levels:
-            student, teacher = aligned_maps(step, "conv1x1", i, self.standardise)
-            terms.append(cwd(student, teacher, self.temperature))
+        terms = [
+            cwd(step.aligned("conv1x1", i), step.teacher_feature(i), self.temperature, self.standardise)
+            for i in self.levels
+        ]
         return {"cwd_loss": STRENGTH * torch.stack(terms).sum()}

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from yolo_kd.errors import did_you_mean, listed
 from yolo_kd.losses.base import Loss, check_levels
-from yolo_kd.losses.ops import EPS, aligned_maps, same_shape
+from yolo_kd.losses.ops import EPS, same_shape, standardise
+from yolo_kd.losses.parts import sum_in_parts
 from yolo_kd.views import Step, Targets
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -15,7 +16,7 @@ STRENGTH = 1.0
 MASKS = ("none", "boxes")
 
 
-def mimic(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+def mimic(student: Tensor, teacher: Tensor, mask: Tensor | None = None, standardised: bool = False) -> Tensor:
     """Mean squared error over channels and the cells that take part.
 
     L = Σ_{b,hw} m Σ_c (s - t)² / (C Σ_{b,hw} m)
@@ -24,6 +25,7 @@ def mimic(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tenso
         student: (B, C, H, W), already at the teacher's width.
         teacher: (B, C, H, W); detached here.
         mask: (B, H, W) in [0, 1], None for all cells.
+        standardised: Bring each channel of both maps to mean 0 and variance 1 over the batch first.
 
     Returns:
         Scalar, at least 0; zero with gradient zero where no cell takes part.
@@ -32,11 +34,16 @@ def mimic(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tenso
         ValueError: If shapes differ.
     """
     same_shape(student=student, teacher=teacher)
-    error = (student - teacher.detach()).square().mean(1)
-    if mask is None:
-        return error.mean()
-    same_shape(mask=mask, cells=error)
-    return (error * mask).sum() / (mask.sum() + EPS)
+    if mask is not None:
+        same_shape(mask=mask, cells=student[:, 0])
+
+    def part(s: Tensor, t: Tensor) -> Tensor:  # of the channels
+        s, t = (standardise(s), standardise(t)) if standardised else (s, t)
+        error = (s - t).square()
+        return error.sum() if mask is None else (error.sum(1) * mask).sum()
+
+    cells = student[:, 0].numel() if mask is None else mask.sum() + EPS
+    return sum_in_parts(part, student, teacher, dim=1) / (student.shape[1] * cells)
 
 
 def box_mask(targets: Targets, shape: tuple[int, int]) -> Tensor:
@@ -102,10 +109,10 @@ class Mimic(Loss):
         """Return the one term."""
         terms = []
         for i in self.levels:
-            student, teacher = aligned_maps(step, "conv1x1", i, self.standardise)
+            student, teacher = step.aligned("conv1x1", i), step.teacher_feature(i)
             mask = None
             if self.mask == "boxes":
                 assert step.targets is not None, "the loss reads targets, but the step has none"
                 mask = box_mask(step.targets, (teacher.shape[-2], teacher.shape[-1]))
-            terms.append(mimic(student, teacher, mask))
+            terms.append(mimic(student, teacher, mask, self.standardise))
         return {"mimic_loss": STRENGTH * torch.stack(terms).sum()}

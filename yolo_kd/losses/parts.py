@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from yolo_kd.losses.ops import same_shape
+
 PART = 2**18  # values of the student's tensor that are worked on at once
 
 
@@ -119,3 +121,37 @@ def weighted_bins_kl(
         return value, slope.flatten(1, 2).transpose(1, 2)
 
     return sum_in_parts(part, student, teacher, weights)
+
+
+def gap_cross_entropy_sum(student: Tensor, teacher: Tensor, beta: float = 1.0) -> Tensor:
+    """Return Σ_i Σ_c |σ(t_ic) - σ(s_ic)|^β · BCE(σ(s_ic), σ(t_ic)): `ops.gap_cross_entropy`, summed.
+
+    Args:
+        student: (B, A, nc) or (A, nc) raw class logits of any precision, with gradient.
+        teacher: Of the same shape.
+        beta: Exponent of the scale, at least 1.
+
+    Returns:
+        float32 scalar, at least 0.
+
+    Raises:
+        ValueError: If shapes differ.
+    """
+    same_shape(student=student, teacher=teacher)
+    if student.ndim == 2:
+        student, teacher = student[None], teacher[None]
+
+    def part(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        s, t = s.detach().transpose(1, 2).float(), t.transpose(1, 2).float()
+        p, q = t.sigmoid(), s.sigmoid()
+        entropy = s.relu().sub_(p * s).add_(s.abs().neg_().exp_().log1p_())  # softplus(s) - p s
+        gap = q - p
+        size = gap.abs()
+        scale = size if beta == 1 else size.pow(beta)
+        value = (entropy * scale).sum()
+        # the scale takes part in the gradient: d|q - p|^β = β |q - p|^(β-1) sign(q - p) q (1 - q)
+        slope = gap.sign().mul_(entropy).mul_(q).mul_(1 - q)
+        slope = slope if beta == 1 else slope.mul_(size.pow(beta - 1)).mul_(beta)
+        return value, slope.addcmul_(scale, gap).transpose(1, 2)
+
+    return sum_in_parts(part, student, teacher)

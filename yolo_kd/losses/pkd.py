@@ -8,6 +8,7 @@ from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_levels
 from yolo_kd.losses.ops import same_shape
+from yolo_kd.losses.parts import sum_in_parts
 from yolo_kd.views import Step
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -43,13 +44,28 @@ def pkd(student: Tensor, teacher: Tensor, *, unbiased: bool = True, resize_stude
         else:
             teacher = F.interpolate(teacher, student.shape[-2:], mode="bilinear", align_corners=False)
     same_shape(student=student, teacher=teacher)
-    return (_normalise(student, unbiased) - _normalise(teacher.detach(), unbiased)).square().mean() / 2
+    values = student.numel()
+
+    def part(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:  # of the channels, each of which stands for itself
+        count = s[:, 0].numel()
+        (s, s_std), (t, t_std) = (_centred(x.detach(), unbiased) for x in (s, t))
+        slope = s / (s_std + EPS)
+        slope.sub_(t.div_(t_std + EPS))  # s̃ - t̃, whose mean is zero
+        value = slope.square().sum() / 2
+        # s̃ depends on s directly and through its deviation; a constant channel has none
+        through = (slope * s).sum(1, keepdim=True) / (s_std + EPS) ** 2 / (max(count - int(unbiased), 1) * s_std)
+        slope.div_(s_std + EPS).addcmul_(s, through.nan_to_num_(0.0, 0.0, 0.0), value=-1)
+        shape = student[:, :1].transpose(0, 1).shape[1:]
+        return value / values, slope.div_(values).unflatten(1, shape).transpose(0, 1)
+
+    return sum_in_parts(part, student, teacher, dim=1)
 
 
-def _normalise(x: Tensor, unbiased: bool) -> Tensor:
-    """Return (B, C, H, W) with mean 0 and standard deviation 1 per channel; a constant channel becomes zero."""
-    std = x.std((0, 2, 3), correction=int(unbiased), keepdim=True)
-    return (x - x.mean((0, 2, 3), keepdim=True)) / (std + EPS)
+def _centred(x: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:
+    """Return (B, c, H, W) as (c, B H W) with mean 0 per channel, and the standard deviations, (c, 1)."""
+    rows = x.transpose(0, 1).flatten(1)
+    rows = rows - rows.mean(1, keepdim=True)
+    return rows, (rows.square().sum(1, keepdim=True) / (rows.shape[1] - int(unbiased))).sqrt_()
 
 
 class PKD(Loss):

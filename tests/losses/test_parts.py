@@ -1,0 +1,98 @@
+"""Sums in parts against the plain formulas of `ops`, with autograd's gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from yolo_kd.losses import parts
+from yolo_kd.losses.ops import binary_kl, categorical_kl, gap_cross_entropy
+from yolo_kd.losses.parts import gap_cross_entropy_sum, sum_in_parts, weighted_binary_kl, weighted_bins_kl
+
+
+@pytest.fixture(autouse=True, params=[7, 2**18], ids=["many parts", "one part"])
+def part_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "PART", request.param)
+
+
+def draw(*shape: int, seed: int = 0, spread: float = 3.0) -> Tensor:
+    return spread * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def both(ours: Tensor, plain: Tensor, student: Tensor) -> None:
+    """Compare values and gradients."""
+    torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
+    found, expected = (torch.autograd.grad(v * 0.3, student, retain_graph=True)[0] for v in (ours, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-9)
+
+
+@pytest.fixture
+def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "float", lambda self: self)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_sum_and_its_gradient(dim: int, by_hand: bool) -> None:
+    student, teacher, weight = draw(3, 5, 4).requires_grad_(), draw(3, 5, 4, seed=1), draw(3, 5, 1, seed=2)
+
+    def function(s: Tensor, t: Tensor, w: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        value = ((s - t).square() * w).sum()
+        return (value, 2 * (s - t) * w) if by_hand else value
+
+    ours = sum_in_parts(function, student, teacher.requires_grad_(), weight, dim=dim)
+    both(ours, ((student - teacher.detach()).square() * weight).sum(), student)
+    ours.backward()
+    assert teacher.grad is None
+
+
+def test_student_without_gradient() -> None:
+    value = sum_in_parts(lambda s, t: (s - t).square().sum(), draw(2, 3), draw(2, 3, seed=1))
+    assert not value.requires_grad
+    assert value.item() == pytest.approx((draw(2, 3) - draw(2, 3, seed=1)).square().sum().item())
+
+
+def test_lengths_must_agree() -> None:
+    with pytest.raises(ValueError, match=r"equally long along dimension 1, received \[3, 4\]"):
+        sum_in_parts(lambda s, t: (s * t).sum(), draw(2, 3), draw(2, 4), dim=1)
+
+
+def test_precision_of_the_gradient_is_the_students() -> None:
+    student = draw(2, 6, 3).bfloat16().requires_grad_()
+    value = weighted_binary_kl(student, draw(2, 6, 3, seed=1).bfloat16(), torch.ones(2, 6))
+    assert value.dtype == torch.float32
+    assert torch.autograd.grad(value, student)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+@pytest.mark.usefixtures("in_float64")
+def test_binary_kl(spread: float) -> None:
+    student, teacher = draw(3, 8, 5, spread=spread).requires_grad_(), draw(3, 8, 5, seed=1, spread=spread)
+    weights = draw(3, 8, seed=2).abs()
+    before = student.detach().clone()
+    plain = (binary_kl(student, teacher).sum(-1) * weights).sum()
+    both(weighted_binary_kl(student, teacher, weights), plain, student)
+    assert torch.equal(student, before)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.usefixtures("in_float64")
+def test_bins_kl(temperature: float) -> None:
+    student, teacher = draw(3, 8, 20).requires_grad_(), draw(3, 8, 20, seed=1)
+    weights = draw(3, 8, seed=2).abs()
+    sides = (4, 5)
+    rows = categorical_kl(student.unflatten(-1, sides), teacher.unflatten(-1, sides), temperature).mean(-1)
+    before = student.detach().clone()
+    both(weighted_bins_kl(student, teacher, weights, 5, temperature), (rows * weights).sum(), student)
+    assert torch.equal(student, before)
+
+
+@pytest.mark.parametrize("beta", [1.0, 2.5])
+@pytest.mark.parametrize("shape", [(3, 8, 5), (8, 5)])
+@pytest.mark.usefixtures("in_float64")
+def test_gap_cross_entropy(shape: tuple[int, ...], beta: float) -> None:
+    student, teacher = draw(*shape).requires_grad_(), draw(*shape, seed=1)
+    both(gap_cross_entropy_sum(student, teacher, beta), gap_cross_entropy(student, teacher, beta).sum(), student)
+    with pytest.raises(ValueError, match="shapes must agree"):
+        gap_cross_entropy_sum(student, teacher[..., :1], beta)
