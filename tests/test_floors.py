@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "yolo_kd"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "views"),
     ("losses",),
-    ("adapters", "schedules", "yaml_lines"),
-    ("taps", "checkpoints", "environment"),
+    ("adapters", "schedules", "yaml_lines", "guards"),
+    ("taps", "checkpoints", "environment", "folders"),
     ("teacher", "inherit", "recipe", "options", "distiller"),
     ("audit", "criterion", "plan"),
     ("trainer", "parity"),
