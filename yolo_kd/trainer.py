@@ -341,6 +341,7 @@ class DistillationTrainer(DetectionTrainer):
             LOGGER.warning(said)
         if broken:
             self.loss = torch.full_like(self.loss, float("nan"))
+        self._batch_in_epoch = (-1, 0)  # the epoch may be done again
         return super()._handle_nan_recovery(epoch)
 
     def _weights(self) -> dict[str, torch.Tensor]:
