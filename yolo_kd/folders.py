@@ -66,6 +66,8 @@ def claim(choose: Callable[..., Path], args: Any, name: str | None = None) -> Pa
 
 def keep_folder(generate: Callable[..., tuple[list[str], str]], trainer: Any) -> tuple[list[str], str]:
     """Return Ultralytics' command for several processes, which removes the run's folder: another, empty one of ours."""
+    if trainer.resume:
+        return generate(trainer)
     folder, trainer.save_dir = trainer.save_dir, Path(tempfile.mkdtemp())
     try:
         return generate(trainer)
