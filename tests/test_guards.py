@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import statistics
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -272,6 +274,35 @@ def test_a_gradient_scaler_is_left_to_its_own() -> None:
     assert guard.summary() == ""
 
 
+def test_a_scaler_skips_an_overflow_and_steps_over_an_empty_batch() -> None:
+    """As on a GPU with float16: the scale falls where a gradient overflows, not where a batch was left out."""
+    guard = FiniteGuard(lazy=True)
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer, scaler = torch.optim.SGD([parameter], lr=0.1), torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def step(value: float, overflow: float = 1.0) -> None:
+        optimizer.zero_grad()
+        out = parameter * 1.0
+        loss = (out * value).sum().view(1)
+        loss, _ = guard.screen(loss, {"k_loss": loss.detach()[0]}, [out], view())
+        scaler.scale(loss.sum()).backward()
+        parameter.grad *= overflow  # type: ignore[operator]
+        scaler.unscale_(optimizer)
+        assert guard.allows_step(norm_of([parameter]), [parameter], scaled=True)
+        scaler.step(optimizer)
+        scaler.update()
+
+    step(torch.nan)
+    assert parameter.tolist() == [1, 1, 1]
+    assert scaler.get_scale() == 1024
+    step(1.0, overflow=torch.inf)
+    assert parameter.tolist() == [1, 1, 1]
+    assert scaler.get_scale() == 512
+    step(1.0)
+    assert parameter.tolist() == pytest.approx([0.9] * 3)
+    assert guard.summary() == "1 batch was skipped in all because of NaN or infinity in k_loss (1x)."
+
+
 @LAZY
 def test_gradients_that_always_overflow_are_an_error(lazy: bool) -> None:
     guard = FiniteGuard(lazy=lazy)
@@ -324,6 +355,31 @@ def test_later_batches_of_the_teacher_are_not_admitted_again() -> None:
 def test_tensors_are_found_in_any_nesting() -> None:
     a, b, c = torch.zeros(1), torch.ones(1), torch.ones(2)
     assert [t.shape for t in tensors_of({"x": [a, {"y": b}], "z": (c, "text", None)})] == [a.shape, b.shape, c.shape]
+
+
+def test_a_good_batch_on_a_cpu_costs_nothing(students: dict) -> None:
+    """Processor time of the guard's calls against that of a step, which is tiny here: 64 px, two images."""
+    student, distiller, _, batch, _ = make_step(students["yolov8n"], students["yolov8n"], RECIPE)
+    guard, spent = FiniteGuard(distiller.trained_parameters()), []
+    screen = guard.screen
+
+    def timed(*arguments: Any) -> Any:
+        start = time.process_time()
+        try:
+            return screen(*arguments)
+        finally:
+            spent.append(time.process_time() - start)
+
+    guard.screen = timed  # type: ignore[method-assign]
+    student.criterion._guard = guard
+    steps = []
+    for _ in range(7):
+        start = time.process_time()
+        student(batch)[0].sum().backward()
+        guard.check(state(), True)
+        guard.allows_step(torch.tensor(1.0), [], False)
+        steps.append(time.process_time() - start)
+    assert statistics.median(spent) < 0.005 * statistics.median(steps)
 
 
 def test_errors_have_an_exit_code_of_a_failed_result() -> None:

@@ -88,6 +88,14 @@ def test_every_loss_is_in_one_list() -> None:
     assert {name.split()[0] for name in names} == set(registered())
 
 
+def test_the_documentation_lists_them_all() -> None:
+    told = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8").partition("**Together (DDP).**")[2]
+    listed = [line.split("`")[1] for line in told.splitlines() if line.startswith("| `")]
+    assert listed == sorted({name.split()[0] for name in DIFFERING})
+    before = told.partition("| Loss |")[0]
+    assert all(f"`{name.split()[0]}`" in before for name in PER_IMAGE)
+
+
 def test_every_variant_was_compared(compared: dict) -> None:
     for found in compared.values():
         assert set(found) == PER_IMAGE | set(DIFFERING)

@@ -95,13 +95,13 @@ class FiniteGuard:
             if tensor.requires_grad:
                 tensor.register_hook(self._gate)
         self._last = {k: torch.where(good, v, self._last.get(k, torch.zeros_like(v))) for k, v in items.items()}
-        return torch.where(good, loss, torch.zeros_like(loss)), self._last
+        return torch.where(good, loss, 0.0), self._last
 
     def _is_lazy(self, tensor: Tensor) -> bool:
         return tensor.device.type != "cpu" if self._lazy is None else self._lazy
 
     def _gate(self, gradient: Tensor) -> Tensor | None:
-        return None if self._mask is None else torch.where(self._mask, gradient, torch.zeros_like(gradient))
+        return None if self._mask is None else torch.where(self._mask, gradient, 0.0)
 
     def _start(self, loss: Tensor, items: Mapping[str, Tensor], teacher: View) -> None:
         self._names = (*items, *(f"the teacher's {what}" for what, _ in _outputs(teacher)), GRADIENT)
