@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "yolo_kd"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "views"),
     ("losses",),
-    ("adapters", "schedules", "speed", "view_cache", "yaml_lines"),
-    ("taps", "checkpoints", "environment"),
+    ("adapters", "guards", "schedules", "speed", "view_cache", "yaml_lines"),
+    ("taps", "checkpoints", "environment", "folders"),
     ("teacher", "inherit", "recipe", "options", "distiller"),
     ("audit", "batch_probe", "criterion", "plan"),
     ("trainer", "parity"),

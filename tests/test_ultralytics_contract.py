@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from ultralytics.data import dataset
 from ultralytics.engine import trainer as engine
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.engine.validator import BaseValidator
@@ -38,6 +39,11 @@ def parameters(function: Callable) -> list[str]:
         (BaseTrainer._do_train, ["self"]),
         (BaseTrainer.train, ["self"]),
         (BaseTrainer.optimizer_step, ["self"]),
+        (BaseTrainer._build_train_pipeline, ["self"]),
+        (BaseTrainer._handle_nan_recovery, ["self", "epoch"]),
+        (engine.get_save_dir, ["args", "name"]),
+        (engine.generate_ddp_command, ["trainer"]),
+        (dataset.save_dataset_cache_file, ["prefix", "path", "x", "version"]),
         (BaseTrainer.final_eval, ["self"]),
         (BaseTrainer.label_loss_items, ["self", "loss_items", "prefix"]),
         (DetectionTrainer.set_model_attributes, ["self"]),
@@ -57,7 +63,7 @@ def test_signatures(function: Callable, expected: list[str]) -> None:
 def said(function: Any, *phrases: str) -> None:
     source = inspect.getsource(function)
     for phrase in phrases:
-        assert phrase in source, f"{function.__qualname__} no longer contains '{phrase}', on which yolo_kd counts"
+        assert phrase in source, f"{function.__name__} no longer contains '{phrase}', on which yolo_kd counts"
 
 
 def test_order_of_the_set_up() -> None:
@@ -76,6 +82,25 @@ def test_the_loop() -> None:
         "self.loss_names = tuple(self.loss_items)",
         "criterion.update()",
     )
+
+
+def test_what_follows_a_failed_epoch() -> None:
+    """Running out of memory builds the loaders again; NaN in the last batch's loss goes back to last.pt."""
+    said(
+        BaseTrainer._do_train,
+        '"out of memory" in str(e).lower()',
+        "if epoch > self.start_epoch or self._oom_retries >= 3",
+        "self._build_train_pipeline()",
+        "self._handle_nan_recovery(epoch)",
+    )
+    said(BaseTrainer._handle_nan_recovery, "self.loss.isfinite()", "self._load_checkpoint_state(ckpt)")
+
+
+def test_what_several_processes_share() -> None:
+    said(BaseTrainer.__init__, "self.save_dir = get_save_dir(self.args)")
+    said(dataset, "save_dataset_cache_file(self.prefix, path, x, DATASET_CACHE_VERSION)")
+    said(engine.generate_ddp_command, "shutil.rmtree(trainer.save_dir)")
+    said(BaseTrainer._do_train, "self.loss *= self.world_size")
 
 
 def test_resume_replaces_the_criterion_of_end_to_end_heads() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from yolo_kd.audit import AuditRow, audit
 from yolo_kd.distiller import Distiller
+from yolo_kd.guards import FiniteGuard, tensors_of
 from yolo_kd.taps import AssignmentTap, LayerTap, targets_of, view_of
 from yolo_kd.views import View
 
@@ -27,6 +28,7 @@ class DistillationCriterion:
         distiller: Terms and adapters.
         native: The student's own loss; built on first use when None, since class weights are set late.
         on_audit: Called once, with the rows of the audit of the first batch that has what the terms read.
+        guard: Keeps batches with NaN or infinity out of the weights; without one they are let in.
     """
 
     def __init__(
@@ -35,12 +37,14 @@ class DistillationCriterion:
         distiller: Distiller,
         native: Any = None,
         on_audit: Callable[[list[AuditRow]], None] | None = None,
+        guard: FiniteGuard | None = None,
     ):
         self._student = student
         self._distiller = distiller
         self._native = native
         self._tap: AssignmentTap | None = None
         self._on_audit = on_audit
+        self._guard = guard
         self.layers: LayerTap | None = None  # student layers besides the neck; hung up while training only
         self.progress = 0.0
         self.close_mosaic = 1.0
@@ -70,7 +74,8 @@ class DistillationCriterion:
         loss, items = self.native(predictions, batch)
         teacher = batch[TEACHER_VIEW]
         teacher = teacher if isinstance(teacher, View) else teacher.take()  # it may have a stream of its own
-        student = view_of(predictions, self._student, self.layers.take() if self.layers else None)
+        layers = self.layers.take() if self.layers else {}
+        student = view_of(predictions, self._student, layers)
         reads = self._distiller.reads
         targets = None
         if reads & {"targets", "assignment"}:
@@ -79,13 +84,23 @@ class DistillationCriterion:
         batch_size = student.scores.shape[0]
         # a term that acts near objects has nothing to show on a batch without any: then the next batch is audited
         silent = bool(reads & {"targets", "assignment"}) and not len(batch["bboxes"])
-        if self._on_audit is not None and torch.is_grad_enabled() and not silent:
+        if self._on_audit is not None and torch.is_grad_enabled() and not silent and loss.isfinite().all():
             self._on_audit(audit(loss.sum() / batch_size, student, self._distiller, steps))
             self._on_audit = None
         terms = self._distiller(steps, self.close_mosaic)
         # native terms come multiplied by the batch size, logged items do not: this is the one place of that factor
         vector = torch.cat([loss, torch.stack(list(terms.values())).to(loss.dtype) * batch_size])
-        return vector, {**items, **{name: value.detach() for name, value in terms.items()}}
+        items = {**items, **{name: value.detach() for name, value in terms.items()}}
+        if self._guard is None or not vector.requires_grad:
+            return vector, items
+        return self._guard.screen(vector, items, tensors_of([predictions, layers]), teacher)
+
+    def forget(self) -> None:
+        """Let go of what an interrupted step left in the taps."""
+        if self.layers is not None:
+            self.layers.take()
+        if self._tap is not None:
+            self._tap.take()
 
     def close(self) -> None:
         """Take all taps off."""

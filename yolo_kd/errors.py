@@ -7,6 +7,7 @@ YoloKDError
 ├── DataError          a data set that cannot be trained or validated on
 ├── EnvironmentError_  an installation or a processor that cannot do what was asked
 ├── AuditError         distillation was asked for but is not happening
+├── NumbersError       NaN or infinity that training cannot get around
 └── ParityError        an exported file does not compute what its checkpoint computes
 
 The command line prints the message without a traceback and exits with `exit_code`: 2 where the user can fix the
@@ -55,6 +56,12 @@ class EnvironmentError_(YoloKDError):
 
 class AuditError(YoloKDError):
     """Distillation was asked for, but a term or the teacher is not doing its work."""
+
+    exit_code = 1
+
+
+class NumbersError(YoloKDError):
+    """The teacher, a term or the weights are NaN or infinite, and leaving out a batch does not help."""
 
     exit_code = 1
 

@@ -25,6 +25,8 @@ from yolo_kd.criterion import TEACHER_VIEW, DistillationCriterion
 from yolo_kd.distiller import Distiller
 from yolo_kd.environment import check_cpu_bf16, check_torchvision, reused_memory
 from yolo_kd.errors import AuditError, ConfigError
+from yolo_kd.folders import exclusive_run_folder, shared_data
+from yolo_kd.guards import FiniteGuard
 from yolo_kd.inherit import inherit
 from yolo_kd.losses.base import find
 from yolo_kd.plan import Plan, check_models, check_resumable, check_teacher_file, make_plan
@@ -70,6 +72,7 @@ class DistillationTrainer(DetectionTrainer):
         overrides = dict(overrides or {})
         self.args: Any
         self.model: Any
+        self.loss: Any
         own = {key: overrides.pop(key) for key in OWN_KEYS if key in overrides}
         changes = {k.removeprefix("kd."): overrides.pop(k) for k in [*overrides] if k.startswith("kd.")}
         if overrides.get("distill_model"):
@@ -79,6 +82,7 @@ class DistillationTrainer(DetectionTrainer):
         check_torchvision()
         self.teacher: Teacher | None = None
         self.distiller: Distiller | None = None
+        self.guard = FiniteGuard()
         self.audit_rows: list[AuditRow] = []
         self._student_taps: dict[str, nn.Module] = {}
         self._views: ViewCache | None = None
@@ -94,7 +98,7 @@ class DistillationTrainer(DetectionTrainer):
             self.speed = self.plan.speed if self.plan else self.speed
         if _is_cpu_bf16(overrides):
             check_cpu_bf16()
-        with restricted_loading(self.trust_checkpoints):
+        with restricted_loading(self.trust_checkpoints), exclusive_run_folder():
             super().__init__(cfg, overrides, _callbacks)
         if self.plan is not None:
             self.args.kd = self.plan.to_dict()
@@ -179,7 +183,8 @@ class DistillationTrainer(DetectionTrainer):
             for tensor in self.distiller.state_dict().values():  # ranks draw different random numbers
                 if isinstance(tensor, torch.Tensor):
                     dist.broadcast(tensor, 0)
-        student.criterion = DistillationCriterion(student, self.distiller, on_audit=self._log_audit)
+        self.guard = FiniteGuard(self.distiller.trained_parameters())
+        student.criterion = DistillationCriterion(student, self.distiller, on_audit=self._log_audit, guard=self.guard)
         if RANK in {-1, 0}:
             origin = "random weights" if detector.random else f"sha256 {detector.sha256[:12]}"
             LOGGER.info(f"Distilling {', '.join(self.distiller.terms)} from {detector.path} ({origin}, frozen)")
@@ -249,7 +254,7 @@ class DistillationTrainer(DetectionTrainer):
         student = unwrap_model(self.model)
         if not isinstance(student.criterion, DistillationCriterion):
             student.criterion = DistillationCriterion(
-                student, self.distiller, native=student.criterion, on_audit=self._log_audit
+                student, self.distiller, native=student.criterion, on_audit=self._log_audit, guard=self.guard
             )
 
     def auto_batch(self) -> int:
@@ -290,8 +295,8 @@ class DistillationTrainer(DetectionTrainer):
     # ---------------------------------------------------------------------------------------------- the step
 
     def train(self) -> Any:
-        """Train, with every checkpoint load restricted."""
-        with restricted_loading(self.trust_checkpoints):
+        """Train, with every checkpoint load restricted and nothing half-written that another training may read."""
+        with restricted_loading(self.trust_checkpoints), shared_data():
             return super().train()
 
     def _do_train(self) -> None:
@@ -307,12 +312,15 @@ class DistillationTrainer(DetectionTrainer):
                 super()._do_train()
             if self.teacher is not None:
                 self.teacher.verify_untouched()
+            if summary := self.guard.summary():
+                LOGGER.warning(summary)
         finally:
             torch.set_num_threads(threads)
             self._detach()
 
     def _detach(self) -> None:
         """Leave a plain student and a teacher without hooks."""
+        self.guard.close()
         if self.teacher is not None:
             self.teacher.close()
         if self._views is not None:
@@ -327,7 +335,10 @@ class DistillationTrainer(DetectionTrainer):
         batch = super().preprocess_batch(batch)
         if self.teacher is None or self.optimizer is None:  # without an optimiser this is a calibration pass
             return batch
-        batch[TEACHER_VIEW] = self._teacher_view(batch)
+        self.guard.check(self._weights, self._recoverable)
+        batch[TEACHER_VIEW] = view = self._teacher_view(batch)
+        if not self.guard.admitted:
+            self.guard.admit(view if isinstance(view, View) else view.take(), str(self.teacher.path))
         epoch, seen = self._batch_in_epoch
         seen = seen + 1 if epoch == self.epoch else 0
         self._batch_in_epoch = (self.epoch, seen)
@@ -358,7 +369,10 @@ class DistillationTrainer(DetectionTrainer):
                 dist.all_reduce(p.grad)
                 p.grad /= self.world_size
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_([*self.model.parameters(), *adapters], max_norm=10.0)
+        stepped = [*self.model.parameters(), *adapters]
+        norm = nn.utils.clip_grad_norm_(stepped, max_norm=10.0)
+        if not self.guard.allows_step(norm, stepped, self.scaler.is_enabled()):
+            return self.optimizer.zero_grad()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -366,6 +380,37 @@ class DistillationTrainer(DetectionTrainer):
             self.ema.update(self.model)
         self.distiller.after_step()
         return None
+
+    def _build_train_pipeline(self) -> None:
+        """Start the epoch's progress over where Ultralytics halves the batch after running out of memory."""
+        super()._build_train_pipeline()
+        self._batch_in_epoch = (-1, 0)
+        criterion = getattr(unwrap_model(self.model), "criterion", None)
+        if isinstance(criterion, DistillationCriterion):
+            criterion.forget()
+
+    def _handle_nan_recovery(self, epoch: int) -> bool:
+        """Say what was skipped in the epoch, and let Ultralytics go back to `last.pt` where weights broke.
+
+        It looks at the loss of the last batch, from which the guard has taken what was not finite.
+        """
+        said, broken = self.guard.end_epoch(epoch, self._weights, self._recoverable)
+        if said:
+            LOGGER.warning(said)
+        if broken:
+            self.loss = torch.full_like(self.loss, float("nan"))
+        self._batch_in_epoch = (-1, 0)  # the epoch may be done again
+        return super()._handle_nan_recovery(epoch)
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """Return the state of student and adapters."""
+        adapters = {} if self.distiller is None else self.distiller.state_dict()
+        return {**unwrap_model(self.model).state_dict(), **adapters}
+
+    @property
+    def _recoverable(self) -> bool:
+        """Whether Ultralytics can go back to `last.pt`: after the first epoch, where there is one."""
+        return self.epoch > self.start_epoch and self.last.exists()
 
     # ---------------------------------------------------------------------------------------------- what is left
 
@@ -386,7 +431,11 @@ class DistillationTrainer(DetectionTrainer):
         super().final_eval()
         if self.plan is None or RANK not in {-1, 0}:
             return
-        provenance = {**self.plan.to_dict(), "audit": [vars(row) for row in self.audit_rows]}
+        provenance = {
+            **self.plan.to_dict(),
+            "audit": [vars(row) for row in self.audit_rows],
+            "skipped_batches": self.guard.skipped,
+        }
         for file in (self.last, self.best):
             if file.exists():
                 checkpoint = torch.load(file, map_location="cpu", weights_only=False)  # written by this very process
