@@ -13,6 +13,7 @@ import torch
 import yaml
 from torch import distributed as dist
 from torch import nn
+from ultralytics.cfg import get_cfg
 from ultralytics.engine import trainer as engine
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK
@@ -96,14 +97,14 @@ class DistillationTrainer(DetectionTrainer):
             self.plan, detector = make_plan(own, changes)
             self._detector = check_models(self.plan, detector, overrides, self.trust_checkpoints)
             self.speed = self.plan.speed if self.plan else self.speed
+            if self.speed.cache:
+                check_cacheable(vars(get_cfg(cfg, overrides)))
         if _is_cpu_bf16(overrides):
             check_cpu_bf16()
         with restricted_loading(self.trust_checkpoints), exclusive_run_folder():
             super().__init__(cfg, overrides, _callbacks)
         if self.plan is not None:
             self.args.kd = self.plan.to_dict()
-            if self.speed.cache:
-                check_cacheable(vars(self.args))
 
     # ---------------------------------------------------------------------------------------------- resume
 
@@ -125,6 +126,8 @@ class DistillationTrainer(DetectionTrainer):
         # what the file says of trust does not count: whoever made it must not decide what may run here
         given = {k: v for k, v in self._own.items() if k in SPEED_KEYS and v is not None}
         self.speed = Speed.of({**plan.speed.to_keys(), **given})
+        if self.speed.cache:
+            check_cacheable(vars(self.args))
         self.plan = replace(plan, trust_checkpoints=self.trust_checkpoints, speed=self.speed)
         check_teacher_file(self.plan)
 
