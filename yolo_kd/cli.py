@@ -119,7 +119,7 @@ def _train(arguments: list[str]) -> int:
 
 
 def _compare(arguments: list[str]) -> int:
-    from yolo_kd.compare import compare
+    from yolo_kd.compare.flow import compare
 
     return compare(arguments)
 

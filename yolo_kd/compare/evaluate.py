@@ -35,7 +35,8 @@ from yolo_kd.taps import strides_of
 METRICS = ("mAP50-95", "mAP50", "precision", "recall")
 # keys of a training that also change how a checkpoint is evaluated
 _SETTINGS = ("imgsz", "batch", "device", "single_cls", "classes", "iou", "max_det", "agnostic_nms", "workers", "nms")
-_ROUNDS, _WARM_UP = 40, 5  # pictures per model when latency is measured
+# latency: seconds for all files, rounds in which each file sees one picture
+_BUDGET, _WARM_UP, _MIN_ROUNDS, _MAX_ROUNDS = 10.0, 5, 15, 500
 _VERSION = 1  # of the files that results are kept in
 
 
@@ -261,36 +262,47 @@ def export_onnx(checkpoint: Path, file: Path, imgsz: int, trust: bool) -> Path:
 
 
 def onnx_latency(
-    files: Mapping[str, Path], rounds: int = _ROUNDS, clock: Callable[[], float] = time.perf_counter
+    files: Mapping[str, Path], budget: float = _BUDGET, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
     """Return the median milliseconds that each ONNX file takes for one picture on one thread of the CPU.
 
-    The files take turns, so that whatever else the machine does meets all of them alike.
+    The files take turns in an order that changes from round to round, so that whatever else the machine does, and
+    however regularly, meets all of them alike.
 
     Args:
         files: ONNX files by name.
-        rounds: Pictures per file.
+        budget: Seconds to spend, about; there are at least 15 rounds.
         clock: Seconds, for tests.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
+    generator = np.random.default_rng(0)
     sessions = {}
     for name, file in files.items():
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         first = session.get_inputs()[0]
         shape = [d if isinstance(d, int) else 1 for d in first.shape]
         kind = np.float16 if "float16" in first.type else np.float32
-        picture = np.random.default_rng(0).random(shape).astype(kind)
-        sessions[name] = (session, {first.name: picture})
-    times: dict[str, list[float]] = {name: [] for name in sessions}
-    for i in range(-_WARM_UP, rounds):
-        for name, (session, feed) in sessions.items():
+        sessions[name] = (session, {first.name: generator.random(shape).astype(kind)})
+    names = list(sessions)
+    times: dict[str, list[float]] = {name: [] for name in names}
+
+    def one_round() -> None:
+        for name in generator.permutation(names):
+            session, feed = sessions[name]
             began = clock()
             session.run(None, feed)
-            if i >= 0:
-                times[name].append(clock() - began)
+            times[name].append(clock() - began)
+
+    for _ in range(_WARM_UP):
+        one_round()
+    spent = sum(map(sum, times.values())) / _WARM_UP
+    for found in times.values():
+        found.clear()
+    for _ in range(min(max(int(budget / max(spent, 1e-9)), _MIN_ROUNDS), _MAX_ROUNDS)):
+        one_round()
     return {name: round(statistics.median(found) * 1000, 3) for name, found in times.items()}
 
 

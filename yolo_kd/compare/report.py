@@ -76,7 +76,7 @@ def _arms(summary: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
         keys = ", ".join(f"{k}={v}" for k, v in arm["differs"].items())
         role = "what the others are compared with" if arm["name"] == summary["reference"] else _word(arm)
         rows.append([arm["name"], arm["about"] + (f"; also {keys}" if keys else ""), f"{done} of {len(total)}", role])
-    return "Arms", ["arm", "how it trains", "runs finished", "verdict"], rows
+    return "What was trained", ["arm", "how it trains", "runs finished", "verdict"], rows
 
 
 def _word(arm: Mapping[str, Any]) -> str:
@@ -98,7 +98,7 @@ def _accuracy(summary: Mapping[str, Any], split: str) -> tuple[str, list[str], l
             compared = [
                 _points(found["mean"], found["n"]),
                 NONE if found["low"] is None else f"{points(found['low'])} to {points(found['high'])}",
-                " / ".join(NONE if p is None else f"{p:.2g}" for p in p_values),
+                " / ".join(NONE if p is None else f"{p:.2g}" for p in p_values) if found["n"] > 1 else NONE,
                 NONE if gap is None else f"{gap * 100:.0f} %",
             ]
         rows.append([arm["name"], _spread(values[main]), *compared, *(_spread(values[m]) for m in METRICS[1:])])

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-CONFIDENCE = 0.95
+ALPHA = 0.05
+CONFIDENCE = 1 - ALPHA
 MIN_PAIRS = 3  # below, a t interval is so wide or so accidental that no verdict is given
 EXACT_PAIRS = 12  # up to here all 2^n sign patterns are counted; beyond, a random sample of them
 _SAMPLED = 99_999
@@ -118,7 +119,7 @@ def paired(arm: Mapping[int, float], reference: Mapping[int, float]) -> Paired:
 
 def _sign_flip(differences: np.ndarray) -> float:
     """Return the two-sided p of the mean under random signs, exact for few pairs."""
-    if not differences.any():
+    if len(differences) == 1 or not differences.any():  # one pair: its sign is as likely either way
         return 1.0
     exact = len(differences) <= EXACT_PAIRS
     test = stats.permutation_test(
@@ -161,7 +162,7 @@ def judge(result: Paired, adjusted: float | None) -> str:
         return THIN
     if result.low <= 0 <= result.high:
         return NOISE
-    if adjusted is not None and adjusted >= 1 - CONFIDENCE:
+    if adjusted is not None and adjusted >= ALPHA:
         return UNCERTAIN
     return GAIN if result.mean > 0 else LOSS
 
