@@ -73,7 +73,7 @@ def test_the_verdict_is_the_first_thing_said(made: tuple) -> None:
     summary, files = made
     text = files["html"].read_text(encoding="utf-8")
     assert text.index(summary["verdict"].split(",")[0]) < text.index("<nav")
-    assert "▲ gain" in text
+    assert "▲ better" in text
     assert "fgd seed 2: It ended with exit code 1." in text
     assert "RuntimeError: &lt;out&gt; of memory &amp; more" in text  # what a run printed is text, not markup
 

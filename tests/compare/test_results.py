@@ -30,7 +30,7 @@ def test_a_clear_gain(tmp_path: Path) -> None:
         "objectness: +3.1 mAP50-95 (test) over baseline, 95 % interval +2.9 to +3.3, 3 paired seeds, closes "
         f"{share} % of the gap to the teacher, costs 1.33x the training time."
     )
-    assert arm["verdict"]["words"] == {"val": "gain", "test": "gain"}
+    assert arm["verdict"]["words"] == {"val": "better", "test": "better"}
     # teacher 0.55 on test, baseline 0.5 - 0.01 + the mean of its noise
     base = arm_of(summary, "baseline")["metrics"]["test"]["mAP50-95"]["mean"]
     assert arm["gap_closed"]["test"] == pytest.approx(0.031 / (0.55 - base), rel=1e-6)
@@ -40,7 +40,11 @@ def test_a_clear_gain(tmp_path: Path) -> None:
 def test_several_arms_are_ranked_and_corrected(tmp_path: Path) -> None:
     summary, _, _ = fake_summary(tmp_path, {"fgd": VAGUE, "objectness": CLEAR, "mgd": BAD})
     assert summary["ranking"] == ["objectness", "fgd", "mgd"]
-    assert [arm_of(summary, n)["verdict"]["word"] for n in summary["ranking"]] == ["gain", "noise", "loss"]
+    assert [arm_of(summary, n)["verdict"]["word"] for n in summary["ranking"]] == [
+        "better",
+        "inside the noise",
+        "worse",
+    ]
     assert summary["verdict"].startswith("objectness: +3.1")
     found = arm_of(summary, "objectness")["difference"]["test"]["mAP50-95"]
     assert found["p_holm"] > found["p_t"]

@@ -41,11 +41,11 @@ def test_choose_takes_both_directions() -> None:
     truth = [[*BOX, 0]]
     good, bad = (image("x", (96, 96), p, truth) for p in (hit, []))
     reference = [[good, bad, good, bad], [good, bad, bad, bad]]
-    arm = [[good, good, bad, bad], [bad, good, bad, bad]]
+    arm = [[bad, good, bad, bad], [good, good, bad, bad]]
     chosen = scenes.choose(reference, arm)
-    assert [index for index, _, _ in chosen] == [1, 2, 0] or [index for index, _, _ in chosen] == [1, 0, 2]
-    assert chosen[0][1:] == (0.0, 1.0)
-    assert all(ours != theirs for _, theirs, ours in chosen)
+    assert chosen[0] == scenes.Choice(1, 0, 0.0, 1.0)
+    # the other two are losses of one run each, and it is that run that is drawn
+    assert sorted((c.index, c.run, c.reference, c.arm) for c in chosen[1:]) == [(0, 0, 1.0, 0.5), (2, 0, 0.5, 0.0)]
     assert scenes.choose([], []) == []
 
 
@@ -59,14 +59,14 @@ def test_a_scene_has_a_panel_per_model(tmp_path: Path) -> None:
     truth = [[*BOX, 0]]
     found = image(str(file), (96, 96), [[*BOX, 0.9, 0]], truth)
     missed = image(str(file), (96, 96), [[0, 0, 30, 30, 0.6, 7]], truth)  # a class without a name, too
-    made = scenes.scene((0, 0.0, 1.0), {"teacher": [found], "baseline": [missed]}, NAMES)
+    made = scenes.scene(scenes.Choice(0, 0, 0.0, 1.0), {"teacher": [found], "baseline": [missed]}, NAMES, 5)
     assert made is not None
     assert [title for title, _ in made.panels] == ["labels", "teacher", "baseline"]
     shown = [decoded(uri) for _, uri in made.panels]
     assert all(max(p.shape) == 360 for p in shown)
     assert np.abs(shown[1].astype(int) - shown[2]).max() > 100
     file.unlink()
-    assert scenes.scene((0, 0.0, 1.0), {"teacher": [found]}, NAMES) is None
+    assert scenes.scene(scenes.Choice(0, 0, 0.0, 1.0), {"teacher": [found]}, NAMES, 5) is None
 
 
 def test_boxes_at_the_rim_and_grey_pictures(tmp_path: Path) -> None:

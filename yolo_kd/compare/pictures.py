@@ -16,6 +16,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 WIDTH = 4.4  # inches
 MAX_ROWS = 24  # of a dot plot
@@ -109,6 +110,7 @@ def learning_curves(summary: Mapping[str, Any]) -> str:
             value = teacher["splits"]["val"]["metrics"][summary["metric"]] * 100
             axes.axhline(value, color="black", linewidth=1, linestyle=(0, (1, 3)), label="teacher")
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("mAP50-95 on val")
         if axes.get_legend_handles_labels()[0]:
             figure.legend(loc="outside lower center", ncols=2, fontsize=8)
@@ -145,6 +147,7 @@ def loss_terms(summary: Mapping[str, Any], arm: str) -> str | None:
         if positive and len(positive) == len(values) and max(positive) > 30 * min(positive):
             axes.set_yscale("log")
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("weighted value per image")
         axes.set_title(arm, loc="left")
         figure.legend(loc="outside lower center", ncols=2, fontsize=8)

@@ -16,12 +16,12 @@ from yolo_kd.compare import pictures, scenes
 from yolo_kd.compare.evaluate import METRICS, load_predictions, predictions_file
 from yolo_kd.compare.results import runs_csv
 from yolo_kd.compare.runs import write_text
-from yolo_kd.compare.statistics import points
+from yolo_kd.compare.statistics import GAIN, LOSS, NOISE, NOTHING, THIN, UNCERTAIN, points
 
 TEMPLATE = "report.html.j2"
 NONE = "-"
 # what a verdict's word looks like beside it, for readers who see no colour
-MARKS = {"gain": "▲", "loss": "▼", "noise": "≈", "uncertain": "?", "not enough evidence": "…", "no result": "×"}
+MARKS = {GAIN: "▲", LOSS: "▼", NOISE: "≈", UNCERTAIN: "?", THIN: "…", NOTHING: "×"}
 
 Tables = list[tuple[str, list[str], list[list[str]]]]
 
@@ -99,7 +99,7 @@ def _accuracy(summary: Mapping[str, Any], split: str) -> tuple[str, list[str], l
                 _points(found["mean"], found["n"]),
                 NONE if found["low"] is None else f"{points(found['low'])} to {points(found['high'])}",
                 " / ".join(NONE if p is None else f"{p:.2g}" for p in p_values) if found["n"] > 1 else NONE,
-                NONE if gap is None else f"{gap * 100:.0f} %",
+                NONE if gap is None else f"{gap * 100:.0f} %".replace("-", "−"),
             ]
         rows.append([arm["name"], _spread(values[main]), *compared, *(_spread(values[m]) for m in METRICS[1:])])
     for teacher in summary["teachers"]:
@@ -244,7 +244,7 @@ def _terms(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _scenes(summary: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, Any]:
     """Draw the pictures in which the best arm and the reference differ most, and their attention."""
-    best = next(iter(summary["ranking"]), None)
+    best: str = next(iter(summary["ranking"]), "")
     reference, settings = summary["reference"], parts["settings"]
     evaluations: Mapping[str, Any] = parts["evaluations"]
     seeds = [
@@ -258,16 +258,19 @@ def _scenes(summary: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, A
 
     runs = {name: [results(evaluations[f"{name} seed {s}"]) for s in seeds] for name in (reference, best)}
     chosen = scenes.choose(runs[reference], runs[best])
-    shown = {reference: runs[reference][0], best: runs[best][0]}
-    teacher = next(iter(parts["teachers"]), None)
-    if teacher:
-        shown = {"teacher": results(parts["teachers"][teacher]), **shown}
-    made = [scene for c in chosen if (scene := scenes.scene(c, shown, parts["names"])) is not None]
-    models = {name: parts["checkpoints"][f"{name} seed {seeds[0]}"] for name in (reference, best)}
+    teacher: str | None = next(iter(parts["teachers"]), None)
+    fixed: dict[str, Any] = {"teacher": results(parts["teachers"][teacher])} if teacher else {}
+    made = []
+    for choice in chosen:
+        shown = {**fixed, **{name: runs[name][choice.run] for name in (reference, best)}}
+        drawn = scenes.scene(choice, shown, parts["names"], seeds[choice.run])
+        made += [drawn] if drawn is not None else []
+    models: dict[str, Path] = {name: parts["checkpoints"][f"{name} seed {seeds[0]}"] for name in (reference, best)}
     if teacher:
         models = {"teacher": Path(teacher), **models}
-    order = sorted(chosen, key=lambda c: -abs(c[2] - c[1])) or [(0, 0.0, 0.0)]
-    files = [runs[reference][0][index].name for index, _, _ in order[: scenes.ATTENTION]] if runs[reference][0] else []
+    order = sorted(chosen, key=lambda c: -abs(c.arm - c.reference)) or [scenes.Choice(0, 0, 0.0, 0.0)]
+    pictures_of = runs[reference][0]
+    files = [pictures_of[c.index].name for c in order[: scenes.ATTENTION]] if pictures_of else []
     looked = [(Path(f).name, p) for f in files if (p := scenes.read_picture(f)) is not None]
     maps = {
         name: scenes.attention(path, [p for _, p in looked], settings.imgsz, settings.trust)
@@ -278,7 +281,7 @@ def _scenes(summary: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, A
         for i, (name, _) in enumerate(looked)
     ]
     why = "" if made else "There is no picture of val in which the two differ."
-    return {"scenes": made, "attention": attention, "why": why, "arm": best, "seed": seeds[0]}
+    return {"scenes": made, "attention": attention, "why": why, "arm": best}
 
 
 # ------------------------------------------------------------------------------------------------ the page

@@ -27,17 +27,36 @@ _FOUND, _FALSE, _MISSED = (0, 158, 115), (230, 120, 0), (255, 255, 255)
 
 
 @dataclass(frozen=True)
+class Choice:
+    """A picture that is worth showing.
+
+    Attributes:
+        index: Its place in the list of results.
+        run: The paired run, by its place, in which the two arms differ most in the direction of the mean.
+        reference: F1 of the reference there, mean over seeds.
+        arm: F1 of the arm.
+    """
+
+    index: int
+    run: int
+    reference: float
+    arm: float
+
+
+@dataclass(frozen=True)
 class Scene:
     """A picture in which two arms differ.
 
     Attributes:
         name: Name of its file.
+        seed: The seed whose predictions are drawn.
         reference: F1 of the reference there, mean over seeds.
         arm: F1 of the arm.
         panels: Title and JPEG data URI of each panel.
     """
 
     name: str
+    seed: int
     reference: float
     arm: float
     panels: tuple[tuple[str, str], ...]
@@ -66,9 +85,7 @@ def outcome(image: ImageResult) -> tuple[list[int], list[int], list[int]]:
     return found, wrong, sorted(free)
 
 
-def choose(
-    reference: Sequence[Sequence[ImageResult]], arm: Sequence[Sequence[ImageResult]]
-) -> list[tuple[int, float, float]]:
+def choose(reference: Sequence[Sequence[ImageResult]], arm: Sequence[Sequence[ImageResult]]) -> list[Choice]:
     """Choose the pictures in which two arms differ most, as many gains as losses where there are.
 
     Args:
@@ -76,20 +93,24 @@ def choose(
         arm: The same of the arm.
 
     Returns:
-        Index of the picture and the mean F1 of both, gains first, the largest difference first.
+        The pictures, gains first, the largest difference first.
     """
     if not reference or not arm:
         return []
-    ours, theirs = (np.mean([[f1(i) for i in run] for run in side], axis=0) for side in (arm, reference))
-    gain = ours - theirs
+    ours, theirs = (np.array([[f1(i) for i in run] for run in side]) for side in (arm, reference))
+    differences = ours - theirs  # (runs, pictures)
+    gain = differences.mean(0)
     order = np.argsort(-gain, kind="mergesort")
     up = [i for i in order[:EACH_WAY] if gain[i] > 0]
     down = [i for i in order[::-1][:EACH_WAY] if gain[i] < 0]
-    return [(int(i), float(theirs[i]), float(ours[i])) for i in [*up, *down]]
+    return [
+        Choice(int(i), int(np.argmax(differences[:, i] * np.sign(gain[i]))), theirs[:, i].mean(), ours[:, i].mean())
+        for i in [*up, *down]
+    ]
 
 
 def scene(
-    chosen: tuple[int, float, float], results: Mapping[str, Sequence[ImageResult]], names: Mapping[int, str]
+    chosen: Choice, results: Mapping[str, Sequence[ImageResult]], names: Mapping[int, str], seed: int
 ) -> Scene | None:
     """Draw one picture with its labels and with each model's predictions; None if its file is gone.
 
@@ -97,15 +118,15 @@ def scene(
         chosen: What `choose` returned.
         results: Predictions by title of the panel.
         names: Class names.
+        seed: The seed that the predictions are of.
     """
-    index, reference, arm = chosen
-    first = next(iter(results.values()))[index]
+    first = next(iter(results.values()))[chosen.index]
     picture = read_picture(first.name)
     if picture is None:
         return None
     panels = [("labels", jpeg(draw_labels(picture, first, names)))]
-    panels += [(title, jpeg(draw_predictions(picture, run[index], names))) for title, run in results.items()]
-    return Scene(Path(first.name).name, reference, arm, tuple(panels))
+    panels += [(title, jpeg(draw_predictions(picture, run[chosen.index], names))) for title, run in results.items()]
+    return Scene(Path(first.name).name, seed, chosen.reference, chosen.arm, tuple(panels))
 
 
 def read_picture(path: str) -> np.ndarray | None:

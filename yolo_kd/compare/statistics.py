@@ -16,7 +16,8 @@ MIN_PAIRS = 3  # below, a t interval is so wide or so accidental that no verdict
 EXACT_PAIRS = 12  # up to here all 2^n sign patterns are counted; beyond, a random sample of them
 _SAMPLED = 99_999
 
-GAIN, LOSS, NOISE, UNCERTAIN, THIN, NOTHING = "gain", "loss", "noise", "uncertain", "not enough evidence", "no result"
+GAIN, LOSS, NOISE, UNCERTAIN = "better", "worse", "inside the noise", "not safe"
+THIN, NOTHING = "not enough evidence", "no result"
 
 
 @dataclass(frozen=True)
@@ -152,9 +153,9 @@ def judge(result: Paired, adjusted: float | None) -> str:
         adjusted: p of the t test after correction for the number of arms, None where there is none.
 
     Returns:
-        `gain` or `loss` if the interval excludes zero and still does after the correction, `uncertain` if only
-        before it, `noise` if the interval holds zero, `not enough evidence` below three pairs or where the seeds
-        changed nothing, `no result` without pairs.
+        `better` or `worse` if the interval excludes zero and the test still holds after the correction, `not safe`
+        if only before it, `inside the noise` if the interval holds zero, `not enough evidence` below three pairs or
+        where the seeds changed nothing, `no result` without pairs.
     """
     if result.mean is None:
         return NOTHING
@@ -245,4 +246,5 @@ def sentence(
             f"{name}: {difference} over {reference}, {interval}, {pairs}, is not safe: with {arms} arms compared, "
             f"chance alone gives such a difference too often (p = {adjusted:.2g} after Holm){tail}."
         )
-    return f"{name}: {difference} over {reference}, {interval}, {pairs}{tail}."
+    worse = f"worse than {reference}, {difference}" if word == LOSS else f"{difference} over {reference}"
+    return f"{name}: {worse}, {interval}, {pairs}{tail}."
