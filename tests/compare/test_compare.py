@@ -52,6 +52,11 @@ def epochs_of(folder: Path) -> list[str]:
         return []
 
 
+def first_loss(folder: Path) -> float:
+    with open(folder / "results.csv") as file:
+        return float(next(csv.DictReader(file))["train/box_loss"])
+
+
 def command(arguments: list[str]) -> list[str]:
     return [sys.executable, "-m", "yolo_kd", "compare", *arguments]
 
@@ -59,7 +64,8 @@ def command(arguments: list[str]) -> list[str]:
 @pytest.mark.e2e
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kills a process as only POSIX can")
 def test_killed_and_continued(tmp_path: Path, shapes: Path, models: tuple[Path, Path]) -> None:
-    arguments = words(tmp_path, shapes, models, arms="baseline,objectness", seeds=3)
+    # all pictures in one batch, so that the first epoch's losses are those of the first step
+    arguments = words(tmp_path, shapes, models, arms="baseline,objectness", seeds=3, batch=16)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     runs = tmp_path / "c" / "runs"
     middle = runs / "objectness" / "seed0"  # the second of six
@@ -88,6 +94,10 @@ def test_killed_and_continued(tmp_path: Path, shapes: Path, models: tuple[Path, 
     for arm in ("baseline", "objectness"):
         for seed in range(3):
             assert epochs_of(runs / arm / f"seed{seed}") == ["1", "2", "3"]
+    # paired: a seed's first batch, and what the untrained student makes of it, is the same in every arm
+    first = [[first_loss(runs / arm / f"seed{seed}") for seed in range(3)] for arm in ("baseline", "objectness")]
+    assert first[0] == pytest.approx(first[1], rel=1e-4)
+    assert len({round(value, 3) for value in first[0]}) == 3
     arm = summary["arms"][1]
     assert arm["difference"]["test"]["mAP50-95"]["n"] == 3
     assert arm["audit"][0]["term"] == "objectness"

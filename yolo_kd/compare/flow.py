@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ultralytics.cfg import get_cfg
+from ultralytics.data import build_yolo_dataset
 
 from yolo_kd.checkpoints import restricted_loading
 from yolo_kd.compare.arms import DISTILLED, Arm, Comparison, parse_compare
-from yolo_kd.compare.evaluate import Settings, audit_of, evaluate, export_onnx, onnx_latency, settings_of
+from yolo_kd.compare.evaluate import Settings, audit_of, evaluate, export_onnx, onnx_latency, quiet, settings_of
 from yolo_kd.compare.progress import Progress
 from yolo_kd.compare.report import write_report
 from yolo_kd.compare.results import summarise, teacher_of
@@ -42,6 +44,8 @@ def compare(arguments: Sequence[str]) -> int:
             f"{len(comparison.arms)} arms x {len(comparison.seeds)} seeds, {len(runs)} trainings, {done} finished "
             f"before, {comparison.jobs} at a time. Folder: {comparison.folder}"
         )
+        if comparison.jobs > 1 and done < len(runs):
+            cache_labels(data)
         train_all(runs, comparison.jobs, Progress(sys.stdout, comparison.jobs))
         summary, parts = measure(comparison, runs, data)
         files = write_report(comparison.folder, summary, parts)
@@ -54,6 +58,14 @@ def compare(arguments: Sequence[str]) -> int:
     if failed:
         say(f"{len(failed)} of {len(runs)} trainings failed. The same command tries them again.")
     return 1 if failed else 0
+
+
+def cache_labels(data: dict[str, Any]) -> None:
+    """Let Ultralytics write its label caches, which trainings that start together would write over each other."""
+    with quiet():
+        for split in ("train", "val", "test"):
+            if data.get(split):
+                build_yolo_dataset(get_cfg(overrides={"task": "detect"}), data[split], 1, data, mode="val")
 
 
 def say(line: str) -> None:
