@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from yolo_kd.errors import ConfigError, did_you_mean, listed
-from yolo_kd.options import DEFAULT_RECIPE, NO_RECIPE, TrainOptions, read_items, resolve_items
+from yolo_kd.options import DEFAULT_RECIPE, NO_RECIPE, TrainOptions, parse_assignments, read_items, resolve_items
 from yolo_kd.recipe import shipped_recipes
 from yolo_kd.yaml_lines import Item, problem, raise_if, read_yaml, shown
 
@@ -134,8 +134,8 @@ def _folder(items: Mapping[str, Item], arguments: Sequence[str]) -> Path:
     def text(key: str) -> str | None:
         return os.fspath(items[key].value) if key in items and items[key].value else None
 
-    experiment = next((a.partition("=")[2] for a in arguments if a.startswith("cfg=")), "")
-    name = text("name") or Path(experiment).stem or DEFAULT_NAME
+    experiment = parse_assignments(arguments).get("cfg")
+    name = text("name") or (Path(experiment).stem if experiment else DEFAULT_NAME)
     return (Path(text("project") or DEFAULT_PROJECT) / name).absolute()
 
 

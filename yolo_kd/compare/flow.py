@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from yolo_kd.compare.evaluate import Settings, audit_of, evaluate, export_onnx, 
 from yolo_kd.compare.progress import Progress
 from yolo_kd.compare.report import write_report
 from yolo_kd.compare.results import summarise, teacher_of
-from yolo_kd.compare.runs import FAILED, FINISHED, Run, keys_of, locked, plan_runs, train_all
+from yolo_kd.compare.runs import FAILED, FINISHED, Run, keys_of, locked, plan_runs
+from yolo_kd.compare.training import train_all
 from yolo_kd.environment import check_cpu_bf16, check_torchvision
 from yolo_kd.errors import ConfigError, YoloKDError
 from yolo_kd.plan import check_models, make_plan, read_dataset
@@ -137,11 +139,11 @@ def measure(comparison: Comparison, runs: Sequence[Run], data: dict[str, Any]) -
     say("Evaluating on " + " and ".join(settings.splits))
     teachers = {}
     for path in dict.fromkeys(t for arm in comparison.arms if (t := teacher_of(arm)) and t.endswith(".pt")):
-        if result := _tried(lambda p=path: evaluate(Path(p), settings, folder / "evaluations"), path, problems):
+        if result := _tried(partial(evaluate, Path(path), settings, folder / "evaluations"), path, problems):
             teachers[path] = result
     finished = [run for run in runs if run.status == FINISHED]
     for run in finished:
-        result = _tried(lambda r=run: evaluate(r.best, settings, folder / "evaluations"), run.name, problems)
+        result = _tried(partial(evaluate, run.best, settings, folder / "evaluations"), run.name, problems)
         if result:
             evaluations[run.name] = result
     firsts = {arm.name: next((r for r in finished if r.arm.name == arm.name), None) for arm in comparison.arms}
@@ -150,7 +152,7 @@ def measure(comparison: Comparison, runs: Sequence[Run], data: dict[str, Any]) -
     audits = {}
     for name, first in firsts.items():
         if first and first.arm.kind == DISTILLED:
-            audits[name] = _tried(lambda r=first: audit_of(r.best, trust), f"audit of {name}", problems) or []
+            audits[name] = _tried(partial(audit_of, first.best, trust), f"audit of {name}", problems) or []
     summary = summarise(comparison, runs, evaluations, teachers, latencies, audits, settings, problems)
     parts = {
         "settings": settings,
@@ -168,17 +170,14 @@ def latencies_of(
 ) -> dict[str, float]:
     """Export one checkpoint per arm and every teacher, and time the files; what cannot be exported is reported."""
     files: dict[str, Path] = {}
-    wanted = {**checkpoints, **{path: Path(path) for path in teachers}}
-    for name, checkpoint in wanted.items():
-        target = folder / "onnx" / (f"{name}.onnx" if name in checkpoints else f"teacher-{checkpoint.stem}.onnx")
-        file = _tried(
-            lambda c=checkpoint, t=target: export_onnx(c, t, settings.imgsz, settings.trust),
-            f"export of {name}",
-            problems,
-        )
+    wanted = {name: (checkpoint, f"{name}.onnx") for name, checkpoint in checkpoints.items()}
+    wanted |= {path: (Path(path), f"teachers/{number}.onnx") for number, path in enumerate(teachers)}
+    for name, (checkpoint, target) in wanted.items():
+        work = partial(export_onnx, checkpoint, folder / "onnx" / target, settings.imgsz, settings.trust)
+        file = _tried(work, f"export of {name}", problems)
         if file:
             files[name] = file
-    return _tried(lambda: onnx_latency(files), "latency", problems) or {}
+    return _tried(partial(onnx_latency, files), "latency", problems) or {}
 
 
 def _tried(work: Any, what: str, problems: list[str]) -> Any:

@@ -32,7 +32,7 @@ class Progress:
         self._began: dict[str, tuple[float, int]] = {}
 
     def __call__(self, runs: Sequence[Run], event: str, run: Run | None) -> None:
-        """Report an event, see `runs.train_all`."""
+        """Report an event, see `training.train_all`."""
         if event == "start" and run is not None:
             self._began[run.name] = (time.monotonic(), len(run.rows()))
             verb = "continues" if run.attempts[-1]["resumed"] else "starts"

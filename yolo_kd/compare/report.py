@@ -104,9 +104,19 @@ def _accuracy(summary: Mapping[str, Any], split: str) -> tuple[str, list[str], l
         rows.append([arm["name"], _spread(values[main]), *compared, *(_spread(values[m]) for m in METRICS[1:])])
     for teacher in summary["teachers"]:
         values = teacher["splits"][split]["metrics"]
-        name = f"teacher {Path(teacher['path']).parents[1].name}" if len(summary["teachers"]) > 1 else "teacher"
-        rows.append([name, f"{values[main] * 100:.1f}", *[NONE] * 4, *(f"{values[m] * 100:.1f}" for m in METRICS[1:])])
+        rows.append(
+            [
+                _teacher_name(summary, teacher),
+                f"{values[main] * 100:.1f}",
+                *[NONE] * 4,
+                *(f"{values[m] * 100:.1f}" for m in METRICS[1:]),
+            ]
+        )
     return f"Accuracy on {split}", head, rows
+
+
+def _teacher_name(summary: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
+    return "teacher" if len(summary["teachers"]) == 1 else f"teacher {teacher['path']}"
 
 
 def _points(mean: float | None, n: int) -> str:
@@ -135,7 +145,7 @@ def _cost(summary: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
         spent = NONE if seconds["mean"] is None else _spread(seconds, 1 / 60) + " min"
         ratio = NONE if arm["time_ratio"] is None else f"{arm['time_ratio']:.2f}x"
         rows.append([arm["name"], spent, ratio, *numbers(arm)])
-    rows += [["teacher", NONE, NONE, *numbers(teacher)] for teacher in summary["teachers"]]
+    rows += [[_teacher_name(summary, teacher), NONE, NONE, *numbers(teacher)] for teacher in summary["teachers"]]
     return "Cost", ["arm", "training time", f"of {summary['reference']}", "parameters", "GFLOPs", "ONNX latency"], rows
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 from yolo_kd.compare import statistics
 from yolo_kd.compare.arms import ALONE, UPSTREAM, Arm, Comparison
 from yolo_kd.compare.evaluate import METRICS, Settings
-from yolo_kd.compare.runs import FAILED, FINISHED, Run, command_of, keys_of, versions
+from yolo_kd.compare.runs import FAILED, FINISHED, Run, keys_of, versions
 from yolo_kd.compare.sizes import SIZES
+from yolo_kd.compare.training import command_of
 
 MAIN = METRICS[0]
 MAP_COLUMN = "metrics/mAP50-95(B)"
@@ -65,14 +67,14 @@ def summarise(
         "reference": comparison.reference,
         "seeds": list(comparison.seeds),
         "jobs": comparison.jobs,
-        "evaluation": {"data": settings.data, **settings.keys},
+        "evaluation": {"data": settings.data, **settings.keys, "imgsz": settings.imgsz},
         "teachers": [_teacher(path, result, latencies) for path, result in teachers.items()],
         "arms": arms,
         "runs": [_run(run, evaluations.get(run.name)) for run in runs],
         "notes": _notes(comparison, runs, arms, headline, settings),
         "problems": [*problems, *(f"{run.name}: {run.error}" for run in runs if run.status == FAILED)],
         "commands": {
-            "comparison": " ".join(["yolo-kd compare", *comparison.command]),
+            "comparison": shlex.join(["yolo-kd", "compare", *comparison.command]),
             "runs": {run.name: command_of(run) for run in runs},
         },
         "versions": versions(),
