@@ -11,6 +11,7 @@ from typing import Any
 
 from yolo_kd.errors import ConfigError, did_you_mean, listed
 from yolo_kd.options import DEFAULT_RECIPE, NO_RECIPE, TrainOptions, parse_assignments, read_items, resolve_items
+from yolo_kd.options import OWN_KEYS as TRAIN_KEYS
 from yolo_kd.recipe import shipped_recipes
 from yolo_kd.yaml_lines import Item, problem, raise_if, read_yaml, shown
 
@@ -94,6 +95,7 @@ def parse_compare(arguments: Sequence[str]) -> Comparison:
         item = items.pop(key)
         if item.value is not None:
             problems.append(problem(item.where, f"{key} cannot be given to compare: {_TAKEN[key]}"))
+    _misspelt(items, problems)
     kd = items.pop("kd", None)
     changes = {key: items.pop(key) for key in [*items] if key.startswith("kd.")}
     wanted = _arms(own["arms"], kd, changes, problems)
@@ -110,6 +112,17 @@ def parse_compare(arguments: Sequence[str]) -> Comparison:
         jobs,
         tuple(arguments),
     )
+
+
+def _misspelt(items: dict[str, Item], problems: list[str]) -> None:
+    """Take out unknown keys that come closest to one of ours; what checks the keys of train does not know these."""
+    from ultralytics.utils import DEFAULT_CFG_DICT
+
+    known = [*DEFAULT_CFG_DICT, *TRAIN_KEYS, *OWN_KEYS]
+    for key in [k for k in items if k not in known and not k.startswith("kd.")]:
+        hint = did_you_mean(key[:60], known)
+        if any(hint == did_you_mean(own, [own]) for own in OWN_KEYS):
+            problems.append(problem(items.pop(key).where, f"unknown key '{key}'.{hint}"))
 
 
 def _positive(key: str, item: Item | None, default: int, problems: list[str]) -> int:
