@@ -20,6 +20,7 @@ HELP = f"""yolo-kd {__version__}: knowledge distillation for Ultralytics YOLO de
   yolo-kd train   cfg=cfg/experiments/bccd.yaml                  keys of the command line win over the file's
   yolo-kd train   kd=none student=yolov8n.pt data=coco8.yaml     the student alone: the baseline, or a teacher
   yolo-kd train   resume=runs/detect/train/weights/last.pt
+  yolo-kd compare cfg=... arms=baseline,objectness seeds=3 [jobs=1]   did it help? paired runs, verdict, one page
   yolo-kd export  model=runs/detect/train/weights/best.pt format=onnx [any Ultralytics export key]
   yolo-kd losses  [name]      the losses there are, or the parameters of one
   yolo-kd recipes [name]      the recipes that ship with this package, or one of them in full
@@ -40,6 +41,11 @@ Keys of train besides Ultralytics' own:
   threads=                 auto or a number, on a CPU
   kd.cache=disk            keep the teacher's outputs, for trainings without random augmentation
   --debug                  show the traceback of an error
+
+Keys of compare besides those of train; project= and name= say where it writes (runs/compare/<cfg's name>):
+  arms=                    recipes, baseline (the student alone), distill_model (Ultralytics' own), or a YAML of arms
+  seeds=                   trainings per arm, with seeds seed, seed + 1, ... (3)
+  jobs=                    trainings at a time (1)
 """
 
 
@@ -74,6 +80,7 @@ def _dispatch(arguments: list[str]) -> int:
     verb, rest = (arguments[0].lstrip("-"), arguments[1:]) if arguments else ("help", [])
     verbs: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
+        "compare": _compare,
         "export": _export,
         "losses": _losses,
         "recipes": _recipes,
@@ -114,6 +121,12 @@ def _train(arguments: list[str]) -> int:
     if trainer.best.exists():
         LOGGER.info(f"Export it with: yolo-kd export model={trainer.best} format=onnx")
     return 0
+
+
+def _compare(arguments: list[str]) -> int:
+    from yolo_kd.compare.flow import compare
+
+    return compare(arguments)
 
 
 def _export(arguments: list[str]) -> int:

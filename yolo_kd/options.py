@@ -94,11 +94,36 @@ def parse_train(arguments: Sequence[str]) -> TrainOptions:
         ConfigError: With one line for every mistake on the command line, in the experiment file and in the recipe.
     """
     problems: list[str] = []
+    return _resolve(_items(arguments, problems), problems)
+
+
+def read_items(arguments: Sequence[str], problems: list[str]) -> dict[str, Item]:
+    """Return the keys of a command line and of the experiment file that it names, each with its place, unchecked.
+
+    This is the first half of `parse_train`, for a verb with keys of its own; `resolve_items` is the second.
+
+    Args:
+        arguments: `key=value` words.
+        problems: Receives mistakes of form.
+    """
+    return _with_experiment(_items(arguments, problems), problems)[0]
+
+
+def resolve_items(items: Mapping[str, Item]) -> TrainOptions:
+    """Return the options that such keys ask for.
+
+    Raises:
+        ConfigError: With one line for every mistake.
+    """
+    return _resolve(dict(items), [])
+
+
+def _items(arguments: Sequence[str], problems: list[str]) -> dict[str, Item]:
     items = {}
     for key, value in _assignments(arguments, problems).items():
         override = key.startswith("kd.") and key not in SPEED_KEYS
         items[key] = wrap(value, f"{key} on the command line", problems) if override else Item(value)
-    return _resolve(items, problems)
+    return items
 
 
 def train_options(mapping: Mapping[str, Any]) -> TrainOptions:

@@ -1,0 +1,113 @@
+"""Evaluation: Ultralytics' own numbers, predictions kept in pixels of the file, and latency taken in turns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from ultralytics import YOLO
+
+from tests.models import narrow_checkpoint
+from yolo_kd.compare import evaluate as module
+from yolo_kd.compare.evaluate import (
+    Settings,
+    audit_of,
+    evaluate,
+    export_onnx,
+    load_predictions,
+    onnx_latency,
+    predictions_file,
+    save_predictions,
+    settings_of,
+)
+from yolo_kd.compare.sizes import ImageResult
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return narrow_checkpoint("yolov8n", tmp_path_factory.mktemp("model"))
+
+
+def test_settings(tmp_path: Path) -> None:
+    found = settings_of({"data": "d.yaml", "imgsz": 320, "batch": -1, "epochs": 3, "iou": 0.6}, {"test": "x"}, False)
+    assert found == Settings("d.yaml", ("val", "test"), {"imgsz": 320, "batch": 16, "iou": 0.6})
+    assert settings_of({"data": "d.yaml", "batch": 0.7}, {"test": None}, True).splits == ("val",)
+    assert settings_of({"data": "d.yaml"}, {}, False).imgsz == 640
+
+
+@pytest.mark.slow
+def test_numbers_are_those_of_ultralytics(tmp_path: Path, shapes: Path, model: Path) -> None:
+    settings = Settings(str(shapes), ("val", "test"), {"imgsz": 96, "batch": 4, "device": "cpu"})
+    found = evaluate(model, settings, tmp_path)
+    reference = YOLO(model).val(
+        data=str(shapes), split="val", imgsz=96, batch=4, device="cpu", plots=False, verbose=False,
+        save_dir=str(tmp_path / "val"),
+    )  # fmt: skip
+    values = found["splits"]["val"]["metrics"]
+    expected = (reference.box.map, reference.box.map50, reference.box.mp, reference.box.mr)
+    assert list(values.values()) == pytest.approx([float(v) for v in expected], abs=1e-6)
+    assert list(found["splits"]["val"]["classes"]) == ["circle", "square", "triangle"]
+    assert found["parameters"] == sum(p.numel() for p in YOLO(model).model.parameters())
+    assert found["gflops"] > 0
+    # labels come back where the data set has them, in pixels of the file
+    images = load_predictions(predictions_file(tmp_path, found["key"], "val"))
+    root = Path(yaml.safe_load(shapes.read_text()).get("path") or shapes.parent)
+    assert len(images) == 8
+    for image in images:
+        label = next(root.rglob(f"labels/val/{Path(image.name).stem}.txt"))
+        rows = np.loadtxt(label, ndmin=2).reshape(-1, 5)
+        height, width = image.shape
+        centre, size = rows[:, 1:3] * (width, height), rows[:, 3:5] * (width, height)
+        boxes = np.concatenate([centre - size / 2, centre + size / 2], 1)
+        order, ours = np.lexsort(boxes.T), np.lexsort(image.true_boxes.T)
+        assert image.true_boxes[ours] == pytest.approx(boxes[order], abs=0.1)
+
+
+def test_what_was_evaluated_is_read_back(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def once(*arguments: object) -> tuple[dict, list]:
+        calls.append(arguments)
+        return {"metrics": {}}, []
+
+    monkeypatch.setattr(module, "_validate", once)
+    settings = Settings("d.yaml", ("val",), {"imgsz": 64})
+    first = evaluate(model, settings, tmp_path)
+    assert evaluate(model, settings, tmp_path) == first
+    assert len(calls) == 1
+    evaluate(model, Settings("d.yaml", ("val",), {"imgsz": 96}), tmp_path)
+    assert len(calls) == 2
+
+
+def test_predictions_survive_the_file(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = [
+        ImageResult(f"{n}.png", (10 + n, 20), rng.random((n, 4)).astype("f4"), rng.random(n).astype("f4"),
+                    rng.integers(0, 3, n), rng.random((2 - n % 3, 4)).astype("f4"), rng.integers(0, 3, 2 - n % 3))
+        for n in range(4)
+    ]  # fmt: skip
+    save_predictions(tmp_path / "new" / "p.npz", images)
+    for before, after in zip(images, load_predictions(tmp_path / "new" / "p.npz"), strict=True):
+        assert (before.name, before.shape) == (after.name, after.shape)
+        for key in ("boxes", "scores", "classes", "true_boxes", "true_classes"):
+            assert np.array_equal(getattr(before, key), getattr(after, key))
+    save_predictions(tmp_path / "none.npz", [])
+    assert load_predictions(tmp_path / "none.npz") == []
+
+
+@pytest.mark.slow
+def test_latency_is_taken_in_turns(tmp_path: Path, model: Path) -> None:
+    file = export_onnx(model, tmp_path / "onnx" / "a.onnx", 64, trust=False)
+    written = file.stat().st_mtime_ns
+    assert export_onnx(model, file, 64, trust=False).stat().st_mtime_ns == written
+    assert sorted(p.name for p in file.parent.iterdir()) == ["a.json", "a.onnx"]
+    ticks = iter(range(100_000))
+    found = onnx_latency({"a": file, "b": file}, clock=lambda: next(ticks) * 0.25)
+    assert found == {"a": 250.0, "b": 250.0}
+    assert onnx_latency({}) == {}
+
+
+def test_a_checkpoint_without_an_audit(model: Path) -> None:
+    assert audit_of(model, trust=False) == []

@@ -1,0 +1,124 @@
+"""Runs without trainings: what is planned, remembered and refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from tests.compare.fakes import fake_comparison, finish
+from yolo_kd.compare.runs import FINISHED, WAITING, Run, keys_of, locked, plan_runs
+from yolo_kd.errors import ConfigError
+
+
+def test_runs_are_planned_seed_by_seed(tmp_path: Path) -> None:
+    runs = plan_runs(fake_comparison(tmp_path, "baseline,fgd", 2))
+    assert [r.name for r in runs] == ["baseline seed 0", "fgd seed 0", "baseline seed 1", "fgd seed 1"]
+    assert [r.keys["seed"] for r in runs] == [0, 0, 1, 1]
+    assert runs[1].keys["project"] == str(tmp_path / "fake" / "runs" / "fgd")
+    assert runs[1].keys["plots"] is False
+    assert runs[0].keys["kd"] == "none"
+    assert "teacher" not in runs[0].keys
+
+
+def test_upstream_gets_ultralytics_keys_only(tmp_path: Path) -> None:
+    (tmp_path / "arms.yaml").write_text("baseline:\ntheirs: {kd: distill_model, dis: 3.0, lr0: 0.002}\n")
+    comparison = fake_comparison(tmp_path, str(tmp_path / "arms.yaml"), 1, amp="bf16")
+    keys = keys_of(comparison.arms[1])
+    assert keys["distill_model"] == "teacher.pt"
+    assert keys["model"] == "student.pt"
+    assert (keys["dis"], keys["lr0"], keys["amp"]) == (3.0, 0.002, "bf16")
+    assert not {"kd", "teacher", "student"} & set(keys)
+    # everything else is what the baseline trains with
+    baseline = keys_of(comparison.arms[0])
+    own = {"model", "distill_model", "dis", "lr0", "kd", "student", "teacher"}
+    assert {k: v for k, v in keys.items() if k not in own} == {k: v for k, v in baseline.items() if k not in own}
+
+
+def test_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("teacher.pt").write_bytes(b"x")
+    keys = plan_runs(fake_comparison(tmp_path, "baseline,fgd", 1))[1].keys
+    assert keys["teacher"] == str(tmp_path / "teacher.pt")
+    assert keys["student"] == "student.pt"  # a name that Ultralytics may know
+
+
+def saved(runs: list[Run]) -> None:
+    for run in runs:
+        run.save()
+
+
+def test_what_was_finished_stays_finished(tmp_path: Path) -> None:
+    runs = plan_runs(fake_comparison(tmp_path, "baseline,fgd", 1))
+    finish(runs[0], [0.1, 0.2])
+    finish(runs[1], [0.1, 0.2])
+    saved(runs)
+    runs[0].best.parent.mkdir()
+    runs[0].best.write_bytes(b"x")
+    again = plan_runs(fake_comparison(tmp_path, "baseline,fgd,mgd", 2))
+    found = {r.name: r.status for r in again}
+    assert found["baseline seed 0"] == FINISHED
+    assert found["fgd seed 0"] == WAITING  # its checkpoint is gone
+    assert found["mgd seed 1"] == WAITING  # arms and seeds may be added
+
+
+def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
+    saved(plan_runs(fake_comparison(tmp_path, "baseline,fgd", 1)))
+    with pytest.raises(ConfigError, match=r"baseline.seed0 was trained with other settings: epochs was 4, now 5; lr0"):
+        plan_runs(fake_comparison(tmp_path, "baseline,fgd", 1, epochs=5, lr0=0.1))
+    plan_runs(fake_comparison(tmp_path, "baseline,fgd", 1, jobs=2))  # how many at a time is no setting of a run
+
+
+def test_another_teacher_under_the_same_name_is_refused(tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher.pt"
+    teacher.write_bytes(b"one")
+    saved(plan_runs(fake_comparison(tmp_path, "baseline,fgd", 1, teacher=teacher)))
+    teacher.write_bytes(b"two")
+    with pytest.raises(ConfigError, match=r"fgd.seed0 was trained with other settings: the content of teacher= has"):
+        plan_runs(fake_comparison(tmp_path, "baseline,fgd", 1, teacher=teacher))
+
+
+def test_another_recipe_under_the_same_name_is_refused(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("losses: {objectness: {weight: 1.0}}\n")
+    saved(plan_runs(fake_comparison(tmp_path, f"baseline,{recipe}", 1)))
+    recipe.write_text("losses: {objectness: {weight: 2.0}}\n")
+    with pytest.raises(ConfigError, match=r"recipe losses objectness weight|weight was 1.0, now 2.0"):
+        plan_runs(fake_comparison(tmp_path, f"baseline,{recipe}", 1))
+
+
+def test_a_damaged_state_is_a_sentence(tmp_path: Path) -> None:
+    run = plan_runs(fake_comparison(tmp_path, "baseline,fgd", 1))[0]
+    run.save()
+    run.folder.with_suffix(".json").write_text("{")
+    with pytest.raises(ConfigError, match="is damaged"):
+        plan_runs(fake_comparison(tmp_path, "baseline,fgd", 1))
+
+
+def test_one_comparison_per_folder(tmp_path: Path) -> None:
+    with (
+        FileLock(tmp_path / ".lock"),
+        pytest.raises(ConfigError, match="another comparison is at work"),
+        locked(tmp_path),
+    ):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+def test_training_time_over_continuations(tmp_path: Path) -> None:
+    run = plan_runs(fake_comparison(tmp_path, "baseline,fgd", 1))[0]
+    assert run.seconds() is None
+    run.folder.mkdir(parents=True)
+    # the clock begins anew after the second epoch
+    (run.folder / "results.csv").write_text("epoch,time\n1,10\n2,21\n3,12\n4,20\n")
+    assert run.seconds() == pytest.approx(21 + 20)
+
+
+def test_an_epoch_that_was_repeated_counts_once(tmp_path: Path) -> None:
+    run = plan_runs(fake_comparison(tmp_path, "baseline,fgd", 1))[0]
+    run.folder.mkdir(parents=True)
+    (run.folder / "results.csv").write_text("epoch,time\n1,10\n2,21\n2,12\n3,20\n")
+    assert [row["epoch"] for row in run.rows()] == [1, 2, 3]
+    assert run.seconds() == pytest.approx(10 + 12 + 8)

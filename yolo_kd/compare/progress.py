@@ -1,0 +1,111 @@
+"""What a comparison says while it trains: one line per run, with the time that is left for all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TextIO
+
+from yolo_kd.compare.runs import FAILED, FINISHED, RUNNING, Run
+
+METRIC = "metrics/mAP50-95(B)"
+_LINES_PER_RUN = 10  # in a log file; a terminal shows every epoch, in place
+
+
+class Progress:
+    """Writes lines about runs.
+
+    On a terminal the lines of the trainings that are under way are rewritten in place. Anywhere else, such as in a log
+    file, a line is added when a run starts, ends, or has done another tenth of its epochs.
+
+    Args:
+        stream: Where to write.
+        jobs: Trainings at a time, for the estimate.
+    """
+
+    def __init__(self, stream: TextIO, jobs: int):
+        self._stream = stream
+        self._jobs = jobs
+        self._live = stream.isatty()
+        self._shown: list[str] = []
+        self._reported: dict[str, int] = {}
+        self._began: dict[str, tuple[float, int]] = {}
+
+    def __call__(self, runs: Sequence[Run], event: str, run: Run | None) -> None:
+        """Report an event, see `training.train_all`."""
+        if event == "start" and run is not None:
+            self._began[run.name] = (time.monotonic(), len(run.rows()))
+            verb = "continues" if run.attempts[-1]["resumed"] else "starts"
+            self._add(f"{self._place(runs, run)} {verb}, log: {run.log}")
+        elif event == "end" and run is not None:
+            self._reported.pop(run.name, None)
+            self._add(self.line(runs, run))
+        active = [r for r in runs if r.status == RUNNING]
+        if self._live:
+            self._redraw([self.line(runs, r) for r in active])
+        else:
+            for r in active:
+                done = len(r.rows())
+                if done and done * _LINES_PER_RUN // r.epochs > self._reported.get(r.name, 0):
+                    self._reported[r.name] = done * _LINES_PER_RUN // r.epochs
+                    self._add(self.line(runs, r))
+
+    def line(self, runs: Sequence[Run], run: Run) -> str:
+        """Return the line of a run: how far it is, its metric, and the time that is left for the comparison."""
+        rows = run.rows()
+        metric = f", mAP50-95 {rows[-1][METRIC]:.3f}" if rows and METRIC in rows[-1] else ""
+        if run.status == FINISHED:
+            best = max((row[METRIC] for row in rows if METRIC in row), default=None)
+            shown = f", best mAP50-95 {best:.3f}" if best is not None else ""
+            state = f"finished after {len(rows)} epochs{shown}, {_duration(run.seconds() or 0)}"
+        elif run.status == FAILED:
+            lines = run.error.splitlines()
+            state = f"FAILED: {lines[0]} {lines[-1] if len(lines) > 1 else ''}".rstrip() + f" (log: {run.log})"
+        else:
+            state = f"epoch {len(rows)}/{run.epochs}{metric}"
+        left = self.left(runs)
+        ahead = f"; about {_duration(left)} of training left" if left is not None and left > 0 else ""
+        return f"{self._place(runs, run)} {state}{ahead}"
+
+    def left(self, runs: Sequence[Run]) -> float | None:
+        """Return the seconds of training that are left for the whole comparison, None before the first epoch."""
+        pace: dict[str, list[float]] = {}  # seconds per epoch, by arm
+        for run in runs:
+            rows, seconds = len(run.rows()), run.seconds()
+            if rows and seconds:
+                pace.setdefault(run.arm.name, []).append(seconds / rows)
+        known = [sum(found) / len(found) for found in pace.values()]
+        if not known:
+            return None
+        total = 0.0
+        for run in runs:
+            if run.status in (FINISHED, FAILED):
+                continue
+            found = pace.get(run.arm.name, known)
+            total += max(run.epochs - len(run.rows()), 0) * sum(found) / len(found)
+        return total / min(self._jobs, max(sum(r.status not in (FINISHED, FAILED) for r in runs), 1))
+
+    @staticmethod
+    def _place(runs: Sequence[Run], run: Run) -> str:
+        return f"[{list(runs).index(run) + 1}/{len(runs)}] {run.name}:"
+
+    def _add(self, line: str) -> None:
+        self._redraw([])
+        self._stream.write(f"{line}\n")
+        self._stream.flush()
+
+    def _redraw(self, lines: list[str]) -> None:
+        if not self._live or lines == self._shown:
+            return
+        if self._shown:
+            self._stream.write(f"\033[{len(self._shown)}A\033[J")  # up to the first of them, clear what is below
+        self._stream.writelines(f"{line}\n" for line in lines)
+        self._stream.flush()
+        self._shown = lines
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"

@@ -1,0 +1,59 @@
+"""Training with Ultralytics' own trainer, its own `distill_model=` included: the arm that ours are compared with.
+
+It is `yolo train` with one difference: `amp=bf16` also works on a CPU, so that all arms of a comparison train in the
+same precision. Nothing of this package touches model, loss or data.
+
+    python -m yolo_kd.compare.upstream model=yolov8n.yaml data=coco8.yaml distill_model=yolov8s.pt epochs=3
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ultralytics.models.yolo.detect import DetectionTrainer
+
+from yolo_kd.environment import check_torchvision
+from yolo_kd.options import parse_assignments
+from yolo_kd.trainer import cpu_bf16_autocast
+
+PREVIOUS = "last.complete.pt"  # a copy of last.pt that was finished
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Train with the keys of the command line, or with those of the YAML file `keys=`."""
+    keys = parse_assignments(sys.argv[1:] if words is None else words)
+    if file := keys.pop("keys", None):
+        keys = {**yaml.safe_load(Path(file).read_text(encoding="utf-8")), **keys}
+    train(keys)
+
+
+def train(keys: dict[str, Any]) -> DetectionTrainer:
+    """Train with Ultralytics' detection trainer.
+
+    Args:
+        keys: Ultralytics' own training keys.
+    """
+    check_torchvision()
+    with cpu_bf16_autocast():
+        trainer = DetectionTrainer(overrides={"task": "detect", "mode": "train", **keys})
+        trainer.add_callback("on_model_save", keep_complete)
+        trainer.train()
+    return trainer
+
+
+def keep_complete(trainer: DetectionTrainer) -> None:
+    """Copy the checkpoint that was just written: a kill while the next one is written would leave none."""
+    copy = trainer.last.with_name(PREVIOUS)
+    partial = copy.with_suffix(".partial")
+    shutil.copyfile(trainer.last, partial)
+    os.replace(partial, copy)
+
+
+if __name__ == "__main__":
+    main()
