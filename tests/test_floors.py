@@ -13,7 +13,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "views"),
     ("losses",),
     ("adapters", "guards", "schedules", "speed", "view_cache", "yaml_lines"),
-    ("taps", "checkpoints", "environment", "folders"),
+    ("taps", "checkpoints", "environment", "folders", "parallel"),
     ("teacher", "inherit", "recipe", "options", "distiller"),
     ("audit", "batch_probe", "criterion", "plan"),
     ("trainer", "parity"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from yolo_kd.audit import AuditRow, audit
 from yolo_kd.distiller import Distiller
 from yolo_kd.guards import FiniteGuard, tensors_of
+from yolo_kd.parallel import touch
 from yolo_kd.taps import AssignmentTap, LayerTap, targets_of, view_of
 from yolo_kd.views import View
 
@@ -46,6 +47,7 @@ class DistillationCriterion:
         self._on_audit = on_audit
         self._guard = guard
         self.layers: LayerTap | None = None  # student layers besides the neck; hung up while training only
+        self.whole_graph = False  # every output is to take part in the loss, also where a batch has no objects
         self.progress = 0.0
         self.close_mosaic = 1.0
 
@@ -72,6 +74,8 @@ class DistillationCriterion:
     def __call__(self, predictions: Any, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss vector, times the batch size as Ultralytics wants it, and the logged items, per image."""
         loss, items = self.native(predictions, batch)
+        if self.whole_graph:
+            loss = touch(loss, predictions)
         teacher = batch[TEACHER_VIEW]
         teacher = teacher if isinstance(teacher, View) else teacher.take()  # it may have a stream of its own
         layers = self.layers.take() if self.layers else {}

@@ -30,6 +30,7 @@ from yolo_kd.folders import exclusive_run_folder, shared_data
 from yolo_kd.guards import FiniteGuard
 from yolo_kd.inherit import inherit
 from yolo_kd.losses.base import find
+from yolo_kd.parallel import reaches_every_parameter, without_search
 from yolo_kd.plan import Plan, check_models, check_resumable, check_teacher_file, make_plan
 from yolo_kd.speed import AUTO, SPEED_KEYS, Speed, thread_count
 from yolo_kd.taps import (
@@ -239,7 +240,8 @@ class DistillationTrainer(DetectionTrainer):
 
     def _setup_train(self) -> None:
         """Hang up the student's taps and write the resolved recipe, once everything else is set up."""
-        super()._setup_train()
+        with self._parallel():
+            super()._setup_train()
         self._tap_student()
         if self.speed.cache and self.teacher is not None:
             folder = self.save_dir / f"teacher_views{RANK if RANK > 0 else ''}"
@@ -248,6 +250,21 @@ class DistillationTrainer(DetectionTrainer):
             (self.save_dir / "kd.yaml").write_text(
                 yaml.safe_dump(self.plan.to_dict(), sort_keys=False), encoding="utf-8"
             )
+
+    @contextmanager
+    def _parallel(self) -> Iterator[None]:
+        """Spare several processes the search for unused parameters where the student has none."""
+        if self.plan is None or self.world_size < 2:
+            yield
+            return
+        with without_search(lambda student: self._whole_graph(unwrap_model(student))):
+            yield
+
+    def _whole_graph(self, student: Any) -> bool:
+        images = torch.zeros(2, self.data["channels"], *[2 * self.stride] * 2, device=self.device)
+        whole = reaches_every_parameter(student, images, self.freeze_layer_names)
+        student.criterion.whole_graph = whole
+        return whole
 
     def resume_training(self, ckpt: dict | None) -> None:
         """Put the criterion back where Ultralytics replaced it (it does for end-to-end heads)."""
@@ -259,6 +276,7 @@ class DistillationTrainer(DetectionTrainer):
             student.criterion = DistillationCriterion(
                 student, self.distiller, native=student.criterion, on_audit=self._log_audit, guard=self.guard
             )
+            student.criterion.whole_graph = getattr(self.model, "find_unused_parameters", True) is False
 
     def auto_batch(self) -> int:
         """Let Ultralytics find the batch size for the whole step: student, teacher, adapters and terms."""
