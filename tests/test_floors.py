@@ -12,10 +12,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / "yolo_kd"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "views"),
     ("losses",),
-    ("adapters", "schedules", "yaml_lines"),
-    ("taps", "checkpoints", "environment"),
+    ("adapters", "schedules", "yaml_lines", "archive", "values"),
+    ("taps", "checkpoints", "datafiles", "environment"),
     ("teacher", "inherit", "recipe", "options", "distiller"),
-    ("audit", "criterion", "plan"),
+    ("audit", "criterion", "plan", "resume"),
     ("trainer", "parity"),
     ("checks", "compare", "export"),
     ("cli",),
@@ -31,6 +31,7 @@ SAME_FLOOR: frozenset[tuple[str, str]] = frozenset(
         ("distiller", "recipe"),
         ("options", "recipe"),
         ("criterion", "audit"),
+        ("checkpoints", "datafiles"),
     }
 )
 """Pairs (importer, imported) of one floor that may know each other. Keep it small."""

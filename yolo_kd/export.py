@@ -22,6 +22,7 @@ from ultralytics.utils import DEFAULT_CFG, LOGGER
 from yolo_kd.checkpoints import LoadedDetector, load_detector, restricted_loading, sha256
 from yolo_kd.errors import CheckpointError, ConfigError, EnvironmentError_, ParityError, did_you_mean, listed
 from yolo_kd.parity import Parity, find_images, summary, verify_onnx
+from yolo_kd.values import wrong_values
 
 # Words that the exporter takes beside those it lists.
 ALIASES = {
@@ -82,6 +83,10 @@ def export_model(
         EnvironmentError_: If a package that the format needs is not installed.
         ParityError: If the ONNX file differs from its checkpoint; file and report stay for inspection.
     """
+    if not isinstance(trust_checkpoints, bool):
+        raise ConfigError(f"trust_checkpoints must be true or false, received {trust_checkpoints!r}.")
+    if not isinstance(model, str | Path):
+        raise ConfigError(f"model must be the path of a checkpoint, received {model!r}.")
     gate = {"images": images, "tolerance_boxes": tolerance_boxes, "tolerance_scores": tolerance_scores}
     kind, args = check_request(format, ultralytics_export_keys, gate)
     if kind == "onnx":
@@ -134,7 +139,7 @@ def check_request(format: str, keys: dict[str, Any], gate: dict[str, Any]) -> tu
     word = str(format).lower()
     kind = ALIASES.get(word, word)
     allowed = [key for key in DEFAULT_CFG_DICT if key not in ("model", "mode", "task", "format")]
-    problems = []
+    problems = wrong_values(keys, "export")
     if kind not in formats:
         hint = did_you_mean(word, [*formats, *ALIASES])
         problems.append(f"format={format} is not an export format.{hint} Allowed: {listed(formats)}.")
@@ -142,6 +147,8 @@ def check_request(format: str, keys: dict[str, Any], gate: dict[str, Any]) -> tu
         if key not in allowed and key not in DEPRECATED_KEYS:
             hint = did_you_mean(key, [*allowed, *gate, "trust_checkpoints"])
             problems.append(f"{key} is not an export key of Ultralytics or yolo-kd.{hint}")
+    if (images := gate["images"]) is not None and not isinstance(images, str | Path):
+        problems.append(f"images must be the path of a folder, a picture or a data YAML, received {images!r}.")
     for key in ("tolerance_boxes", "tolerance_scores"):
         value = gate[key]
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0

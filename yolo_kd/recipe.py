@@ -7,6 +7,7 @@ import inspect
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -156,7 +157,7 @@ def read_recipe(
         problems.append(problem(root.where, sentence))
         return None
     _unknown_keys(root.value, TOP_KEYS, "of a recipe", problems)
-    plugins = _import_plugins(root.value.get("plugins"), problems)
+    plugins = read_plugins(root.value.get("plugins"), problems)
     losses = _losses(root, problems)
     if losses is None:
         return None
@@ -200,18 +201,43 @@ def _find(source: Item, problems: list[str]) -> Path | None:
     return None
 
 
-def _import_plugins(item: Item | None, problems: list[str]) -> tuple[str, ...]:
-    """Import the modules that a recipe names, so that their losses register themselves."""
-    if item is None:
+def import_plugins(names: Any) -> tuple[str, ...]:
+    """Import modules that were named beside the recipe, so that their losses register themselves.
+
+    Args:
+        names: Module names, or one as text with commas, None for none.
+
+    Returns:
+        The names.
+
+    Raises:
+        ConfigError: If one is no name or cannot be imported.
+    """
+    problems: list[str] = []
+    imported = read_plugins(Item(None) if names is None else wrap(names, "plugins", problems), problems)
+    raise_if(problems)
+    return imported
+
+
+def read_plugins(item: Item | None, problems: list[str]) -> tuple[str, ...]:
+    """Do the work of `import_plugins` for an item that knows where it was written; every import is logged."""
+    if item is None or item.value is None:
         return ()
+    if isinstance(item.value, str):
+        text = item.value.strip().removeprefix("[").removesuffix("]")
+        item = Item([Item(name.strip(), item.where) for name in text.split(",")], item.where)
     if not isinstance(item.value, list):
         sentence = f"plugins must be a list of module names such as [my_package.my_loss], received {shown(item)}."
         problems.append(problem(item.where, sentence))
         return ()
     for entry in item.value:
-        if not isinstance(entry.value, str) or not entry.value:
+        if not isinstance(entry.value, str) or not all(part.isidentifier() for part in entry.value.split(".")):
             problems.append(problem(entry.where, f"a plugin must be the name of a module, received {shown(entry)}."))
             continue
+        if entry.value not in sys.modules:
+            from ultralytics.utils import LOGGER
+
+            LOGGER.info(f"Importing plugin {entry.value}" + (f", named in {entry.where}" if entry.where else ""))
         try:
             importlib.import_module(entry.value)
         except Exception as error:  # whatever the module does when it is imported

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,9 @@ from yolo_kd.environment import check_cpu_bf16, check_torchvision
 from yolo_kd.errors import AuditError, ConfigError
 from yolo_kd.inherit import inherit
 from yolo_kd.losses.base import find
-from yolo_kd.plan import Plan, check_models, check_resumable, check_teacher_file, make_plan
+from yolo_kd.plan import Plan, check_models, check_resumable, check_teacher_file, is_resolved, make_plan, read_dataset
+from yolo_kd.recipe import import_plugins
+from yolo_kd.resume import check_arguments, check_plugins, check_resume_source
 from yolo_kd.taps import (
     LayerTap,
     OptimizerScope,
@@ -38,7 +39,7 @@ from yolo_kd.taps import (
 from yolo_kd.teacher import Teacher
 
 ADAPTER_STATE = "yolo_kd"  # key of the adapters' state inside the optimiser's state dict
-OWN_KEYS = ("teacher", "kd", "inherit", "trust_checkpoints", "random_teacher")
+OWN_KEYS = ("teacher", "kd", "plugins", "inherit", "trust_checkpoints", "random_teacher")
 
 
 class DistillationTrainer(DetectionTrainer):
@@ -78,7 +79,8 @@ class DistillationTrainer(DetectionTrainer):
         self._detector: LoadedDetector | None = None
         self._batch_in_epoch = (-1, 0)  # epoch, batches seen in it
         self._own = own
-        self.trust_checkpoints = bool(own.get("trust_checkpoints", False))
+        told = own["kd"] if is_resolved(own.get("kd")) else own
+        self.trust_checkpoints = bool(told.get("trust_checkpoints", False))
         self.plan: Plan | None = None
         if not overrides.get("resume"):
             self.plan, detector = make_plan(own, changes)
@@ -95,9 +97,14 @@ class DistillationTrainer(DetectionTrainer):
     def check_resume(self, overrides: dict) -> None:
         """Restore recipe and teacher from the checkpoint, and refuse a teacher that is not the same file."""
         resume = overrides.get("resume")
-        if isinstance(resume, (str, Path)) and Path(resume).suffix == ".pt":
-            checkpoint, _ = load_checkpoint_file(resume, role="resume", trust=self.trust_checkpoints)
+        if resume:
+            path = check_resume_source(resume)
+            checkpoint, _ = load_checkpoint_file(path, role="resume", trust=self.trust_checkpoints)
             check_resumable(checkpoint, resume, alone=self._own.get("kd") == "none")
+            read_dataset(*check_arguments(checkpoint, path, {**overrides, **self._own}))
+            if not is_resolved(self._own.get("kd")):  # otherwise the parent of this process has seen to it
+                plugins = import_plugins(self._own.get("plugins"))
+                check_plugins((checkpoint.get("train_args") or {}).get("kd"), plugins, path)
         super().check_resume(overrides)
         if not self.resume:
             return
@@ -332,7 +339,7 @@ class DistillationTrainer(DetectionTrainer):
         provenance = {**self.plan.to_dict(), "audit": [vars(row) for row in self.audit_rows]}
         for file in (self.last, self.best):
             if file.exists():
-                checkpoint = torch.load(file, map_location="cpu", weights_only=False)  # written by this very process
+                checkpoint, _ = load_checkpoint_file(file, trust=self.trust_checkpoints)
                 torch.save({**checkpoint, "yolo_kd": provenance}, file)
 
 
