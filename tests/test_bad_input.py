@@ -281,7 +281,7 @@ BAD: list[tuple[str, str]] = [
     ("train student={model_huge.yaml}", "a layer nn.Linear has an argument above 1,000,000"),
     ("train student={model_width.yaml}", r"a multiple of depth or width must lie in \(0, 10\], not 1000000000"),
     ("train student={model_eval.yaml}", "unsupported activation"),
-    ("train student={model_module.yaml}", "'DetectionModel' is not a layer of torch or Ultralytics"),
+    ("train student={model_module.yaml}", "'DetectionModel' is no layer that may be used without trust"),
     ("train student={model_nohead.yaml}", "is not a YOLO detector: it ends in Conv|is not a model YAML for a detector"),
     # ------------------------------------------------------------------------------------------------ data
     ("train data=no.yaml", "data=no.yaml cannot be used: .*does not exist"),

@@ -313,7 +313,8 @@ def _sort_out(items: dict[str, Item], problems: list[str]) -> tuple[dict[str, It
             try:
                 check_cfg(checked)
             except Exception as error:  # it checks some values with comparisons that raise errors of their own
-                problems.append(problem(item.where, " ".join(str(error).split())))
+                sentence = " ".join(str(error).split())
+                problems.append(problem(item.where, f"{sentence}." if sentence[-1:].isalnum() else sentence))
             else:
                 if (wrong := wrong_value(key, checked[key])) is not None:
                     problems.append(problem(item.where, wrong))

@@ -75,10 +75,11 @@ def check_arguments(checkpoint: Mapping[str, Any], path: Path, given: Mapping[st
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(f"resume={path} is damaged: its training arguments are not valid: {reason}") from error
-    check_model(held_model(checkpoint), f"resume={path}", rebuilt=True)
+    trust = bool(given.get("trust_checkpoints"))
+    check_model(held_model(checkpoint), f"resume={path}", rebuilt=True, trust=trust)
     best = path.with_name("best.pt")
     if best.exists() and best != path:  # Ultralytics opens it when the training ends
-        load_checkpoint_file(best, role="model", trust=bool(given.get("trust_checkpoints")))
+        load_checkpoint_file(best, role="model", trust=trust)
     return str(data), str(known.get("split") or "val")
 
 
