@@ -148,6 +148,8 @@ def _checkpoints_to_resume(folder: Path, good: Path) -> None:
     write("url", data="https://localhost:9/data.yaml")
     write("gone", data=str(folder / "gone.yaml"))
     write("script", data=str(folder / "data_script.yaml"))
+    write("giant", imgsz=10**6)
+    write("device", device="99")
     write("distill", distill_model="good.pt")
     write("epochs", epochs="many")
     write("plugin", kd={"recipe": {"losses": {"objectness": {}}, "plugins": ["no_such_module_of_mine"]}})
@@ -282,6 +284,7 @@ BAD: list[tuple[str, str]] = [
     ("train student={model_width.yaml}", r"a multiple of depth or width must lie in \(0, 10\], not 1000000000"),
     ("train student={model_eval.yaml}", "unsupported activation"),
     ("train student={model_module.yaml}", "'DetectionModel' is no layer that may be used without trust"),
+    ("train student={data_bomb.yaml}", "aliases that multiply to more than 200,000 values"),
     ("train student={model_nohead.yaml}", "is not a YOLO detector: it ends in Conv|is not a model YAML for a detector"),
     # ------------------------------------------------------------------------------------------------ data
     ("train data=no.yaml", "data=no.yaml cannot be used: .*does not exist"),
@@ -320,8 +323,10 @@ BAD: list[tuple[str, str]] = [
     ("train resume={run/weights/url.pt}", "names the data set 'https://localhost:9/data.yaml', no data YAML of this"),
     ("train resume={run/weights/gone.pt}", "no data YAML of this machine. Add data=<yaml>"),
     ("train resume={run/weights/script.pt}", "wants to run a script to fetch its images"),
+    ("train resume={run/weights/giant.pt}", "are not valid here: imgsz=1000000 is not a size that a detector can take"),
+    ("train resume={run/weights/device.pt}", "are not valid here: device=99 is not here.* Write device=cpu"),
     ("train resume={run/weights/distill.pt}", "Ultralytics' own distillation"),
-    ("train resume={run/weights/epochs.pt}", "its training arguments are not valid: .*epochs=many"),
+    ("train resume={run/weights/epochs.pt}", "its training arguments are not valid here: .*epochs=many"),
     ("train resume={run/weights/plugin.pt}", r"asks to import no_such_module_of_mine.*add plugins=\[no_such_module_of"),
     ("train resume={run/weights/plugin.pt} plugins=no_such_module_of_mine", "cannot be imported"),
     ("train resume={run/weights/recipe.pt}", "unknown loss 'fdg'"),
@@ -341,13 +346,16 @@ BAD: list[tuple[str, str]] = [
     ("export model=3", "model must be the path of a checkpoint, received 3"),
     ("export model={good.pt} format=onx", r"format=onx is not an export format\. Did you mean 'onnx'\?"),
     ("export model={good.pt} formt=onnx", "formt is not an export key"),
-    ("export model={good.pt} imgsz=big", r"imgsz=big is not a size .*\[height,width\]"),
+    ("export model={good.pt} imgsz=big", "imgsz=big is not a size that a detector can take"),
     ("export model={good.pt} imgsz=0", "imgsz=0 is not a size"),
     ("export model={good.pt} opset=old", "'opset' must be an int"),
     ("export model={good.pt} batch=0", "batch must be a whole number of at least 1, received 0"),
     ("export model={good.pt} images=nowhere", "images=nowhere does not exist"),
     ("export model={good.pt} images={empty_folder}", "holds no picture to compare on"),
     ("export model={good.pt} images={text.pt}", "holds no picture"),
+    ("export model={good.pt} images={data_bomb.yaml}", "aliases that multiply to more than 200,000 values"),
+    ("export model={good.pt} images={data_types.yaml}", "'path' and 'val' must be text"),
+    ("export model={run/weights/giant.pt}", "imgsz=1000000 is not a size that a detector can take"),
     ("export model={good.pt} images=3", "images must be the path of a folder, a picture or a data YAML, received 3"),
     ("export model={good.pt} tolerance_boxes=-1", "tolerance_boxes must be a number of at least 0, received -1"),
     ("export model={good.pt} tolerance_scores=tight", "tolerance_scores must be a number of at least 0"),

@@ -302,6 +302,7 @@ def test_own_keys_are_documented():
         "kd",
         "kd.<loss>.<key>",
         "cfg",
+        "plugins",
         "inherit",
         "trust_checkpoints",
         "random_teacher",

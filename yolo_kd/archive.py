@@ -190,7 +190,7 @@ def _other_kind(head: bytes) -> str | None:
         return "it is an HDF5 file, of Keras perhaps"
     if head.startswith(b"\x80") and head[1] in range(2, 6):
         names = [n for n in names_in(head) if not _known(n)]
-        asks = f" and asks for {', '.join(dict.fromkeys(names[:6]))}" if names else ""
+        asks = f" and asks for {', '.join(n[:80] for n in dict.fromkeys(names[:6]))}" if names else ""
         return (
             f"it is a bare pickle, as PyTorch before 1.6 wrote them,{asks}; such files are not opened. "
             "Load and save it again with a newer Ultralytics where you trust it"

@@ -215,7 +215,7 @@ def _refusal(role: str, path: Path, error: Exception) -> str:
         except Exception:
             names = ()
     if names:
-        shown = listed(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+        shown = listed([name[:80] for name in names[:6]]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
         return (
             f"{role}={path} was refused: besides weights it asks for {shown}, and loading those can run code. "
             "If you made the file yourself, add trust_checkpoints=true."

@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            # a name out of a stranger's file could hold commands for the terminal
+            print("error:", "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         if debug:

@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import yaml
 from ultralytics.data import dataset as ultralytics_dataset
 from ultralytics.data import utils as ultralytics_data
+from ultralytics.nn import tasks
 from ultralytics.utils import LOGGER, ROOT, YAML
 
 from yolo_kd.errors import DataError
@@ -65,12 +67,12 @@ def restricted_data() -> Iterator[list[str]]:
                 )
             return data
 
-    before = ultralytics_data.YAML, ultralytics_dataset.load_dataset_cache_file
-    ultralytics_data.YAML, ultralytics_dataset.load_dataset_cache_file = GuardedYAML, read_label_cache
-    try:
+    with (
+        patch.object(ultralytics_data, "YAML", GuardedYAML),
+        patch.object(tasks, "YAML", GuardedYAML),  # a model YAML can multiply aliases as well
+        patch.object(ultralytics_dataset, "load_dataset_cache_file", read_label_cache),
+    ):
         yield left_out
-    finally:
-        ultralytics_data.YAML, ultralytics_dataset.load_dataset_cache_file = before
 
 
 def check_size(file: str | os.PathLike[str]) -> None:

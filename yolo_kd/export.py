@@ -22,7 +22,8 @@ from ultralytics.utils import DEFAULT_CFG, LOGGER
 from yolo_kd.checkpoints import LoadedDetector, load_detector, restricted_loading, sha256
 from yolo_kd.errors import CheckpointError, ConfigError, EnvironmentError_, ParityError, did_you_mean, listed
 from yolo_kd.parity import Parity, find_images, summary, verify_onnx
-from yolo_kd.values import wrong_values
+from yolo_kd.resume import is_local_yaml
+from yolo_kd.values import wrong_value, wrong_values
 
 # Words that the exporter takes beside those it lists.
 ALIASES = {
@@ -95,10 +96,18 @@ def export_model(
     detector = load_detector(model, trust=trust_checkpoints)
     if detector.random:
         raise CheckpointError(f"model={model} has random weights; export needs a checkpoint such as best.pt.")
-    pictures = find_images(images, detector.checkpoint) if kind == "onnx" else None
+    trained = detector.checkpoint.get("train_args") or {}
+    trained = trained if isinstance(trained, dict) else {}
+    if (wrong := wrong_value("imgsz", trained.get("imgsz"), "export")) and "imgsz" not in ultralytics_export_keys:
+        raise ConfigError(f"model={model} was trained at an impossible size: {wrong}")
+    pictures = find_images(images, {**detector.checkpoint, "train_args": trained}) if kind == "onnx" else None
     with restricted_loading(trust_checkpoints):
         try:
-            file = Path(YOLO(str(detector.path)).export(format=format, **ultralytics_export_keys))
+            native = YOLO(str(detector.path))
+            # a checkpoint does not choose what is fetched to calibrate on
+            if not is_local_yaml(str(trained.get("data"))):
+                native.overrides["data"] = None
+            file = Path(native.export(format=format, **ultralytics_export_keys))
         except ImportError as error:
             raise EnvironmentError_(f"format={kind} needs a package that cannot be imported: {error}.") from error
         except (AssertionError, TypeError, ValueError, SystemError) as error:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from yolo_kd.errors import did_you_mean
-from yolo_kd.recipe import read_plugins, read_recipe
+from yolo_kd.recipe import read_plugins, read_recipe, split_names
 from yolo_kd.values import wrong_value
 from yolo_kd.yaml_lines import Item, problem, raise_if, read_yaml, shown, wrap
 
@@ -203,8 +203,8 @@ def _resolve(items: dict[str, Item], problems: list[str]) -> TrainOptions:
     elif not _given(items, "kd"):
         kd = Item(DEFAULT_RECIPE) if _given(items, "teacher") and not resuming else None
     plugins = items.get("plugins")
-    if isinstance(plugins, Item) and isinstance(plugins.value, list | tuple):
-        plugins = wrap(plugins.plain(), plugins.where or "plugins", problems)
+    if plugins is not None:
+        plugins = wrap(split_names(plugins.plain()), plugins.where or "plugins", problems)
     modules = read_plugins(plugins, problems)
     if complete:  # otherwise what is missing may stand in the file
         _check_together(items, overrides, resuming, problems)

@@ -214,18 +214,22 @@ def import_plugins(names: Any) -> tuple[str, ...]:
         ConfigError: If one is no name or cannot be imported.
     """
     problems: list[str] = []
-    imported = read_plugins(Item(None) if names is None else wrap(names, "plugins", problems), problems)
+    imported = read_plugins(wrap(split_names(names), "plugins", problems), problems)
     raise_if(problems)
     return imported
+
+
+def split_names(value: Any) -> Any:
+    """Return `[a, b]` or `a,b`, as a command line has it, as a list; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    return [name.strip() for name in value.strip().removeprefix("[").removesuffix("]").split(",")]
 
 
 def read_plugins(item: Item | None, problems: list[str]) -> tuple[str, ...]:
     """Do the work of `import_plugins` for an item that knows where it was written; every import is logged."""
     if item is None or item.value is None:
         return ()
-    if isinstance(item.value, str):
-        text = item.value.strip().removeprefix("[").removesuffix("]")
-        item = Item([Item(name.strip(), item.where) for name in text.split(",")], item.where)
     if not isinstance(item.value, list):
         sentence = f"plugins must be a list of module names such as [my_package.my_loss], received {shown(item)}."
         problems.append(problem(item.where, sentence))

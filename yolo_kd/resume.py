@@ -16,6 +16,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 
 from yolo_kd.checkpoints import check_model, held_model, load_checkpoint_file
 from yolo_kd.errors import CheckpointError, ConfigError
+from yolo_kd.values import wrong_values
 
 MAX_VALUES = 20_000  # with shared lists counted wherever they stand
 MAX_TEXT = 1 << 20
@@ -61,7 +62,7 @@ def check_arguments(checkpoint: Mapping[str, Any], path: Path, given: Mapping[st
         )
     data = given.get("data") or arguments.get("data")
     own = str(data) == str(arguments.get("data"))  # YOLO(...).train(resume=True) hands the checkpoint's on as given
-    if not isinstance(data, str | Path) or (own and not _is_local_yaml(str(data))):
+    if not isinstance(data, str | Path) or (own and not is_local_yaml(str(data))):
         raise CheckpointError(
             f"resume={path} names the data set {str(data)[:80]!r}, no data YAML of this machine. Add data=<yaml>."
         )
@@ -70,11 +71,16 @@ def check_arguments(checkpoint: Mapping[str, Any], path: Path, given: Mapping[st
             f"resume={path} was written by Ultralytics' own distillation (distill_model=). Resume it there."
         )
     known = {key: value for key, value in arguments.items() if key in DEFAULT_CFG_DICT}
+    told = {key: value for key, value in given.items() if key in DEFAULT_CFG_DICT}
     try:
         get_cfg({**DEFAULT_CFG_DICT, **known})
+        if wrong := wrong_values({**known, **told}):
+            raise ValueError(wrong[0])
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CheckpointError(f"resume={path} is damaged: its training arguments are not valid: {reason}") from error
+        raise CheckpointError(
+            f"resume={path} cannot go on, its training arguments are not valid here: {reason}"
+        ) from error
     trust = bool(given.get("trust_checkpoints"))
     check_model(held_model(checkpoint), f"resume={path}", rebuilt=True, trust=trust)
     best = path.with_name("best.pt")
@@ -119,7 +125,7 @@ def is_plain(value: Any) -> bool:
     return walk(value, 0)
 
 
-def _is_local_yaml(data: str) -> bool:
+def is_local_yaml(data: str) -> bool:
     """Return whether a data set is a YAML file that is here, or one of those that come with Ultralytics."""
     if "://" in data or ":/" in data or not data.lower().endswith((".yaml", ".yml")):
         return False

@@ -29,7 +29,7 @@ def wrong_value(key: str, value: Any, mode: str = "train") -> str | None:
     if isinstance(value, float) and not math.isfinite(value):
         return f"{key} must be a finite number, received {value}."
     if key == "imgsz":
-        return _image_size(value, 1 if mode == "train" else 2)
+        return _image_size(value)
     if key == "batch":
         return _batch(value, mode)
     if key == "optimizer" and str(value).lower() not in [name.lower() for name in OPTIMIZERS]:
@@ -50,19 +50,18 @@ def wrong_values(keys: Mapping[str, Any], mode: str = "train") -> list[str]:
     return [sentence for key, value in keys.items() if (sentence := wrong_value(key, value, mode)) is not None]
 
 
-def _image_size(value: Any, most: int) -> str | None:
+def _image_size(value: Any) -> str | None:
     try:  # Ultralytics takes text as well
         size = ast.literal_eval(value) if isinstance(value, str) else value
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         size = None
     sizes = list(size) if isinstance(size, list | tuple) else [size]
     fits = all(type(n) is int and SMALLEST_IMAGE <= n <= LARGEST_IMAGE for n in sizes)
-    if fits and 1 <= len(sizes) <= most:
+    if fits and 1 <= len(sizes) <= 2:
         return None
-    pair = " or [height,width]" if most == 2 else ""
     return (
         f"imgsz={value} is not a size that a detector can take. Write pixels from {SMALLEST_IMAGE} to {LARGEST_IMAGE}, "
-        f"such as imgsz=640{pair}."
+        f"such as imgsz=640."
     )
 
 
