@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from ultralytics.data import dataset as ultralytics_dataset
+from ultralytics.data import utils as data_utils
 from ultralytics.engine import trainer as engine
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.engine.validator import BaseValidator
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn import tasks
 from ultralytics.nn.modules.head import Detect
-from ultralytics.utils import DEFAULT_CFG_DICT
+from ultralytics.utils import DEFAULT_CFG_DICT, torch_utils
 from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
 
 
@@ -104,6 +106,16 @@ def test_restricted_loading_has_one_switch() -> None:
     assert isinstance(tasks.SAFE_LOAD, bool)
     assert tasks._SafeLoad.SUPPORTED, "restricted loading is not supported by this torch"
     said(tasks.torch_safe_load, "safe_only = SAFE_LOAD", "weights_only=True")
+
+
+def test_what_is_replaced_while_strangers_files_are_read() -> None:
+    said(tasks.torch_safe_load, "with _SafeLoad.loading(file):")
+    said(tasks.yaml_model_load, "YAML.load(")
+    said(torch_utils.strip_optimizer, "x = torch_load(f, map_location=")
+    said(data_utils.check_det_dataset, "data = YAML.load(file, append_filename=True)", "exec(s,")
+    said(
+        ultralytics_dataset.YOLODataset._load_or_scan_cache, "load_dataset_cache_file(cache_path)", "except Exception:"
+    )
 
 
 def test_raw_outputs_of_both_kinds_of_head() -> None:
