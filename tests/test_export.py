@@ -374,3 +374,15 @@ def test_missing_package_is_named_before_the_checkpoint_is_read(monkeypatch: pyt
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(export.EnvironmentError_, match="needs the package onnxruntime"):
         export_model("missing.pt")
+
+
+@pytest.mark.parametrize(("named", "kept"), [("https://localhost:9/data.yaml", None), ("coco8.yaml", "coco8.yaml")])
+def test_a_checkpoint_does_not_choose_what_is_fetched(
+    named: str, kept: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ultralytics would calibrate on the data set that the checkpoint names, and fetch it first."""
+    checkpoint = save_checkpoint(tiny_model("yolov8n.yaml"), tmp_path / "best.pt", data=named)
+    seen: list[Any] = []
+    monkeypatch.setattr(YOLO, "export", lambda self, **keys: seen.append(self.overrides["data"]) or str(checkpoint))
+    export_model(checkpoint, format="openvino", quantize=8)
+    assert seen == [kept]

@@ -12,10 +12,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / "yolo_kd"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "views"),
     ("losses",),
-    ("adapters", "guards", "schedules", "speed", "view_cache", "yaml_lines"),
-    ("taps", "checkpoints", "environment", "folders", "parallel"),
+    ("adapters", "archive", "guards", "schedules", "speed", "values", "view_cache", "yaml_lines"),
+    ("taps", "checkpoints", "datafiles", "environment", "folders", "parallel"),
     ("teacher", "inherit", "recipe", "options", "distiller"),
-    ("audit", "batch_probe", "criterion", "plan"),
+    ("audit", "batch_probe", "criterion", "plan", "resume"),
     ("trainer", "parity"),
     ("checks", "compare", "export"),
     ("cli",),
@@ -33,6 +33,7 @@ SAME_FLOOR: frozenset[tuple[str, str]] = frozenset(
         ("criterion", "audit"),
         ("losses.parts", "losses.ops"),
         ("batch_probe", "criterion"),
+        ("checkpoints", "datafiles"),
     }
 )
 """Pairs (importer, imported) of one floor that may know each other. Keep it small."""

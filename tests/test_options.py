@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from yolo_kd.errors import ConfigError
 from yolo_kd.options import DEFAULT_RECIPE, OWN_KEYS, TrainOptions, parse_assignments, parse_train, train_options
+from yolo_kd.speed import SPEED_KEYS
 
 BASE = {"student": "s.pt", "data": "d.yaml"}
 WORDS = [f"{key}={value}" for key, value in BASE.items()]
@@ -302,9 +303,11 @@ def test_own_keys_are_documented():
         "kd",
         "kd.<loss>.<key>",
         "cfg",
+        "plugins",
         "inherit",
         "trust_checkpoints",
         "random_teacher",
+        *SPEED_KEYS,
     }
     assert all(text and "\n" not in text for text in OWN_KEYS.values())
 

@@ -230,7 +230,7 @@ def test_a_recipe_is_read(write):
             "x.yaml:1: plugin 'no_such.module' cannot be imported: ModuleNotFoundError: No module named 'no_such'. Is "
             "it installed, or its folder in PYTHONPATH?",
         ),
-        ("plugins: [.x]\nlosses: {probe: }", "x.yaml:1: plugin '.x' cannot be imported: TypeError: "),
+        ("plugins: [.x]\nlosses: {probe: }", "x.yaml:1: a plugin must be the name of a module, received '.x'"),
         (
             "losses: {probe: !!python/object:os.system {}}",
             "x.yaml:1: the tag '!!python/object:os.system' is not allowed",

@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from ultralytics.data import dataset
+from ultralytics.data import dataset as ultralytics_dataset
+from ultralytics.data import utils as data_utils
 from ultralytics.engine import trainer as engine
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.engine.validator import BaseValidator
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn import tasks
 from ultralytics.nn.modules.head import Detect
-from ultralytics.utils import DEFAULT_CFG_DICT
+from ultralytics.utils import DEFAULT_CFG_DICT, torch_utils
 from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
 
 
@@ -43,7 +44,7 @@ def parameters(function: Callable) -> list[str]:
         (BaseTrainer._handle_nan_recovery, ["self", "epoch"]),
         (engine.get_save_dir, ["args", "name"]),
         (engine.generate_ddp_command, ["trainer"]),
-        (dataset.save_dataset_cache_file, ["prefix", "path", "x", "version"]),
+        (ultralytics_dataset.save_dataset_cache_file, ["prefix", "path", "x", "version"]),
         (BaseTrainer.final_eval, ["self"]),
         (BaseTrainer.label_loss_items, ["self", "loss_items", "prefix"]),
         (DetectionTrainer.set_model_attributes, ["self"]),
@@ -98,7 +99,7 @@ def test_what_follows_a_failed_epoch() -> None:
 
 def test_what_several_processes_share() -> None:
     said(BaseTrainer.__init__, "self.save_dir = get_save_dir(self.args)")
-    said(dataset, "save_dataset_cache_file(self.prefix, path, x, DATASET_CACHE_VERSION)")
+    said(ultralytics_dataset, "save_dataset_cache_file(self.prefix, path, x, DATASET_CACHE_VERSION)")
     said(engine.generate_ddp_command, "shutil.rmtree(trainer.save_dir)")
     said(BaseTrainer._do_train, "self.loss *= self.world_size")
 
@@ -129,6 +130,16 @@ def test_restricted_loading_has_one_switch() -> None:
     assert isinstance(tasks.SAFE_LOAD, bool)
     assert tasks._SafeLoad.SUPPORTED, "restricted loading is not supported by this torch"
     said(tasks.torch_safe_load, "safe_only = SAFE_LOAD", "weights_only=True")
+
+
+def test_what_is_replaced_while_strangers_files_are_read() -> None:
+    said(tasks.torch_safe_load, "with _SafeLoad.loading(file):")
+    said(tasks.yaml_model_load, "YAML.load(")
+    said(torch_utils.strip_optimizer, "x = torch_load(f, map_location=")
+    said(data_utils.check_det_dataset, "data = YAML.load(file, append_filename=True)", "exec(s,")
+    said(
+        ultralytics_dataset.YOLODataset._load_or_scan_cache, "load_dataset_cache_file(cache_path)", "except Exception:"
+    )
 
 
 def test_raw_outputs_of_both_kinds_of_head() -> None:

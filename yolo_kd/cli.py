@@ -32,6 +32,7 @@ Keys of train besides Ultralytics' own:
   student=                 checkpoint or model YAML of the small one
   kd=                      recipe: a name (yolo-kd recipes) or a YAML file; none for the student alone
   kd.<loss>.<key>=         changes the recipe, such as kd.objectness.weight=0.5
+  plugins=                 modules with losses of your own to import, as [my_package.my_loss]; importing runs their code
   cfg=                     experiment file: any of these keys in YAML
   inherit=true             start the student's neck and head from the teacher's where shapes agree
   trust_checkpoints=true   load files that ask for more than weights; they can run code
@@ -67,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            # a name out of a stranger's file could hold commands for the terminal
+            print("error:", "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         if debug:
@@ -111,6 +113,7 @@ def _train(arguments: list[str]) -> int:
         "random_teacher": options.random_teacher or None,
         "inherit": options.inherit or None,
         "model": options.student,
+        "plugins": list(options.plugins) or None,
         "resume": options.resume,
     }
     overrides |= {k: v for k, v in own.items() if v is not None}

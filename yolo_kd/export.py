@@ -22,6 +22,8 @@ from ultralytics.utils import DEFAULT_CFG, LOGGER
 from yolo_kd.checkpoints import LoadedDetector, load_detector, restricted_loading, sha256
 from yolo_kd.errors import CheckpointError, ConfigError, EnvironmentError_, ParityError, did_you_mean, listed
 from yolo_kd.parity import Parity, find_images, summary, verify_onnx
+from yolo_kd.resume import is_local_yaml
+from yolo_kd.values import wrong_value, wrong_values
 
 # Words that the exporter takes beside those it lists.
 ALIASES = {
@@ -82,6 +84,10 @@ def export_model(
         EnvironmentError_: If a package that the format needs is not installed.
         ParityError: If the ONNX file differs from its checkpoint; file and report stay for inspection.
     """
+    if not isinstance(trust_checkpoints, bool):
+        raise ConfigError(f"trust_checkpoints must be true or false, received {trust_checkpoints!r}.")
+    if not isinstance(model, str | Path):
+        raise ConfigError(f"model must be the path of a checkpoint, received {model!r}.")
     gate = {"images": images, "tolerance_boxes": tolerance_boxes, "tolerance_scores": tolerance_scores}
     kind, args = check_request(format, ultralytics_export_keys, gate)
     if kind == "onnx":
@@ -90,10 +96,18 @@ def export_model(
     detector = load_detector(model, trust=trust_checkpoints)
     if detector.random:
         raise CheckpointError(f"model={model} has random weights; export needs a checkpoint such as best.pt.")
-    pictures = find_images(images, detector.checkpoint) if kind == "onnx" else None
+    trained = detector.checkpoint.get("train_args") or {}
+    trained = trained if isinstance(trained, dict) else {}
+    if (wrong := wrong_value("imgsz", trained.get("imgsz"), "export")) and "imgsz" not in ultralytics_export_keys:
+        raise ConfigError(f"model={model} was trained at an impossible size: {wrong}")
+    pictures = find_images(images, {**detector.checkpoint, "train_args": trained}) if kind == "onnx" else None
     with restricted_loading(trust_checkpoints):
         try:
-            file = Path(YOLO(str(detector.path)).export(format=format, **ultralytics_export_keys))
+            native = YOLO(str(detector.path))
+            # a checkpoint does not choose what is fetched to calibrate on
+            if not is_local_yaml(str(trained.get("data"))):
+                native.overrides["data"] = None
+            file = Path(native.export(format=format, **ultralytics_export_keys))
         except ImportError as error:
             raise EnvironmentError_(f"format={kind} needs a package that cannot be imported: {error}.") from error
         except (AssertionError, TypeError, ValueError, SystemError) as error:
@@ -134,7 +148,7 @@ def check_request(format: str, keys: dict[str, Any], gate: dict[str, Any]) -> tu
     word = str(format).lower()
     kind = ALIASES.get(word, word)
     allowed = [key for key in DEFAULT_CFG_DICT if key not in ("model", "mode", "task", "format")]
-    problems = []
+    problems = wrong_values(keys, "export")
     if kind not in formats:
         hint = did_you_mean(word, [*formats, *ALIASES])
         problems.append(f"format={format} is not an export format.{hint} Allowed: {listed(formats)}.")
@@ -142,6 +156,8 @@ def check_request(format: str, keys: dict[str, Any], gate: dict[str, Any]) -> tu
         if key not in allowed and key not in DEPRECATED_KEYS:
             hint = did_you_mean(key, [*allowed, *gate, "trust_checkpoints"])
             problems.append(f"{key} is not an export key of Ultralytics or yolo-kd.{hint}")
+    if (images := gate["images"]) is not None and not isinstance(images, str | Path):
+        problems.append(f"images must be the path of a folder, a picture or a data YAML, received {images!r}.")
     for key in ("tolerance_boxes", "tolerance_scores"):
         value = gate[key]
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0

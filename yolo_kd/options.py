@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from yolo_kd.errors import did_you_mean
-from yolo_kd.recipe import read_recipe
+from yolo_kd.recipe import read_plugins, read_recipe, split_names
 from yolo_kd.speed import SPEED_KEYS, mistake
+from yolo_kd.values import wrong_value
 from yolo_kd.yaml_lines import Item, problem, raise_if, read_yaml, shown, wrap
 
 DEFAULT_RECIPE = "objectness"
@@ -22,6 +23,7 @@ OWN_KEYS: dict[str, str] = {
     "student": "checkpoint or YAML file of the small model that is trained",
     "kd": f"what to distil: a recipe's name, its file, or '{NO_RECIPE}' for the student alone ('{DEFAULT_RECIPE}')",
     "kd.<loss>.<key>": "one value of the recipe, e.g. kd.objectness.weight=0.5",
+    "plugins": "modules to import for losses of your own, e.g. plugins=[my_package.my_loss]; importing runs their code",
     "cfg": "experiment file: a YAML file of these same keys; the command line wins over it",
     "trust_checkpoints": "load checkpoints that hold more than tensors and known classes, which can run code (false)",
     "inherit": "start the student's neck and head from the teacher's where shapes agree (false)",
@@ -40,7 +42,8 @@ _REPLACED = {
 }
 _FIXED = {"task": "detect", "mode": "train"}
 # text as it stands: a run named 007 is not run 7
-_VERBATIM = frozenset({"teacher", "student", "kd", "cfg", "data", "name", "project"})
+_VERBATIM = frozenset({"teacher", "student", "kd", "cfg", "data", "name", "project", "plugins"})
+_FOLDERS = ("project", "name", "save_dir")  # they say where files are written
 _BRACKETS = {"[": "]", "(": ")", "{": "}"}
 
 
@@ -53,6 +56,7 @@ class TrainOptions:
         student: Checkpoint or YAML file of the student, None on resume.
         kd: Name or path of a recipe, a mapping as a recipe file holds, `none` for the student alone, None on resume.
         kd_overrides: Values that replace what the recipe says, by `loss.key`.
+        plugins: Modules that were imported for their losses, besides those that the recipe names.
         resume: Checkpoint of the run to continue.
         trust_checkpoints: Load checkpoints that can run code.
         random_teacher: Allow a teacher that was never trained.
@@ -65,6 +69,7 @@ class TrainOptions:
     student: str | None = None
     kd: str | Mapping[str, Any] | None = None
     kd_overrides: dict[str, Any] = field(default_factory=dict)
+    plugins: tuple[str, ...] = ()
     resume: str | None = None
     trust_checkpoints: bool = False
     random_teacher: bool = False
@@ -228,6 +233,10 @@ def _resolve(items: dict[str, Item], problems: list[str]) -> TrainOptions:
         kd = items["kd"] if items["kd"].value == NO_RECIPE else None
     elif not _given(items, "kd"):
         kd = Item(DEFAULT_RECIPE) if _given(items, "teacher") and not resuming else None
+    plugins = items.get("plugins")
+    if plugins is not None:
+        plugins = wrap(split_names(plugins.plain()), plugins.where or "plugins", problems)
+    modules = read_plugins(plugins, problems)
     if complete:  # otherwise what is missing may stand in the file
         _check_together(items, overrides, resuming, problems)
     if kd is not None and kd.value != NO_RECIPE:
@@ -243,6 +252,7 @@ def _resolve(items: dict[str, Item], problems: list[str]) -> TrainOptions:
         student=paths["student"],
         kd=source,
         kd_overrides={key: item.plain() for key, item in overrides.items()},
+        plugins=modules,
         resume=resume,
         speed={key: item.value for key, item in speed.items()},
         ultralytics=ultralytics,
@@ -275,9 +285,38 @@ def _with_experiment(items: dict[str, Item], problems: list[str]) -> tuple[dict[
     if kd is not None and kd.value is None:
         sentence = f"kd is empty. Write kd: {NO_RECIPE} for the student alone, or leave the line out."
         problems.append(problem(entries.pop("kd").where, sentence))
+    _check_file_keys(entries, own, problems)
     # as Ultralytics reads its files: None is what it writes for null
     entries = {k: Item(None, v.where) if v.value == "None" and k != "kd" else v for k, v in entries.items()}
     return {**entries, **own}, True
+
+
+def _check_file_keys(entries: dict[str, Item], own: Mapping[str, Item], problems: list[str]) -> None:
+    """Refuse in an experiment file, which may come from somebody else, what only the user may decide."""
+    trust = entries.get("trust_checkpoints")
+    if trust is not None and trust.value is True and "trust_checkpoints" not in own:
+        sentence = (
+            "an experiment file cannot trust checkpoints for you. Write trust_checkpoints=true on the command line."
+        )
+        problems.append(problem(entries.pop("trust_checkpoints").where, sentence))
+    here = os.path.realpath(os.curdir)
+    for key in _FOLDERS:
+        if key not in entries or key in own or not isinstance(text := entries[key].value, str):
+            continue
+        # a relative one lies below Ultralytics' folder for runs, unless it climbs out of it
+        climbs = ".." in text.replace("\\", "/").split("/")
+        real = os.path.realpath(text)
+        inside = (
+            os.path.commonpath([here, real]) == here
+            if os.path.splitdrive(here)[0] == os.path.splitdrive(real)[0]
+            else False
+        )
+        if climbs or not inside:
+            sentence = (
+                f"{key} {shown(text)} leads out of the current folder, which an experiment file cannot. Write "
+                f"{key}={text} on the command line if that is what you want."
+            )
+            problems.append(problem(entries.pop(key).where, sentence))
 
 
 def _sort_out(items: dict[str, Item], problems: list[str]) -> tuple[dict[str, Item], dict[str, Any]]:
@@ -306,7 +345,11 @@ def _sort_out(items: dict[str, Item], problems: list[str]) -> tuple[dict[str, It
             try:
                 check_cfg(checked)
             except Exception as error:  # it checks some values with comparisons that raise errors of their own
-                problems.append(problem(item.where, " ".join(str(error).split())))
+                sentence = " ".join(str(error).split())
+                problems.append(problem(item.where, f"{sentence}." if sentence[-1:].isalnum() else sentence))
+            else:
+                if (wrong := wrong_value(key, checked[key])) is not None:
+                    problems.append(problem(item.where, wrong))
             ultralytics[key] = checked[key]
         else:
             close = did_you_mean(key[:60], allowed)

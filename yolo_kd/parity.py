@@ -50,6 +50,7 @@ from ultralytics.utils import ASSETS, DATASETS_DIR, ROOT
 from ultralytics.utils.patches import imread
 
 from yolo_kd.checkpoints import LoadedDetector
+from yolo_kd.datafiles import check_size
 from yolo_kd.errors import DataError, ParityError, listed
 
 # (precision of the file, raw output) -> largest tolerated difference of boxes in pixels and of scores, see above.
@@ -172,6 +173,7 @@ def _pictures(path: Path) -> list[Path]:
 
 def _val_files(data: Path) -> list[Path]:
     """List the pictures of a data YAML's val split without Ultralytics' own check, which may download."""
+    check_size(data)
     try:
         content = yaml.safe_load(data.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -179,10 +181,13 @@ def _val_files(data: Path) -> list[Path]:
     split = (content.get("val") or content.get("validation")) if isinstance(content, dict) else None
     if not split:
         raise DataError(f"{data} names no val split.")
+    entries = split if isinstance(split, list) else [split]
+    if not all(isinstance(text, str) for text in (content.get("path") or "", *entries)):
+        raise DataError(f"{data}: 'path' and 'val' must be text.")
     root = Path(content.get("path") or data.parent)
     roots = (root, DATASETS_DIR / root, data.parent / root)
     files: list[Path] = []
-    for entry in split if isinstance(split, list) else [split]:
+    for entry in entries:
         found = next((base / entry for base in roots if (base / entry).exists()), None)
         if found is not None and found.suffix == ".txt":
             lines = found.read_text(encoding="utf-8").split("\n")

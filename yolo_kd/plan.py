@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from ultralytics.utils import LOGGER
 
 from yolo_kd import __version__
 from yolo_kd.checkpoints import LoadedDetector, load_detector, sha256
+from yolo_kd.datafiles import restricted_data
 from yolo_kd.errors import CheckpointError, ConfigError, DataError, PairError
 from yolo_kd.options import DEFAULT_RECIPE, NO_RECIPE
-from yolo_kd.recipe import Recipe, load_recipe
+from yolo_kd.recipe import Recipe, import_plugins, load_recipe
 from yolo_kd.speed import Speed
 from yolo_kd.taps import check_class_names, check_levels
+from yolo_kd.values import wrong_values
 
 
 @dataclass(frozen=True)
@@ -47,24 +50,43 @@ class Plan:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Plan:
-        """Rebuild a plan from `to_dict`."""
-        return cls(
-            load_recipe(state["recipe"], name=state["name"]),
-            state["teacher"],
-            state["teacher_sha256"],
-            state["trust_checkpoints"],
-            state["random_teacher"],
-            state["inherit"],
-            Speed.of(state.get("speed", {})),
-        )
+        """Rebuild a plan from `to_dict`.
+
+        Raises:
+            ConfigError: If the recipe in it has mistakes, which it has where a plugin was changed since.
+            CheckpointError: If it was not made by `to_dict`.
+        """
+        try:
+            texts = [state[key] for key in ("name", "teacher", "teacher_sha256")]
+            switches = [state[key] for key in ("trust_checkpoints", "random_teacher", "inherit")]
+            recipe = state["recipe"]
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"the checkpoint's record of its distillation lacks {error}. Start a new run instead."
+            ) from error
+        if not all(isinstance(t, str) for t in texts) or not all(isinstance(s, bool) for s in switches):
+            raise CheckpointError("the checkpoint's record of its distillation is damaged: a value has another type.")
+        speed = state.get("speed") or {}
+        if not isinstance(speed, Mapping):
+            raise CheckpointError("the checkpoint's record of its distillation is damaged: speed is no mapping.")
+        if not isinstance(recipe, Mapping):
+            raise CheckpointError("the checkpoint's record of its distillation is damaged: it holds no recipe.")
+        name, teacher, digest = texts
+        trust, random, inherit = switches
+        return cls(load_recipe(recipe, name=name), teacher, digest, trust, random, inherit, Speed.of(speed))
+
+
+def is_resolved(kd: Any) -> bool:
+    """Return whether this is a plan as `to_dict` gives it: a worker of multi-GPU training receives its parent's."""
+    return isinstance(kd, Mapping) and "teacher_sha256" in kd
 
 
 def make_plan(own: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Plan | None, LoadedDetector | None]:
     """Resolve recipe and teacher.
 
     Args:
-        own: This package's keys of a training: `teacher`, `kd`, `inherit`, `trust_checkpoints`, `random_teacher` and
-            those of `yolo_kd.speed`.
+        own: This package's keys of a training: `teacher`, `kd`, `plugins`, `inherit`, `trust_checkpoints`,
+            `random_teacher` and those of `yolo_kd.speed`.
         changes: Changes to the recipe, by `loss.key`.
 
     Returns:
@@ -75,8 +97,8 @@ def make_plan(own: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Plan 
         CheckpointError: If the teacher cannot be loaded.
     """
     source, teacher = own.get("kd"), own.get("teacher")
-    if isinstance(source, Mapping) and "teacher_sha256" in source:
-        return Plan.from_dict(source), None  # a worker of multi-GPU training receives its parent's resolved plan
+    if isinstance(source, Mapping) and is_resolved(source):
+        return Plan.from_dict(source), None
     if source is None and teacher is None:
         raise ConfigError("no teacher: add teacher=<checkpoint>, or kd=none to train the student alone.")
     if source == NO_RECIPE:
@@ -86,7 +108,9 @@ def make_plan(own: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Plan 
     if teacher is None:
         raise ConfigError(f"kd={source} needs a teacher: add teacher=<checkpoint>.")
     speed = Speed.of(own)
+    plugins = import_plugins(own.get("plugins"))
     recipe = load_recipe(DEFAULT_RECIPE if source is None else source, changes)
+    recipe = replace(recipe, plugins=tuple(dict.fromkeys((*plugins, *recipe.plugins))))
     trust, random, inherit = (bool(own.get(k, False)) for k in ("trust_checkpoints", "random_teacher", "inherit"))
     if str(teacher).lower().endswith((".yaml", ".yml")):
         if not random:
@@ -114,14 +138,19 @@ def check_models(
         The loaded teacher, None for the student alone.
 
     Raises:
+        ConfigError: If a key has a value that no training can have.
         DataError: If the data set cannot be used.
         CheckpointError: If a model cannot be loaded.
         PairError: If they do not fit each other.
     """
+    if wrong := wrong_values(keys):
+        raise ConfigError(wrong)
     data = read_dataset(keys.get("data"), keys.get("split") or "val")
     nc = 1 if keys.get("single_cls") else data["nc"]
     channels = data["channels"]
     student = load_detector(keys.get("model") or "", role="student", trust=trust, nc=nc, channels=channels)
+    if isinstance(pretrained := keys.get("pretrained"), str | Path):
+        load_detector(pretrained, role="pretrained", trust=trust)
     if plan is None:
         return None
     detector = detector or load_detector(plan.teacher, role="teacher", trust=trust, nc=nc, channels=channels)
@@ -139,7 +168,10 @@ def check_models(
         LOGGER.warning(f"teacher and student are the same file {student.path}: this is self-distillation.")
     check_levels(student.model, teacher)
     if (takes := teacher.yaml.get("channels", 3)) != channels:
-        raise PairError(f"the teacher takes images of {takes} channels, the data set has {channels}.")
+        raise PairError(
+            f"teacher={plan.teacher} takes images of {takes} channels, data={keys.get('data')} has {channels}. "
+            "Train the teacher on this data set first."
+        )
     return detector
 
 
@@ -149,9 +181,9 @@ def check_teacher_file(plan: Plan) -> None:
     Raises:
         CheckpointError: If it is gone, or another file stands in its place.
     """
-    if plan.random_teacher:
+    if plan.random_teacher and plan.teacher.lower().endswith((".yaml", ".yml")):
         return
-    if not Path(plan.teacher).exists():
+    if not Path(plan.teacher).is_file():
         raise CheckpointError(
             f"the teacher {plan.teacher} of this run is gone. If it has moved, add teacher=<its new path>."
         )
@@ -174,12 +206,15 @@ def check_resumable(checkpoint: Mapping[str, Any], path: Any, alone: bool) -> No
         CheckpointError: If it is finished, or holds no distillation.
     """
     arguments = checkpoint.get("train_args") or {}
+    if not isinstance(arguments, Mapping):
+        raise CheckpointError(f"resume={path} is damaged: its training arguments are not a mapping.")
     if "kd" not in arguments and not alone:
         raise CheckpointError(
             f"resume={path} was not written by a distillation: it names no teacher and no recipe. Start a new run with "
             f"student={path} and teacher=, or add kd=none to go on training it alone."
         )
-    if checkpoint.get("optimizer") is None or checkpoint.get("epoch", -1) < 0:
+    epoch = checkpoint.get("epoch")
+    if checkpoint.get("optimizer") is None or not isinstance(epoch, int) or epoch < 0:
         raise CheckpointError(
             f"resume={path} is a finished training: it holds no optimiser state. Name the last.pt of a run that was "
             "interrupted."
@@ -198,8 +233,19 @@ def read_dataset(data: Any, split: str) -> dict[str, Any]:
     """
     if not data:
         raise DataError("no data set: add data=<data yaml>.")
-    try:
-        return check_det_dataset(str(data), split=split)
-    except Exception as error:
-        text = " ".join(str(error).replace("❌", "").split())
-        raise DataError(f"data={data} cannot be used: {text or type(error).__name__}") from error
+    with restricted_data() as scripts:
+        try:
+            found = check_det_dataset(str(data), split=split)
+        except Exception as error:
+            text = scripts[0] if scripts else _sentence(error).removeprefix(f"{data} ")
+            raise DataError(f"data={data} cannot be used: {text or type(error).__name__}") from error
+    train = found.get("train")
+    if missing := [path for path in (train if isinstance(train, list) else [train]) if not Path(str(path)).exists()]:
+        raise DataError(f"data={data} cannot be used: its training images were not found, missing path '{missing[0]}'")
+    return found
+
+
+def _sentence(error: Exception) -> str:
+    """Return a message of Ultralytics without its signs and its advice about other things."""
+    text = str(error).replace("❌", "").partition("Note dataset download")[0].partition("Verify YAML with")[0]
+    return re.sub(r"\s+\.", ".", " ".join(text.split()))

@@ -7,6 +7,7 @@ import inspect
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -156,7 +157,7 @@ def read_recipe(
         problems.append(problem(root.where, sentence))
         return None
     _unknown_keys(root.value, TOP_KEYS, "of a recipe", problems)
-    plugins = _import_plugins(root.value.get("plugins"), problems)
+    plugins = read_plugins(root.value.get("plugins"), problems)
     losses = _losses(root, problems)
     if losses is None:
         return None
@@ -200,18 +201,47 @@ def _find(source: Item, problems: list[str]) -> Path | None:
     return None
 
 
-def _import_plugins(item: Item | None, problems: list[str]) -> tuple[str, ...]:
-    """Import the modules that a recipe names, so that their losses register themselves."""
-    if item is None:
+def import_plugins(names: Any) -> tuple[str, ...]:
+    """Import modules that were named beside the recipe, so that their losses register themselves.
+
+    Args:
+        names: Module names, or one as text with commas, None for none.
+
+    Returns:
+        The names.
+
+    Raises:
+        ConfigError: If one is no name or cannot be imported.
+    """
+    problems: list[str] = []
+    imported = read_plugins(wrap(split_names(names), "plugins", problems), problems)
+    raise_if(problems)
+    return imported
+
+
+def split_names(value: Any) -> Any:
+    """Return `[a, b]` or `a,b`, as a command line has it, as a list; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    return [name.strip() for name in value.strip().removeprefix("[").removesuffix("]").split(",")]
+
+
+def read_plugins(item: Item | None, problems: list[str]) -> tuple[str, ...]:
+    """Do the work of `import_plugins` for an item that knows where it was written; every import is logged."""
+    if item is None or item.value is None:
         return ()
     if not isinstance(item.value, list):
         sentence = f"plugins must be a list of module names such as [my_package.my_loss], received {shown(item)}."
         problems.append(problem(item.where, sentence))
         return ()
     for entry in item.value:
-        if not isinstance(entry.value, str) or not entry.value:
+        if not isinstance(entry.value, str) or not all(part.isidentifier() for part in entry.value.split(".")):
             problems.append(problem(entry.where, f"a plugin must be the name of a module, received {shown(entry)}."))
             continue
+        if entry.value not in sys.modules:
+            from ultralytics.utils import LOGGER
+
+            LOGGER.info(f"Importing plugin {entry.value}" + (f", named in {entry.where}" if entry.where else ""))
         try:
             importlib.import_module(entry.value)
         except Exception as error:  # whatever the module does when it is imported
@@ -288,7 +318,7 @@ def _term(name: str, item: Item, replaced: frozenset[str], problems: list[str]) 
     layers = {key: _layers(name, key, entries.get(key), problems) for key in LAYER_KEYS}
     if name not in losses:
         return None
-    if any(layers.values()) and (other := sorted(losses[name].reads - LAYER_READS)):
+    if any(layers.values()) and (other := sorted(losses[name].reads - LAYER_READS - {"one2one"})):
         sentence = f"loss '{name}' reads {listed(other)}, which belong to the head's levels; it cannot take layers."
         problems.append(problem(next(entries[k].where for k in LAYER_KEYS if k in entries), sentence))
     keys = _constructor(losses[name])

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +30,9 @@ from yolo_kd.guards import FiniteGuard
 from yolo_kd.inherit import inherit
 from yolo_kd.losses.base import find
 from yolo_kd.parallel import reaches_every_parameter, without_search
-from yolo_kd.plan import Plan, check_models, check_resumable, check_teacher_file, make_plan
+from yolo_kd.plan import Plan, check_models, check_resumable, check_teacher_file, is_resolved, make_plan, read_dataset
+from yolo_kd.recipe import import_plugins
+from yolo_kd.resume import check_arguments, check_plugins, check_resume_source
 from yolo_kd.speed import AUTO, SPEED_KEYS, Speed, thread_count
 from yolo_kd.taps import (
     LayerTap,
@@ -46,7 +47,7 @@ from yolo_kd.view_cache import ViewCache, check_cacheable
 from yolo_kd.views import View
 
 ADAPTER_STATE = "yolo_kd"  # key of the adapters' state inside the optimiser's state dict
-OWN_KEYS = ("teacher", "kd", "inherit", "trust_checkpoints", "random_teacher", *SPEED_KEYS)
+OWN_KEYS = ("teacher", "kd", "plugins", "inherit", "trust_checkpoints", "random_teacher", *SPEED_KEYS)
 
 
 class DistillationTrainer(DetectionTrainer):
@@ -91,7 +92,8 @@ class DistillationTrainer(DetectionTrainer):
         self._detector: LoadedDetector | None = None
         self._batch_in_epoch = (-1, 0)  # epoch, batches seen in it
         self._own = own
-        self.trust_checkpoints = bool(own.get("trust_checkpoints", False))
+        told = own["kd"] if is_resolved(own.get("kd")) else own
+        self.trust_checkpoints = bool(told.get("trust_checkpoints", False))
         self.plan: Plan | None = None
         self.speed = Speed.of(own)
         if not overrides.get("resume"):
@@ -112,9 +114,14 @@ class DistillationTrainer(DetectionTrainer):
     def check_resume(self, overrides: dict) -> None:
         """Restore recipe and teacher from the checkpoint, and refuse a teacher that is not the same file."""
         resume = overrides.get("resume")
-        if isinstance(resume, (str, Path)) and Path(resume).suffix == ".pt":
-            checkpoint, _ = load_checkpoint_file(resume, role="resume", trust=self.trust_checkpoints)
+        if resume:
+            path = check_resume_source(resume)
+            checkpoint, _ = load_checkpoint_file(path, role="resume", trust=self.trust_checkpoints)
             check_resumable(checkpoint, resume, alone=self._own.get("kd") == "none")
+            read_dataset(*check_arguments(checkpoint, path, {**overrides, **self._own}))
+            if not is_resolved(self._own.get("kd")):  # otherwise the parent of this process has seen to it
+                plugins = import_plugins(self._own.get("plugins"))
+                check_plugins((checkpoint.get("train_args") or {}).get("kd"), plugins, path)
         super().check_resume(overrides)
         if not self.resume:
             return
@@ -459,7 +466,7 @@ class DistillationTrainer(DetectionTrainer):
         }
         for file in (self.last, self.best):
             if file.exists():
-                checkpoint = torch.load(file, map_location="cpu", weights_only=False)  # written by this very process
+                checkpoint, _ = load_checkpoint_file(file, trust=self.trust_checkpoints)
                 torch.save({**checkpoint, "yolo_kd": provenance}, file)
 
 

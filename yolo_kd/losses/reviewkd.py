@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from yolo_kd.errors import PairError
 from yolo_kd.losses.base import Loss, check_levels, check_range
 from yolo_kd.losses.ops import same_shape
 from yolo_kd.views import Pair, Step
@@ -143,7 +144,17 @@ class ReviewKD(Loss):
         )
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        """Return the one term."""
-        fused = review(self.fusions, [step.student.features[i].float() for i in self.levels])
+        """Return the one term.
+
+        Raises:
+            PairError: If a level has one cell in the whole batch, over which nothing can be normalised.
+        """
+        features = [step.student.features[i].float() for i in self.levels]
+        if any(feature[:, 0].numel() < 2 for feature in features):
+            raise PairError(
+                "reviewkd normalises each level over its cells, and a level of this batch has one only. Raise imgsz "
+                "or batch, or leave the coarsest level out with levels=."
+            )
+        fused = review(self.fusions, features)
         terms = [hcl(f.float(), step.teacher_feature(i)) for f, i in zip(fused, self.levels, strict=True)]
         return {"rev_loss": STRENGTH * torch.stack(terms).sum()}
