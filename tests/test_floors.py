@@ -12,10 +12,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "yolo_kd"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "views"),
     ("losses",),
-    ("adapters", "schedules", "yaml_lines"),
+    ("adapters", "schedules", "yaml_lines", "saving", "signals", "position"),
+    ("history",),
     ("taps", "checkpoints", "environment"),
     ("teacher", "inherit", "recipe", "options", "distiller"),
-    ("audit", "criterion", "plan"),
+    ("audit", "criterion", "plan", "durable"),
     ("trainer", "parity"),
     ("checks", "compare", "export"),
     ("cli",),

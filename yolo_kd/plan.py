@@ -14,6 +14,7 @@ from yolo_kd import __version__
 from yolo_kd.checkpoints import LoadedDetector, load_detector, sha256
 from yolo_kd.errors import CheckpointError, ConfigError, DataError, PairError
 from yolo_kd.options import DEFAULT_RECIPE, NO_RECIPE
+from yolo_kd.position import Position
 from yolo_kd.recipe import Recipe, load_recipe
 from yolo_kd.taps import check_class_names, check_levels
 
@@ -173,7 +174,8 @@ def check_resumable(checkpoint: Mapping[str, Any], path: Any, alone: bool) -> No
             f"resume={path} was not written by a distillation: it names no teacher and no recipe. Start a new run with "
             f"student={path} and teacher=, or add kd=none to go on training it alone."
         )
-    if checkpoint.get("optimizer") is None or checkpoint.get("epoch", -1) < 0:
+    inside_first_epoch = Position.of_checkpoint(checkpoint) is not None
+    if checkpoint.get("optimizer") is None or (checkpoint.get("epoch", -1) < 0 and not inside_first_epoch):
         raise CheckpointError(
             f"resume={path} is a finished training: it holds no optimiser state. Name the last.pt of a run that was "
             "interrupted."

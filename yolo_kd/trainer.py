@@ -14,7 +14,6 @@ import yaml
 from torch import distributed as dist
 from torch import nn
 from ultralytics.engine import trainer as engine
-from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
@@ -22,11 +21,13 @@ from yolo_kd.audit import AuditRow, table
 from yolo_kd.checkpoints import LoadedDetector, load_checkpoint_file, load_detector, restricted_loading
 from yolo_kd.criterion import TEACHER_VIEW, DistillationCriterion
 from yolo_kd.distiller import Distiller
+from yolo_kd.durable import DurableTrainer
 from yolo_kd.environment import check_cpu_bf16, check_torchvision
 from yolo_kd.errors import AuditError, ConfigError
 from yolo_kd.inherit import inherit
 from yolo_kd.losses.base import find
 from yolo_kd.plan import Plan, check_models, check_resumable, check_teacher_file, make_plan
+from yolo_kd.saving import restore, usable, write_atomically
 from yolo_kd.taps import (
     LayerTap,
     OptimizerScope,
@@ -41,7 +42,7 @@ ADAPTER_STATE = "yolo_kd"  # key of the adapters' state inside the optimiser's s
 OWN_KEYS = ("teacher", "kd", "inherit", "trust_checkpoints", "random_teacher")
 
 
-class DistillationTrainer(DetectionTrainer):
+class DistillationTrainer(DurableTrainer):
     """Trains a student detector under a frozen teacher.
 
     Use it as any Ultralytics trainer, with four keys more::
@@ -90,14 +91,22 @@ class DistillationTrainer(DetectionTrainer):
         if self.plan is not None:
             self.args.kd = self.plan.to_dict()
 
+    @property
+    def alone(self) -> bool:
+        """Whether the student is trained without a teacher."""
+        return self.plan is None
+
     # ---------------------------------------------------------------------------------------------- resume
 
     def check_resume(self, overrides: dict) -> None:
         """Restore recipe and teacher from the checkpoint, and refuse a teacher that is not the same file."""
         resume = overrides.get("resume")
         if isinstance(resume, (str, Path)) and Path(resume).suffix == ".pt":
-            checkpoint, _ = load_checkpoint_file(resume, role="resume", trust=self.trust_checkpoints)
-            check_resumable(checkpoint, resume, alone=self._own.get("kd") == "none")
+            found = usable(Path(resume))
+            checkpoint, _ = load_checkpoint_file(found, role="resume", trust=self.trust_checkpoints)
+            check_resumable(checkpoint, found, alone=self._own.get("kd") == "none")
+            if found != Path(resume) and RANK in {-1, 0}:
+                LOGGER.warning(restore(Path(resume)))
         super().check_resume(overrides)
         if not self.resume:
             return
@@ -218,9 +227,7 @@ class DistillationTrainer(DetectionTrainer):
         super()._setup_train()
         self._tap_student()
         if self.plan is not None and RANK in {-1, 0}:
-            (self.save_dir / "kd.yaml").write_text(
-                yaml.safe_dump(self.plan.to_dict(), sort_keys=False), encoding="utf-8"
-            )
+            write_atomically(self.save_dir / "kd.yaml", yaml.safe_dump(self.plan.to_dict(), sort_keys=False).encode())
 
     def resume_training(self, ckpt: dict | None) -> None:
         """Put the criterion back where Ultralytics replaced it (it does for end-to-end heads)."""
@@ -283,7 +290,7 @@ class DistillationTrainer(DetectionTrainer):
             return batch
         batch[TEACHER_VIEW] = self.teacher(batch["img"])
         epoch, seen = self._batch_in_epoch
-        seen = seen + 1 if epoch == self.epoch else 0
+        seen = seen + 1 if epoch == self.epoch else self._skipped
         self._batch_in_epoch = (self.epoch, seen)
         criterion = unwrap_model(self.model).criterion
         criterion.progress = min((self.epoch + seen / max(len(self.train_loader), 1)) / max(self.epochs, 1), 1.0)
@@ -324,16 +331,11 @@ class DistillationTrainer(DetectionTrainer):
             else {k: v for k, v in labelled.items() if k not in own}
         )
 
-    def final_eval(self) -> None:
-        """Evaluate as Ultralytics does, then note in the finished files how they were made."""
-        super().final_eval()
-        if self.plan is None or RANK not in {-1, 0}:
-            return
-        provenance = {**self.plan.to_dict(), "audit": [vars(row) for row in self.audit_rows]}
-        for file in (self.last, self.best):
-            if file.exists():
-                checkpoint = torch.load(file, map_location="cpu", weights_only=False)  # written by this very process
-                torch.save({**checkpoint, "yolo_kd": provenance}, file)
+    def provenance(self) -> dict[str, Any]:
+        """Note in the finished files how they were made."""
+        if self.plan is None:
+            return {}
+        return {"yolo_kd": {**self.plan.to_dict(), "audit": [vars(row) for row in self.audit_rows]}}
 
 
 @contextmanager
