@@ -183,7 +183,7 @@ def load_detector(
 def _build_detector(source: Path, role: str, nc: int | None, channels: int, trust: bool) -> LoadedDetector:
     """Build a detector with random weights from a model YAML."""
     try:
-        with restricted_loading(trust), torch.random.fork_rng(devices=[]), _quiet():
+        with restricted_loading(trust), torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(0)  # a random teacher is the same again when its run is resumed
             model = tasks.DetectionModel(str(source), ch=channels, nc=nc, verbose=False)
     except FileNotFoundError as error:
@@ -199,8 +199,8 @@ def _build_detector(source: Path, role: str, nc: int | None, channels: int, trus
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Ultralytics from announcing a model that is built only to be looked at."""
+def quiet() -> Iterator[None]:
+    """Keep Ultralytics from announcing what is only done on the way to something else."""
     level = LOGGER.level
     LOGGER.setLevel(logging.WARNING)
     try:

@@ -12,6 +12,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK
 
 from yolo_kd import history, saving
+from yolo_kd.checkpoints import quiet
 from yolo_kd.errors import ConfigError, DataError, YoloKDError
 from yolo_kd.position import POSITION, Position, RestOfEpoch
 from yolo_kd.signals import Interrupted, SignalWatch, Terminated, terminate_children
@@ -295,7 +296,7 @@ class DurableTrainer(DetectionTrainer):
 
     def final_eval(self) -> None:
         """Strip and evaluate the finished checkpoints as Ultralytics does, each replaced whole."""
-        with saving.stripping_atomically(engine, self.last, self.provenance()):
+        with saving.stripping_atomically(engine, self.last, self.provenance(), quiet):
             super().final_eval()
 
 

@@ -169,7 +169,7 @@ def check_resumable(checkpoint: Mapping[str, Any], path: Any, alone: bool) -> No
         CheckpointError: If it is finished, or holds no distillation.
     """
     arguments = checkpoint.get("train_args") or {}
-    if "kd" not in arguments and not alone:
+    if "kd" not in arguments and "yolo_kd" not in checkpoint and not alone:  # the latter stands in finished files
         raise CheckpointError(
             f"resume={path} was not written by a distillation: it names no teacher and no recipe. Start a new run with "
             f"student={path} and teacher=, or add kd=none to go on training it alone."

@@ -9,8 +9,8 @@ import pickletools
 import shlex
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,9 @@ def with_entry(checkpoint: bytes, key: str, value: Any) -> bytes:
 
 
 @contextmanager
-def stripping_atomically(engine: Any, last: Path, extra: Mapping[str, Any]) -> Iterator[None]:
+def stripping_atomically(
+    engine: Any, last: Path, extra: Mapping[str, Any], quiet: Callable[[], AbstractContextManager] = nullcontext
+) -> Iterator[None]:
     """Let Ultralytics strip finished checkpoints beside their place, and put them there when they are whole.
 
     `last.pt` comes last, after the final validation: until then it is a checkpoint that a run killed here resumes from.
@@ -148,6 +150,7 @@ def stripping_atomically(engine: Any, last: Path, extra: Mapping[str, Any]) -> I
         engine: The module whose `strip_optimizer` Ultralytics' `final_eval` calls.
         last: The run's `last.pt`.
         extra: Plain entries that the finished files hold besides.
+        quiet: Makes a context in which Ultralytics' announcements are not shown.
     """
     original = engine.strip_optimizer
     begun: list[Path] = []
@@ -157,7 +160,8 @@ def stripping_atomically(engine: Any, last: Path, extra: Mapping[str, Any]) -> I
         partial = partial_of(path)
         begun.append(partial)
         try:
-            combined = original(f, str(partial), {**(updates or {}), **extra})
+            with quiet():  # it would announce the name that stands for a moment only
+                combined = original(f, str(partial), {**(updates or {}), **extra})
         except RuntimeError as error:  # torch's writer knows no errno
             if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
                 raise
