@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast check clean
+.PHONY: help install demo test test-all test-fast check clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,7 +31,10 @@ install: $(VENV)/.installed  ## the package and what it needs, in $(VENV)
 demo: $(VENV)/.installed  ## train a teacher, a student alone and a distilled student on drawn images (minutes, no download)
 	$(BIN)/python scripts/demo.py
 
-test: $(VENV)/.installed-test  ## every test, those that train included
+test: $(VENV)/.installed-test  ## the tests, those that train included, without the longest
+	VENV=$(VENV) scripts/test -m "not long"
+
+test-all: $(VENV)/.installed-test  ## every test, as in .ci/run
 	VENV=$(VENV) scripts/test
 
 test-fast: $(VENV)/.installed-test  ## the tests that train nothing

@@ -12,10 +12,14 @@ PACKAGE = Path(__file__).resolve().parents[1] / "yolo_kd"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "views"),
     ("losses",),
-    ("adapters", "archive", "guards", "schedules", "speed", "values", "view_cache", "yaml_lines"),
+    (
+        *("adapters", "archive", "guards", "position", "saving", "schedules", "signals", "speed", "values"),
+        *("view_cache", "yaml_lines"),
+    ),
+    ("history",),
     ("taps", "checkpoints", "datafiles", "environment", "folders", "parallel"),
     ("teacher", "inherit", "recipe", "options", "distiller"),
-    ("audit", "batch_probe", "criterion", "plan", "resume"),
+    ("audit", "batch_probe", "criterion", "durable", "plan", "resume"),
     ("trainer", "parity"),
     ("checks", "compare", "export"),
     ("cli",),

@@ -46,6 +46,10 @@ def parameters(function: Callable) -> list[str]:
         (engine.generate_ddp_command, ["trainer"]),
         (ultralytics_dataset.save_dataset_cache_file, ["prefix", "path", "x", "version"]),
         (BaseTrainer.final_eval, ["self"]),
+        (BaseTrainer.save_model, ["self"]),
+        (BaseTrainer.save_metrics, ["self", "metrics"]),
+        (BaseTrainer.run_callbacks, ["self", "event"]),
+        (engine.strip_optimizer, ["f", "s", "updates"]),
         (BaseTrainer.label_loss_items, ["self", "loss_items", "prefix"]),
         (DetectionTrainer.set_model_attributes, ["self"]),
         (DetectionTrainer.preprocess_batch, ["self", "batch"]),
@@ -102,6 +106,34 @@ def test_what_several_processes_share() -> None:
     said(ultralytics_dataset, "save_dataset_cache_file(self.prefix, path, x, DATASET_CACHE_VERSION)")
     said(engine.generate_ddp_command, "shutil.rmtree(trainer.save_dir)")
     said(BaseTrainer._do_train, "self.loss *= self.world_size")
+
+
+def test_what_is_written_and_when() -> None:
+    """Checkpoints go through three paths as bytes; a row of the table comes before its checkpoint."""
+    said(
+        BaseTrainer.save_model,
+        "self.wdir.mkdir(parents=True, exist_ok=True)",
+        "self.last.write_bytes(serialized_ckpt)",
+        "self.best.write_bytes(serialized_ckpt)",
+        '(self.wdir / f"epoch{self.epoch}.pt").write_bytes(serialized_ckpt)',
+    )
+    said(BaseTrainer.final_eval, "strip_optimizer(self.last)", "strip_optimizer(self.best, updates=")
+    said(BaseTrainer.save_metrics, "t = time.time() - self.train_time_start", '"%.6g,"')
+    said(BaseTrainer.resume_training, "0 < start_epoch < self.epochs")
+    source = inspect.getsource(BaseTrainer._do_train)
+    steps = ["on_train_start", "on_train_epoch_start", "enumerate(self.train_loader)", "on_train_batch_start"]
+    steps += ["on_train_batch_end", "on_train_epoch_end", "self.validate()", "self.save_metrics(", "self.save_model()"]
+    found = [source.index(step) for step in steps]
+    assert found == sorted(found), "the order of BaseTrainer._do_train has changed"
+
+
+def test_lost_data_is_told_in_these_words() -> None:
+    from ultralytics.data.base import BaseDataset
+    from ultralytics.data.dataset import YOLODataset
+
+    said(BaseDataset.load_image, "Image Not Found {f}")
+    said(YOLODataset.cache_labels, "No labels found in ")
+    said(YOLODataset.get_labels, "No valid images found in ")
 
 
 def test_resume_replaces_the_criterion_of_end_to_end_heads() -> None:

@@ -272,7 +272,7 @@ def _build_detector(source: Path, role: str, nc: int | None, channels: int, trus
     if ":/" in str(source):
         raise CheckpointError(f"{what} is an address. Download the file first and name it.")
     try:
-        with restricted_loading(trust), torch.random.fork_rng(devices=[]), _quiet():
+        with restricted_loading(trust), torch.random.fork_rng(devices=[]), quiet():
             if not trust:
                 check_description(tasks.yaml_model_load(source), what)
             torch.manual_seed(0)  # a random teacher is the same again when its run is resumed
@@ -328,7 +328,7 @@ def check_description(config: Any, what: str, held: int | None = None) -> None:
             )
         if any(isinstance(n, int | float) and abs(n) > MAX_NUMBER for n in _leaves(row[3])):
             raise CheckpointError(f"{what}: a layer {row[2]} has an argument above {MAX_NUMBER:,}.")
-    with torch.device("meta"), restricted_loading(), _quiet():
+    with torch.device("meta"), restricted_loading(), quiet():
         try:
             channels = config.get("channels", 3)
             layers, _ = tasks.parse_model(deepcopy(dict(config)), ch=channels, verbose=False)
@@ -396,8 +396,8 @@ def _check_attributes(model: nn.Module, what: str) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Ultralytics from announcing a model that is built only to be looked at."""
+def quiet() -> Iterator[None]:
+    """Keep Ultralytics from announcing what is only done on the way to something else."""
     level = LOGGER.level
     LOGGER.setLevel(logging.WARNING)
     try:

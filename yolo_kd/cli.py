@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from yolo_kd import __version__
 from yolo_kd.errors import ConfigError, YoloKDError, did_you_mean, listed
+from yolo_kd.signals import Interrupted, Terminated
 
 if TYPE_CHECKING:
     from yolo_kd.losses.base import Loss
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process by default.
 
     Returns:
-        The exit code: 0 done, 1 the result is wrong, 2 the command is wrong, 130 interrupted.
+        The exit code: 0 done, 1 the result is wrong, 2 the command is wrong, 130 and 143 stopped by SIGINT and SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
@@ -71,6 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             # a name out of a stranger's file could hold commands for the terminal
             print("error:", "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
         return error.exit_code
+    except (Interrupted, Terminated) as stop:  # a training, which has said where it stopped and how to go on
+        if debug:
+            raise
+        return stop.exit_code
     except KeyboardInterrupt:
         if debug:
             raise

@@ -6,6 +6,7 @@ YoloKDError
 ├── PairError          a teacher and a student (or a data set) that do not fit each other
 ├── DataError          a data set that cannot be trained or validated on
 ├── EnvironmentError_  an installation or a processor that cannot do what was asked
+├── SaveError          a file of the run could not be written while it ran
 ├── AuditError         distillation was asked for but is not happening
 ├── NumbersError       NaN or infinity that training cannot get around
 └── ParityError        an exported file does not compute what its checkpoint computes
@@ -52,6 +53,12 @@ class DataError(YoloKDError):
 
 class EnvironmentError_(YoloKDError):
     """The installation or the processor cannot do what was asked."""
+
+
+class SaveError(YoloKDError):
+    """A file of the run could not be written; what was written before is whole."""
+
+    exit_code = 1
 
 
 class AuditError(YoloKDError):

@@ -16,6 +16,7 @@ from yolo_kd.checkpoints import LoadedDetector, load_detector, sha256
 from yolo_kd.datafiles import restricted_data
 from yolo_kd.errors import CheckpointError, ConfigError, DataError, PairError
 from yolo_kd.options import DEFAULT_RECIPE, NO_RECIPE
+from yolo_kd.position import Position
 from yolo_kd.recipe import Recipe, import_plugins, load_recipe
 from yolo_kd.speed import Speed
 from yolo_kd.taps import check_class_names, check_levels
@@ -208,13 +209,14 @@ def check_resumable(checkpoint: Mapping[str, Any], path: Any, alone: bool) -> No
     arguments = checkpoint.get("train_args") or {}
     if not isinstance(arguments, Mapping):
         raise CheckpointError(f"resume={path} is damaged: its training arguments are not a mapping.")
-    if "kd" not in arguments and not alone:
+    if "kd" not in arguments and "yolo_kd" not in checkpoint and not alone:  # the latter stands in finished files
         raise CheckpointError(
             f"resume={path} was not written by a distillation: it names no teacher and no recipe. Start a new run with "
             f"student={path} and teacher=, or add kd=none to go on training it alone."
         )
     epoch = checkpoint.get("epoch")
-    if checkpoint.get("optimizer") is None or not isinstance(epoch, int) or epoch < 0:
+    inside_first_epoch = Position.of_checkpoint(checkpoint) is not None
+    if checkpoint.get("optimizer") is None or not isinstance(epoch, int) or (epoch < 0 and not inside_first_epoch):
         raise CheckpointError(
             f"resume={path} is a finished training: it holds no optimiser state. Name the last.pt of a run that was "
             "interrupted."

@@ -14,7 +14,6 @@ from torch import distributed as dist
 from torch import nn
 from ultralytics.cfg import get_cfg
 from ultralytics.engine import trainer as engine
-from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
@@ -23,6 +22,7 @@ from yolo_kd.batch_probe import BatchProbe
 from yolo_kd.checkpoints import LoadedDetector, load_checkpoint_file, load_detector, restricted_loading
 from yolo_kd.criterion import TEACHER_VIEW, DistillationCriterion
 from yolo_kd.distiller import Distiller
+from yolo_kd.durable import DurableTrainer
 from yolo_kd.environment import check_cpu_bf16, check_torchvision, reused_memory
 from yolo_kd.errors import AuditError, ConfigError
 from yolo_kd.folders import exclusive_run_folder, shared_data
@@ -33,6 +33,7 @@ from yolo_kd.parallel import reaches_every_parameter, without_search
 from yolo_kd.plan import Plan, check_models, check_resumable, check_teacher_file, is_resolved, make_plan, read_dataset
 from yolo_kd.recipe import import_plugins
 from yolo_kd.resume import check_arguments, check_plugins, check_resume_source
+from yolo_kd.saving import restore, usable, write_atomically
 from yolo_kd.speed import AUTO, SPEED_KEYS, Speed, thread_count
 from yolo_kd.taps import (
     LayerTap,
@@ -50,7 +51,7 @@ ADAPTER_STATE = "yolo_kd"  # key of the adapters' state inside the optimiser's s
 OWN_KEYS = ("teacher", "kd", "plugins", "inherit", "trust_checkpoints", "random_teacher", *SPEED_KEYS)
 
 
-class DistillationTrainer(DetectionTrainer):
+class DistillationTrainer(DurableTrainer):
     """Trains a student detector under a frozen teacher.
 
     Use it as any Ultralytics trainer, with four keys more::
@@ -109,6 +110,11 @@ class DistillationTrainer(DetectionTrainer):
         if self.plan is not None:
             self.args.kd = self.plan.to_dict()
 
+    @property
+    def alone(self) -> bool:
+        """Whether the student is trained without a teacher."""
+        return self.plan is None
+
     # ---------------------------------------------------------------------------------------------- resume
 
     def check_resume(self, overrides: dict) -> None:
@@ -116,12 +122,15 @@ class DistillationTrainer(DetectionTrainer):
         resume = overrides.get("resume")
         if resume:
             path = check_resume_source(resume)
-            checkpoint, _ = load_checkpoint_file(path, role="resume", trust=self.trust_checkpoints)
-            check_resumable(checkpoint, resume, alone=self._own.get("kd") == "none")
-            read_dataset(*check_arguments(checkpoint, path, {**overrides, **self._own}))
+            found = usable(path)  # the file before it, where it is damaged
+            checkpoint, _ = load_checkpoint_file(found, role="resume", trust=self.trust_checkpoints)
+            check_resumable(checkpoint, found, alone=self._own.get("kd") == "none")
+            read_dataset(*check_arguments(checkpoint, found, {**overrides, **self._own}))
             if not is_resolved(self._own.get("kd")):  # otherwise the parent of this process has seen to it
                 plugins = import_plugins(self._own.get("plugins"))
-                check_plugins((checkpoint.get("train_args") or {}).get("kd"), plugins, path)
+                check_plugins((checkpoint.get("train_args") or {}).get("kd"), plugins, found)
+            if found != path and RANK in {-1, 0}:
+                LOGGER.warning(restore(path))
         super().check_resume(overrides)
         if not self.resume:
             return
@@ -254,9 +263,7 @@ class DistillationTrainer(DetectionTrainer):
             folder = self.save_dir / f"teacher_views{RANK if RANK > 0 else ''}"
             self._views = ViewCache(folder, self.train_loader.dataset.im_files)
         if self.plan is not None and RANK in {-1, 0}:
-            (self.save_dir / "kd.yaml").write_text(
-                yaml.safe_dump(self.plan.to_dict(), sort_keys=False), encoding="utf-8"
-            )
+            write_atomically(self.save_dir / "kd.yaml", yaml.safe_dump(self.plan.to_dict(), sort_keys=False).encode())
 
     @contextmanager
     def _parallel(self) -> Iterator[None]:
@@ -368,7 +375,7 @@ class DistillationTrainer(DetectionTrainer):
         if not self.guard.admitted:
             self.guard.admit(view if isinstance(view, View) else view.take(), str(self.teacher.path))
         epoch, seen = self._batch_in_epoch
-        seen = seen + 1 if epoch == self.epoch else 0
+        seen = seen + 1 if epoch == self.epoch else self._skipped
         self._batch_in_epoch = (self.epoch, seen)
         criterion = unwrap_model(self.model).criterion
         criterion.progress = min((self.epoch + seen / max(len(self.train_loader), 1)) / max(self.epochs, 1), 1.0)
@@ -454,20 +461,12 @@ class DistillationTrainer(DetectionTrainer):
             else {k: v for k, v in labelled.items() if k not in own}
         )
 
-    def final_eval(self) -> None:
-        """Evaluate as Ultralytics does, then note in the finished files how they were made."""
-        super().final_eval()
-        if self.plan is None or RANK not in {-1, 0}:
-            return
-        provenance = {
-            **self.plan.to_dict(),
-            "audit": [vars(row) for row in self.audit_rows],
-            "skipped_batches": self.guard.skipped,
-        }
-        for file in (self.last, self.best):
-            if file.exists():
-                checkpoint, _ = load_checkpoint_file(file, trust=self.trust_checkpoints)
-                torch.save({**checkpoint, "yolo_kd": provenance}, file)
+    def provenance(self) -> dict[str, Any]:
+        """Note in the finished files how they were made."""
+        if self.plan is None:
+            return {}
+        audit = [vars(row) for row in self.audit_rows]
+        return {"yolo_kd": {**self.plan.to_dict(), "audit": audit, "skipped_batches": self.guard.skipped}}
 
 
 @contextmanager
