@@ -38,6 +38,9 @@ Keys of train besides Ultralytics' own:
   --debug                  show the traceback of an error
 """
 
+EVERY_LOSS_TAKES = """Every loss also takes weight (a number, or auto: the weight follows the gradients), ratio (with weight: auto,
+its gradient over the task loss's, 0.3), schedule (kind, start, end, warmup, stop), student_layers and teacher_layers."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
@@ -136,6 +139,7 @@ def _losses(arguments: list[str]) -> int:
         _print_table(
             [("key", "default", "meaning"), *((p.name, repr(p.default), meanings[p.name]) for p in parameters)]
         )
+        print(f"\n{EVERY_LOSS_TAKES}")
         return 0
     rows = [("name", "reads", "trains", "boxes", "heads", "cost", "columns", "paper")]
     for name, loss in registered().items():

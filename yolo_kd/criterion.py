@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from yolo_kd.audit import AuditRow, audit
+from yolo_kd.audit import AuditRow, audit, balance
 from yolo_kd.distiller import Distiller
 from yolo_kd.taps import AssignmentTap, LayerTap, targets_of, view_of
 
@@ -75,6 +75,9 @@ class DistillationCriterion:
             targets = targets_of(batch, self._tap.take() if self._tap else None)
         steps = self._distiller.steps(student, teacher, targets, self.progress)
         batch_size = student.scores.shape[0]
+        auto = self._distiller.auto
+        if auto is not None and torch.is_grad_enabled() and auto.tick():
+            balance(loss.sum() / batch_size, student, self._distiller, steps, self.close_mosaic)
         # a term that acts near objects has nothing to show on a batch without any: then the next batch is audited
         silent = bool(reads & {"targets", "assignment"}) and not len(batch["bboxes"])
         if self._on_audit is not None and torch.is_grad_enabled() and not silent:
@@ -83,7 +86,8 @@ class DistillationCriterion:
         terms = self._distiller(steps, self.close_mosaic)
         # native terms come multiplied by the batch size, logged items do not: this is the one place of that factor
         vector = torch.cat([loss, torch.stack(list(terms.values())).to(loss.dtype) * batch_size])
-        return vector, {**items, **{name: value.detach() for name, value in terms.items()}}
+        logged = {name: value.detach() for name, value in terms.items()}
+        return vector, {**items, **logged, **self._distiller.weights()}
 
     def close(self) -> None:
         """Take all taps off."""

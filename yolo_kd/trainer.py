@@ -156,6 +156,11 @@ class DistillationTrainer(DetectionTrainer):
                 "compile= cannot be combined with a recipe that reads layers inside the student "
                 f"({', '.join([*self._student_taps][:3])}, ...). Add compile=False."
             )
+        if self.args.compile and (auto := [term.name for term in terms if term.ratio is not None]):
+            raise ConfigError(
+                f"compile= cannot be combined with weight: auto (here: {', '.join(auto)}): gradients between neck and "
+                "head cannot be measured inside a compiled model. Add compile=False, or give a number as weight."
+            )
         pair = pair_of(student, detector.model, self._student_taps, teacher_taps)
         self.distiller = Distiller(self.plan.recipe, pair).to(self.device).train()
         if split:
@@ -317,7 +322,8 @@ class DistillationTrainer(DetectionTrainer):
         labelled = super().label_loss_items(loss_items, prefix)
         if prefix != "val" or self.distiller is None:
             return labelled
-        own = {f"{prefix}/{column}" for column in self.distiller.columns}
+        columns = (*self.distiller.columns, *self.distiller.weight_columns.values())
+        own = {f"{prefix}/{column}" for column in columns}
         return (
             [k for k in labelled if k not in own]
             if isinstance(labelled, list)
