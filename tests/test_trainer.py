@@ -371,6 +371,7 @@ def test_nothing_is_made_when_the_input_is_bad(tmp_path: Path, shapes: Path, stu
         (ConfigError, "random_teacher=true", {"teacher": "yolov8s.yaml"}),
         (ConfigError, "write teacher= with kd=ultralytics", {"distill_model": str(teacher)}),
         (CheckpointError, "does not exist", {"teacher": str(tmp_path / "no.pt")}),
+        (PairError, "hides the gradients", {"teacher": str(teacher), "kd.objectness.weight": "auto", "compile": True}),
         (PairError, "levels of stride", {"teacher": "yolov8n-p6.yaml", "random_teacher": True}),
     ]
     for error, message, keys in bad:

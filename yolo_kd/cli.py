@@ -38,8 +38,10 @@ Keys of train besides Ultralytics' own:
   --debug                  show the traceback of an error
 """
 
-EVERY_LOSS_TAKES = """Every loss also takes weight (a number, or auto: the weight follows the gradients), ratio (with weight: auto,
-its gradient over the task loss's, 0.3), schedule (kind, start, end, warmup, stop), student_layers and teacher_layers."""
+EVERY_LOSS_TAKES = """\
+Every loss also takes weight (a number, or auto: the weight follows the gradients), ratio (with weight: auto, the
+gradient over the task loss's that it aims at, 0.3), schedule (kind, start, end, warmup, stop), student_layers and
+teacher_layers."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

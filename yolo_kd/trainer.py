@@ -156,11 +156,6 @@ class DistillationTrainer(DetectionTrainer):
                 "compile= cannot be combined with a recipe that reads layers inside the student "
                 f"({', '.join([*self._student_taps][:3])}, ...). Add compile=False."
             )
-        if self.args.compile and (auto := [term.name for term in terms if term.ratio is not None]):
-            raise ConfigError(
-                f"compile= cannot be combined with weight: auto (here: {', '.join(auto)}): gradients between neck and "
-                "head cannot be measured inside a compiled model. Add compile=False, or give a number as weight."
-            )
         pair = pair_of(student, detector.model, self._student_taps, teacher_taps)
         self.distiller = Distiller(self.plan.recipe, pair).to(self.device).train()
         if split:
