@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ HELP = f"""yolo-kd {__version__}: knowledge distillation for Ultralytics YOLO de
   yolo-kd train   cfg=cfg/experiments/bccd.yaml                  keys of the command line win over the file's
   yolo-kd train   kd=none student=yolov8n.pt data=coco8.yaml     the student alone: the baseline, or a teacher
   yolo-kd train   resume=runs/detect/train/weights/last.pt
+  yolo-kd check   the same keys as train: will this pair work? Trains nothing, writes nothing; --json for programs
   yolo-kd export  model=runs/detect/train/weights/best.pt format=onnx [any Ultralytics export key]
   yolo-kd losses  [name]      the losses there are, or the parameters of one
   yolo-kd recipes [name]      the recipes that ship with this package, or one of them in full
@@ -75,6 +77,7 @@ def _dispatch(arguments: list[str]) -> int:
     verb, rest = (arguments[0].lstrip("-"), arguments[1:]) if arguments else ("help", [])
     verbs: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
+        "check": _check,
         "export": _export,
         "losses": _losses,
         "recipes": _recipes,
@@ -114,6 +117,21 @@ def _train(arguments: list[str]) -> int:
     if trainer.best.exists():
         LOGGER.info(f"Export it with: yolo-kd export model={trainer.best} format=onnx")
     return 0
+
+
+def _check(arguments: list[str]) -> int:
+    from yolo_kd.options import parse_assignments, parse_train
+
+    words = ["json=true" if a == "--json" else a for a in arguments]
+    as_json = parse_assignments([w for w in words if w.startswith("json=")]).get("json", False)
+    if not isinstance(as_json, bool):
+        raise ConfigError(f"json must be true or false, received {as_json!r}.")
+    options = parse_train([w for w in words if not w.startswith("json=")])
+    from yolo_kd.checks import check
+
+    report = check(options)
+    print(json.dumps(report.to_dict(), indent=1, ensure_ascii=False) if as_json else report.to_text())
+    return 1 if report.verdict == "will not work" else 0
 
 
 def _export(arguments: list[str]) -> int:

@@ -167,7 +167,7 @@ def pair_problems(
         problems.append(f"the teacher takes images of {takes} channels, the data set has {data['channels']}.")
     if keys.get("compile") and (auto := [term.name for term in plan.recipe.terms if term.ratio is not None]):
         problems.append(
-            f"compile= cannot be combined with weight: auto (here: {', '.join(auto)}), because a compiled model hides the "
+            f"compile= cannot be combined with weight: auto (here: {', '.join(auto)}): a compiled model hides the "
             "gradients between neck and head. Add compile=False, or give a number as weight."
         )
     return problems, warnings
