@@ -103,9 +103,6 @@ def test_nothing_is_written(
     few: None, shapes: Path, student: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = copied(shapes, tmp_path / "data")
-    image = next((data.parent / "images" / "train").glob("*.jpg"), None)
-    if image is not None:  # a truncated JPEG, which a training would write anew
-        image.write_bytes(image.read_bytes()[:-2])
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     temporary = tmp_path / "tmp"
@@ -176,6 +173,27 @@ def test_one_term_that_cannot_serve_does_not_hide_the_others(
     assert found(report, "error", "terms", "'ld' compares distance distributions", "Change or remove the term 'ld'")
     assert found(report, "error", "terms", "no layer 'model.44'", "Its layers are model.0 to")
     assert [row["term"] for row in report.facts["terms"]] == ["objectness"]
+
+
+@pytest.mark.e2e
+def test_a_device_that_is_not_there(few: None, shapes: Path, student: Path, teacher: Path) -> None:
+    report = check(asked(teacher, student, shapes, kd="objectness", device="17"))
+    assert [f.topic for f in report.findings if f.level == "error"] == ["setup"], texts(report, "error")
+    assert found(report, "error", "device=17 is not here", "Use device=cpu")
+    assert report.facts["terms"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "batch", "share"),
+    [
+        ({}, 16, 16),
+        ({"batch": 32, "device": "0,1"}, 32, 16),
+        ({"batch": -1}, None, 16),
+        ({"batch": 8, "device": 0}, 8, 8),
+    ],
+)
+def test_several_devices_share_a_batch(keys: dict, batch: int | None, share: int) -> None:
+    assert terms._batches_of(keys) == (batch, share)
 
 
 @pytest.mark.e2e

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from ultralytics.data import dataset as labels
+from ultralytics.data import utils as images
 from ultralytics.engine import trainer as engine
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.engine.validator import BaseValidator
@@ -124,3 +126,18 @@ def test_native_losses() -> None:
     said(v8DetectionLoss.loss, "loss * batch_size")
     said(v8DetectionLoss.get_assigned_targets_and_loss, "self.assigner(")
     said(E2ELoss.__init__, "self.one2many", "self.one2one")
+
+
+def test_what_a_check_switches_off() -> None:
+    """yolo_kd/checks/dryrun.py puts its own functions in the place of these names, so they must be looked up there."""
+    said(labels.YOLODataset.cache_labels, "save_dataset_cache_file(", "self.verify_args()")
+    said(labels.YOLODataset._load_or_scan_cache, "load_dataset_cache_file(", "self.cache_labels(")
+    said(labels.YOLODataset.verify_args, "return verify_image_label,")
+    said(images.verify_image_label, "ignoring corrupt image/label: ", "duplicate labels removed", "check_image(")
+    said(images.check_image, "_replace_image(im_file, lambda tmp:", "corrupt JPEG restored and saved")
+    said(BaseTrainer.__init__, "callbacks.add_integration_callbacks(self)")
+    said(BaseTrainer._setup_train, "check_amp(self.model)")
+    assert parameters(images.verify_image_label) == ["args"]
+    assert parameters(labels.save_dataset_cache_file) == ["prefix", "path", "x", "version"]
+    assert parameters(labels.load_dataset_cache_file) == ["path"]
+    assert parameters(images._replace_image) == ["im_file", "write"]

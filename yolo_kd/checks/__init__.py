@@ -8,12 +8,13 @@ from typing import Any, TypeVar
 
 import torch
 from ultralytics import __version__ as ultralytics_version
+from ultralytics.utils.torch_utils import select_device
 
 from yolo_kd import __version__
 from yolo_kd.checkpoints import LoadedDetector, load_detector, restricted_loading
 from yolo_kd.checks.dataset import check_dataset
 from yolo_kd.checks.dryrun import Trace, nothing_written
-from yolo_kd.checks.models import check_quality, describe_files, describe_levels
+from yolo_kd.checks.models import check_quality, describe_files, describe_levels, devices_of
 from yolo_kd.checks.report import Report, plain
 from yolo_kd.checks.terms import check_terms, usable_terms
 from yolo_kd.environment import check_torchvision
@@ -69,6 +70,7 @@ class _Check:
             "torch": torch.__version__,
         }
         self.attempt("setup", check_torchvision)
+        self.choose_device()
         self.say("the data set")
         data = self.attempt("data", lambda: read_dataset(keys.get("data"), keys.get("split") or "val"))
         sets = check_dataset(report, self.trace, data, keys) if data else {}
@@ -99,6 +101,17 @@ class _Check:
                 report.add("note", "ultralytics", text[:300])
         report.facts = plain(report.facts)
         return report
+
+    def choose_device(self) -> None:
+        """Fall back to the processor where a GPU was asked for that is not there, so that the rest can be looked at."""
+        given = self.keys.get("device")
+        try:
+            select_device(devices_of(self.keys)[0], verbose=False)
+        except Exception:  # a wrong name or number raises whatever Ultralytics or torch make of it
+            seen = torch.cuda.device_count()
+            text = f"device={given} is not here: torch {torch.__version__} sees {seen or 'no'} GPU{'s' * (seen != 1)}."
+            self.report.add("error", "setup", text, "Use device=cpu, or look at the driver. The rest ran on the CPU.")
+            self.keys["device"] = "cpu"
 
     def load(self, data: dict[str, Any] | None) -> tuple[Plan | None, dict[str, LoadedDetector]]:
         """Load teacher and student, as far as they can be loaded."""

@@ -175,7 +175,7 @@ def judge(report: Report, results: Mapping[str, Mapping[str, Any]], images: int)
 def _choose(detector: LoadedDetector, dataset: Any, keys: Mapping[str, Any]) -> list[int]:
     """Return evenly spaced images, as many as there is time for."""
     size = int(np.max(keys.get("imgsz") or 640))
-    device = select_device(first_device(keys), verbose=False)
+    device = select_device(devices_of(keys)[0], verbose=False)
     model = deepcopy(detector.model).to(device).eval()
     images = torch.zeros(1, dataset.channels, size, size, device=device)
     with torch.no_grad():
@@ -207,7 +207,7 @@ def evaluate(
             "task": "detect",
             "mode": "val",
             "data": str(keys["data"]),
-            "device": first_device(keys),
+            "device": devices_of(keys)[0],
             "plots": False,
             "verbose": False,
         },
@@ -224,9 +224,9 @@ def evaluate(
     return {"map": float(box.map), "map50": float(box.map50), "classes": classes}
 
 
-def first_device(keys: Mapping[str, Any]) -> Any:
-    """Return the first of the devices that were asked for."""
+def devices_of(keys: Mapping[str, Any]) -> list[Any]:
+    """Return the devices that a training was asked to run on, `[None]` for Ultralytics' own choice."""
     device = keys.get("device")
-    if isinstance(device, list | tuple):
-        return device[0] if device else None
-    return device.split(",")[0] if isinstance(device, str) else device
+    if isinstance(device, str):
+        device = [part.strip(" []()") for part in device.split(",")]
+    return (list(device) if isinstance(device, list | tuple) else [device]) or [None]

@@ -18,7 +18,7 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_kd.audit import AuditRow, balance, measure
-from yolo_kd.checks.models import first_device
+from yolo_kd.checks.models import devices_of
 from yolo_kd.checks.report import Report, number
 from yolo_kd.criterion import TEACHER_VIEW, DistillationCriterion
 from yolo_kd.distiller import Distiller
@@ -96,18 +96,19 @@ def _trainer(
     report: Report, plan: Plan, terms: tuple[TermSpec, ...], keys: Mapping[str, Any], folder: Path
 ) -> DistillationTrainer:
     overrides = {k: v for k, v in keys.items() if k not in ("save_dir", "compile", "time", "save_period")}
-    batch = keys.get("batch", 16)
-    if not isinstance(batch, int) or batch < 1:
-        report.add("note", "cost", f"batch={batch} is found by the training itself; 16 was used here.")
-        batch = 16
-    on_cpu = str(first_device(keys) or "").lower() == "cpu" or not torch.cuda.is_available()
-    if on_cpu and batch > MOST_ON_CPU:
+    batch, share = _batches_of(keys)
+    if batch is None:
+        report.add("note", "cost", f"batch={keys['batch']} is found by the training itself; 16 was used here.")
+    elif share != batch:
+        report.add("note", "cost", f"measured on one of {len(devices_of(keys))} devices, with its share of the batch.")
+    on_cpu = str(devices_of(keys)[0] or "").lower() == "cpu" or not torch.cuda.is_available()
+    if on_cpu and share > MOST_ON_CPU:
         report.add(
-            "note", "cost", f"measured with batch={MOST_ON_CPU} in place of {batch}; time and memory are scaled."
+            "note", "cost", f"measured with batch={MOST_ON_CPU} in place of {share}; time and memory are scaled."
         )
     overrides |= {
-        "batch": min(batch, MOST_ON_CPU) if on_cpu else batch,
-        "device": first_device(keys),
+        "batch": min(share, MOST_ON_CPU) if on_cpu else share,
+        "device": devices_of(keys)[0],
         "project": str(folder),
         "name": "run",
         "exist_ok": True,
@@ -123,6 +124,14 @@ def _trainer(
         "inherit": plan.inherit,
     }
     return DistillationTrainer(overrides=overrides)
+
+
+def _batches_of(keys: Mapping[str, Any]) -> tuple[int | None, int]:
+    """Return the batch size that was asked for, None where the training finds it, and one device's share of it."""
+    batch = keys.get("batch", 16)
+    if not isinstance(batch, int) or batch < 1:
+        return None, 16
+    return batch, max(batch // len(devices_of(keys)), 1)
 
 
 def _batches(trainer: DistillationTrainer) -> Iterator[dict]:
@@ -266,11 +275,11 @@ def _cost(report: Report, trainer: DistillationTrainer, raw: dict, keys: Mapping
     cuda = trainer.device.type == "cuda"
     memory["student alone"] -= weights if cuda else 0
     memory["with teacher and terms"] += 0 if cuda else weights
-    batch = keys.get("batch", 16)
-    scale = batch / trainer.args.batch if isinstance(batch, int) and batch > 0 else 1.0
+    batch, share = _batches_of(keys)
+    scale = share / trainer.args.batch
     time_of = {name: statistics.median(values) * scale for name, values in seconds.items()}
     size_of = {name: size * scale / 1e6 for name, size in memory.items()}
-    steps = -(-len(trainer.train_loader.dataset) // max(int(trainer.args.batch * scale), 1))
+    steps = -(-len(trainer.train_loader.dataset) // (batch or share))
     minutes = {name: value * steps * trainer.epochs / 60 for name, value in time_of.items()}
     ratio = time_of["with teacher and terms"] / time_of["student alone"]
     kept = "peak memory" if cuda else "kept for backward"
@@ -278,7 +287,7 @@ def _cost(report: Report, trainer: DistillationTrainer, raw: dict, keys: Mapping
     rows += [(n, f"{time_of[n] * 1e3:.0f} ms", f"{size_of[n]:.0f} MB", f"{minutes[n]:.0f} min") for n in ways]
     report.tables["cost, without data loading, optimiser and validation"] = rows
     report.facts["cost"] = {
-        "batch": batch,
+        "batch": batch or share,
         "steps_per_epoch": steps,
         "step_ratio": ratio,
         **{n.replace(" ", "_"): {"seconds": time_of[n], "megabytes": size_of[n], "minutes": minutes[n]} for n in ways},
