@@ -316,6 +316,7 @@ def test_layers_by_name_and_inside_the_head(tmp_path: Path, shapes: Path, studen
     trainer.train()
     assert [row.term for row in trainer.audit_rows] == ["mimic", "crosskd", "cwd"]
     assert all(row.gradient > 0 for row in trainer.audit_rows)
+    assert all(0 < row.share < 1e4 for row in trainer.audit_rows), "where a term reads, the task loss passes as well"
     assert not any(m._forward_hooks for m in trainer.model.modules())
 
 

@@ -69,7 +69,7 @@ def measure(
         if term.weight == 0:
             continue
         if term.site not in places:
-            places[term.site] = _meeting_place(task_loss, steps[name].student if term.student_layers else view)
+            places[term.site] = _meeting_place(task_loss, view, term.student_layers)
         inputs, task = places[term.site]
         columns = distiller.unweighted(name, steps[name])
         total = distiller.weight(name) * torch.stack(list(columns.values())).sum()
@@ -123,20 +123,21 @@ def balance(
             norms.append((unmeasured, unmeasured))
             continue
         if term.site not in places:
-            places[term.site] = _meeting_place(task_loss, step.student if term.student_layers else view)
+            places[term.site] = _meeting_place(task_loss, view, term.student_layers)
         inputs, task = places[term.site]
         total = torch.stack(list(distiller.unweighted(name, step).values())).sum()
         norms.append((_norm(task), _norm(_gradients(total, inputs))))
     distiller.auto.update(*(torch.stack(side) for side in zip(*norms, strict=True)))
 
 
-def _meeting_place(task_loss: Tensor, view: View) -> tuple[list[Tensor], list[Tensor]]:
+def _meeting_place(task_loss: Tensor, view: View, layers: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
     """Return the tensors where terms and task loss meet, and the task loss's gradient there.
 
-    They are the features. Where no gradient is seen to flow from the head's outputs into them, the outputs are taken
-    in: alone where `freeze=` stops at the neck, beside the features where `compile=` made one node of neck and head.
+    They are the layers that the term reads, or the features. Where no gradient is seen to flow from the head's outputs
+    into them, the outputs are taken in: alone where `freeze=` stops at the neck, beside the features where `compile=`
+    made one node of neck and head.
     """
-    inputs = [f for f in view.features if f.requires_grad]
+    inputs = [f for f in ([view.layers[n] for n in layers] or view.features) if f.requires_grad]
     task = _autograd(task_loss, inputs) if inputs else []
     if all(g is None for g in task):
         # a view shows the outputs transposed; the task loss was computed from what lies beneath

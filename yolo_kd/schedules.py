@@ -15,7 +15,7 @@ KINDS = ("constant", "linear", "cosine")
 
 RATIO = 0.3
 """The term's gradient over the task loss's that a weight aims at which sets itself."""
-LOWEST, HIGHEST = 0.001, 100.0
+LOWEST, HIGHEST = 1e-4, 100.0
 """Bounds of such a weight: a gradient that dies out must not blow its term up."""
 FRESH = 0.3
 """Least share of a new measurement in the mean: batches differ, and a training has only some dozens of measurements."""
