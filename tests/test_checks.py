@@ -486,7 +486,7 @@ def judged(share: float, cosine: float, **term: Any) -> Report:
 def test_terms_are_judged() -> None:
     assert not judged(0.4, 0.1).findings
     assert found(judged(0.4, -0.5), "warning", "pulls against the task: cosine -0.50", "Lower kd.fgd.weight")
-    assert found(judged(6.0, 0.1), "warning", "drowns the task", "600.00% of the task's", "kd.fgd.weight=0.1,")
+    assert found(judged(6.0, 0.1), "warning", "drowns the task", "its gradient is 6 x the task's", "kd.fgd.weight=0.1,")
     assert found(judged(0.001, 0.1), "warning", "hardly pulls", "kd.fgd.weight=6e+02", "weight=auto")
 
 

@@ -200,7 +200,7 @@ def judge(
     """
     distiller = trainer.distiller
     assert distiller is not None
-    table = [("term", "weight", "value", "gradient", "of the task's", "cosine")]
+    table = [("term", "weight", "value", "gradient", "to the task's", "cosine")]
     facts = []
     for name, term in distiller.terms.items():
         if name not in rows:
@@ -217,7 +217,7 @@ def judge(
                 shown,
                 f"{middle['value']:.4g}",
                 f"{middle['gradient']:.4g}",
-                f"{middle['share']:.1%}",
+                _times(middle["share"]),
                 number(middle["cosine"], 2),
             )
         )
@@ -232,12 +232,17 @@ def judge(
             report.add("warning", "terms", text, f"Lower kd.{name}.weight, or let it fade with a schedule.")
         if term.ratio is None and not FAINT <= middle["share"] <= LOUD:
             what = "drowns the task" if middle["share"] > LOUD else "hardly pulls"
-            text = f"the term '{name}' {what}: its gradient is {middle['share']:.2%} of the task's."
+            text = f"the term '{name}' {what}: its gradient is {_times(middle['share'])} the task's."
             sane = weight * RATIO / middle["share"] if middle["share"] else weight
             advice = f"Set kd.{name}.weight={sane:.2g}, which makes it {RATIO:.0%}, or kd.{name}.weight=auto."
             report.add("warning", "terms", text, advice)
     report.tables[f"gradients into the student's neck, median of {count} training batches, at full strength"] = table
     report.facts["terms"] = facts
+
+
+def _times(share: float) -> str:
+    """Return a ratio of gradients, with as many digits as a person reads."""
+    return f"{share:.0f} x" if share >= 10 else f"{share:.2g} x"
 
 
 def _cost(report: Report, trainer: DistillationTrainer, raw: dict, keys: Mapping[str, Any]) -> None:
