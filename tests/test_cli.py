@@ -130,6 +130,7 @@ def test_help_version_losses_recipes(run: Run) -> None:
     assert {"objectness", "objectness_l2", "ultralytics"} <= {line.split()[0] for line in out.splitlines() if line}
     code, out, _ = run("losses", "objectness")
     assert any(line.split()[:2] == ["lam_cls", "1.0"] and "class term" in line for line in out.splitlines())
+    assert "weight (a number, or auto" in out
     code, out, _ = run("recipes")
     assert {"objectness", "ultralytics"} <= {line.split()[0] for line in out.splitlines() if line}
     assert "losses:" in run("recipes", "objectness")[1]
@@ -141,7 +142,7 @@ def test_every_key_of_every_loss_has_a_meaning(run: Run) -> None:
     for name, loss in registered().items():
         code, out, _ = run("losses", name)
         assert code == 0
-        table = out[out.index("key ") :].splitlines()[1:]
+        table = out[out.index("key ") :].split("\n\n")[0].splitlines()[1:]
         assert [line.split()[0] for line in table] == list(parameters(loss))
         assert all(len(line.split()) > 4 for line in table), name
 

@@ -13,12 +13,13 @@ from ultralytics.cfg import get_cfg
 from ultralytics.nn.tasks import DetectionModel
 
 from tests.models import FAMILIES, narrow_model
+from yolo_kd.audit import measure
 from yolo_kd.checkpoints import LoadedDetector
 from yolo_kd.criterion import TEACHER_VIEW, DistillationCriterion
 from yolo_kd.distiller import Distiller
 from yolo_kd.errors import AuditError, PairError
 from yolo_kd.recipe import load_recipe
-from yolo_kd.taps import pair_of
+from yolo_kd.taps import AssignmentTap, pair_of, targets_of, view_of
 from yolo_kd.teacher import Teacher
 
 RECIPE = {"losses": {"objectness": {}, "ultralytics": {}}}
@@ -218,3 +219,110 @@ def test_pair_with_other_classes_or_levels(models: dict, tmp_path: Path) -> None
     tiny = narrow_model("yolov3-tiny", tmp_path)
     with pytest.raises(PairError, match=r"stride 16 or 32, the teacher's 8, 16 or 32"):
         pair_of(tiny, models["yolov8n"])
+
+
+def shares(student: DetectionModel, distiller: Distiller, batch: dict) -> dict[str, float]:
+    """Return every term's gradient over the task loss's on one batch, measured apart from the criterion."""
+    predictions = student(batch["img"])
+    native = student.init_criterion()
+    tap = AssignmentTap(native)
+    loss, _ = native(predictions, batch)
+    view = view_of(predictions, student)
+    steps = distiller.steps(view, batch[TEACHER_VIEW], targets_of(batch, tap.take()))
+    tap.remove()
+    rows, problems = measure(loss.sum() / len(batch["img"]), view, distiller, steps)
+    assert not problems
+    return {row.term: row.share for row in rows}
+
+
+@pytest.mark.parametrize("family", ["yolov8n", "yolo26n"])
+def test_the_first_measurement_sets_the_ratio(family: str, models: dict) -> None:
+    recipe = {"losses": {"at": {"weight": "auto"}}}
+    student, distiller, _, batch, _ = make_step(models[family], models["yolo11n"], recipe)
+    student(batch)
+    assert distiller.weight("at") != 1.0
+    assert shares(student, distiller, batch)["at"] == pytest.approx(0.3, rel=1e-3)
+
+
+def test_weights_that_set_themselves_reach_their_ratio(models: dict) -> None:
+    """While student and adapters learn, and for several terms with ratios of their own."""
+    losses = {"at": {"weight": "auto"}, "cwd": {"weight": "auto", "ratio": 0.6}, "objectness": {"weight": 0.5}}
+    student, distiller, _, batch, _ = make_step(models["yolov8n"], models["yolo11n"], {"losses": losses})
+    assert distiller.auto is not None
+    optimizer = torch.optim.SGD([*student.parameters(), *distiller.parameters()], lr=1e-6)
+    before = shares(student, distiller, batch)
+    for _ in range(41):
+        loss, items = student(batch)
+        loss = loss.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    after = shares(student, distiller, batch)
+    assert abs(before["at"] / 0.3 - 1) > 0.5, "the test would show nothing"
+    assert after["at"] == pytest.approx(0.3, rel=0.1)
+    assert after["cwd"] == pytest.approx(0.6, rel=0.1)
+    assert items["at_w"] == distiller.weight("at")
+    assert {"at_w", "cwd_w"} == set(items) - {"box_loss", "cls_loss", "dfl_loss", "l1_loss"} - {*distiller.columns}
+    assert distiller.auto.steps == 41
+
+
+def test_logged_weights_are_no_part_of_the_loss(models: dict) -> None:
+    student, _, _, batch, rows = make_step(
+        models["yolov8n"], models["yolo11n"], {"losses": {"fgd": {"weight": "auto"}}}
+    )
+    loss, items = student(batch)
+    assert loss.shape == (4,)
+    assert loss[3].item() == pytest.approx(2 * items["fgd_loss"].item(), rel=1e-6)
+    assert rows[0].share == pytest.approx(0.3, rel=1e-4), "the audit shows the first weight that was found"
+    assert items["fgd_w"].item() != 1.0
+    with torch.no_grad():
+        student(batch)
+    assert student.criterion._distiller.auto.steps == 1, "a pass without gradients is no training step"
+
+
+def test_a_batch_without_objects_leaves_weights_alone(models: dict) -> None:
+    losses = {"losses": {"fgfi": {"weight": "auto"}}}
+    student, _, frozen, batch, _ = make_step(models["yolov8n"], models["yolov8n"], losses)
+    empty = {**batch, "bboxes": torch.zeros(0, 4), "cls": torch.zeros(0, 1), "batch_idx": torch.zeros(0)}
+    _, items = student(empty)
+    assert items["fgfi_w"] == 1.0
+    batch[TEACHER_VIEW] = frozen(batch["img"])
+    _, items = student(batch)
+    assert items["fgfi_w"] != 1.0
+
+
+def test_a_term_that_is_over_is_measured_no_more(models: dict) -> None:
+    losses = {"losses": {"at": {"weight": "auto", "schedule": {"stop": 0.5}}}}
+    student, distiller, _, batch, _ = make_step(models["yolov8n"], models["yolo11n"], losses)
+    student(batch)
+    weight = distiller.weight("at")
+    student.criterion.progress = 0.6
+    calls: list[int] = []
+    distiller.losses["at"].register_forward_hook(lambda *_: calls.append(1))
+    _, items = student(batch)
+    assert not calls
+    assert items["at_loss"] == 0
+    assert items["at_w"] == weight
+
+
+def test_shares_are_measured_at_the_outputs_where_freeze_stops_at_the_neck(models: dict) -> None:
+    recipe = {"losses": {"objectness": {}}}
+    student, _, _, batch, rows = make_step(models["yolov8n"], models["yolo11n"], recipe)
+    for layer in student.model[:-1]:
+        layer.requires_grad_(False)
+    student(batch)
+    assert 0 < rows[0].share < 100
+
+
+def test_cosine_is_the_angle_between_gradients(models: dict) -> None:
+    student, _, _, batch, rows = make_step(models["yolov8n"], models["yolo11n"])
+    student(batch)
+
+    def gradient(names: list[int]) -> torch.Tensor:
+        predictions = student(batch["img"])
+        loss, _ = student.criterion(predictions, batch)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss[names].sum(), predictions["feats"])])
+
+    task = gradient([0, 1, 2])
+    for row, names in zip(rows, ([3, 4], [5]), strict=True):
+        assert row.cosine == pytest.approx(torch.cosine_similarity(gradient(names), task, dim=0).item(), abs=0.02)

@@ -12,7 +12,7 @@ from tests.loss_contract import make_pair, make_step
 from yolo_kd.distiller import Distiller
 from yolo_kd.errors import PairError
 from yolo_kd.losses import boxes
-from yolo_kd.losses.base import registered
+from yolo_kd.losses.base import COLUMN_WIDTH, registered
 from yolo_kd.recipe import load_recipe, shipped_recipes
 
 
@@ -150,3 +150,34 @@ def test_every_shipped_recipe_distils(name: str) -> None:
         values.update(distiller.unweighted(term, steps[term]))
     assert all(torch.isfinite(v) and v.requires_grad for v in values.values())
     assert tuple(values) == distiller.columns == tuple(distiller(steps))
+
+
+def test_a_weight_that_sets_itself_multiplies_with_its_schedule() -> None:
+    plain, steps = distil({"cwd": {}})
+    torch.manual_seed(0)
+    auto, _ = distil({"cwd": {"weight": "auto", "schedule": {"kind": "linear", "end": 0.0}}})
+    auto.load_state_dict({**auto.state_dict(), **plain.state_dict()})
+    assert auto.auto is not None
+    auto.auto.update(torch.tensor([4.0]), torch.tensor([2.0]))
+    assert auto.weights() == {"cwd_w": pytest.approx(0.6)}
+    steps["cwd"].progress = 0.5
+    assert auto(steps)["cwd_loss"].item() == pytest.approx(0.3 * plain(steps)["cwd_loss"].item(), rel=1e-5)
+    steps["cwd"].progress = 1.0
+    assert auto(steps)["cwd_loss"] == 0
+
+
+def test_weights_that_set_themselves_are_columns_but_no_terms() -> None:
+    every = {name: {"weight": "auto"} for name in ("objectness", "fgd", "at")}
+    distiller, steps = distil({**every, "mgd": {"weight": 2.0}})
+    assert distiller.weight_columns == {"objectness": "kcls_w", "fgd": "fgd_w", "at": "at_w"}
+    assert distiller.columns == tuple(distiller(steps)) == ("kcls_loss", "kbox_loss", "fgd_loss", "at_loss", "mgd_loss")
+    assert distiller.weight("mgd") == 2.0
+    fixed, _ = distil({"mgd": {}})
+    assert fixed.auto is None
+    assert fixed.weights() == fixed.weight_columns == {}
+
+
+@pytest.mark.parametrize("name", registered())
+def test_every_weight_column_fits_the_progress_bar(name: str) -> None:
+    column = registered()[name].columns[0].removesuffix("_loss") + "_w"
+    assert len(column) <= COLUMN_WIDTH

@@ -137,13 +137,14 @@ def test_a_recipe_is_read(write):
         ),
         (
             "losses:\n  probe:\n    wieght: 1",
-            "x.yaml:3: unknown key 'wieght' of loss 'probe'. Did you mean 'weight'? Allowed: weight, schedule, "
+            "x.yaml:3: unknown key 'wieght' of loss 'probe'. Did you mean 'weight'? Allowed: weight, ratio, schedule, "
             "student_layers, teacher_layers, alpha, "
             "size, flag, mode, levels, sizes, limit.",
         ),
         (
             "losses:\n  bare:\n    args: 1",
-            "x.yaml:3: unknown key 'args' of loss 'bare'. Allowed: weight, schedule, student_layers, teacher_layers.",
+            "x.yaml:3: unknown key 'args' of loss 'bare'. Allowed: weight, ratio, schedule, student_layers, "
+            "teacher_layers.",
         ),
         (
             "losses:\n  mimic:\n    student_layers: model.4",
@@ -162,14 +163,30 @@ def test_a_recipe_is_read(write):
         ("losses:\n  probe:\n    weight: 1e-3", "x.yaml:3: 1e-3 is read as text; write 1.0e-3."),
         (
             "losses:\n  probe: {weight: -1}",
-            "x.yaml:2: weight of loss 'probe' must be a number of at least 0, received -1.",
+            "x.yaml:2: weight of loss 'probe' must be a number of at least 0 or auto, received -1.",
         ),
-        ("losses:\n  probe: {weight: .nan}", "must be a number of at least 0, received nan."),
-        ("losses:\n  probe: {weight: .inf}", "must be a number of at least 0, received inf."),
-        ("losses:\n  probe: {weight: true}", "must be a number of at least 0, received True."),
-        ("losses:\n  probe: {weight: '1'}", "must be a number of at least 0, received '1'."),
-        ("losses:\n  probe: {weight: }", "must be a number of at least 0, received nothing."),
-        (f"losses:\n  probe: {{weight: {'9' * 400}}}", "must be a number of at least 0, received 999"),
+        (
+            "losses:\n  probe:\n    weight: aut",
+            "x.yaml:3: weight of loss 'probe' must be a number of at least 0 or auto, received 'aut'.",
+        ),
+        (
+            "losses:\n  probe:\n    ratio: 0.3",
+            "x.yaml:3: ratio of loss 'probe' has no effect without weight: auto. Write that, or leave ratio out.",
+        ),
+        ("losses:\n  probe:\n    weight: 1\n    ratio: 0.3", "x.yaml:4: ratio of loss 'probe' has no effect without"),
+        (
+            "losses:\n  probe:\n    weight: auto\n    ratio: 0",
+            "x.yaml:4: ratio of loss 'probe' must be a number above 0 and at most 10, received 0.",
+        ),
+        ("losses:\n  probe: {weight: auto, ratio: auto}", "must be a number above 0 and at most 10, received 'auto'."),
+        ("losses:\n  probe: {weight: auto, ratio: true}", "must be a number above 0 and at most 10, received True."),
+        ("losses:\n  probe: {weight: auto, ratio: 11}", "must be a number above 0 and at most 10, received 11."),
+        ("losses:\n  probe: {weight: .nan}", "must be a number of at least 0 or auto, received nan."),
+        ("losses:\n  probe: {weight: .inf}", "must be a number of at least 0 or auto, received inf."),
+        ("losses:\n  probe: {weight: true}", "must be a number of at least 0 or auto, received True."),
+        ("losses:\n  probe: {weight: '1'}", "must be a number of at least 0 or auto, received '1'."),
+        ("losses:\n  probe: {weight: }", "must be a number of at least 0 or auto, received nothing."),
+        (f"losses:\n  probe: {{weight: {'9' * 400}}}", "must be a number of at least 0 or auto, received 999"),
         ("losses:\n  probe: {weight: 0}", "x.yaml:1: every weight is 0: nothing would be distilled."),
         ("losses:\n  probe: {alpha: true}", "x.yaml:2: alpha of loss 'probe' must be a number, received True."),
         ("losses:\n  probe: {alpha: .nan}", "x.yaml:2: alpha of loss 'probe' must be a number, received nan."),
@@ -309,7 +326,7 @@ def test_other_sources(tmp_path, monkeypatch):
 
 def test_mapping_mistakes_are_named_by_their_path():
     assert mistakes({"losses": {"objectness": {"weight": -1, "lam_cls": -1}}}) == (
-        "kd.losses.objectness.weight: weight of loss 'objectness' must be a number of at least 0, received -1.",
+        "kd.losses.objectness.weight: weight of loss 'objectness' must be a number of at least 0 or auto, received -1.",
         "kd.losses.objectness.lam_cls: loss 'objectness': lam_cls must be a number of at least 0, received -1.0.",
     )
     assert mistakes({}) == ("kd: the recipe has no key 'losses'; it needs at least one loss.",)
@@ -346,8 +363,8 @@ def test_overrides_leave_the_source_alone():
         (
             "objectness.weight",
             -1,
-            "kd.objectness.weight on the command line: weight of loss 'objectness' must be a number of at least 0, "
-            "received -1.",
+            "kd.objectness.weight on the command line: weight of loss 'objectness' must be a number of at least 0 or "
+            "auto, received -1.",
         ),
         (
             "objectness.lam",
@@ -507,3 +524,25 @@ def test_layers_are_part_of_a_recipe_and_survive_a_round_trip():
     recipe = load_recipe({"losses": {"mimic": {"student_layers": ["model.4"], "teacher_layers": ["model.5"]}}})
     assert recipe.terms[0].student_layers == ("model.4",)
     assert load_recipe(recipe.to_dict()).terms[0].teacher_layers == ("model.5",)
+
+
+def test_a_weight_that_sets_itself(tmp_path: Path):
+    recipe = load_recipe({"losses": {"fgd": {"weight": "auto"}, "mgd": {"weight": "auto", "ratio": 1}, "at": {}}})
+    assert [(t.weight, t.ratio) for t in recipe.terms] == [(1.0, 0.3), (1.0, 1.0), (1.0, None)]
+    resolved = recipe.to_dict()
+    assert [resolved["losses"][n].get("weight") for n in ("fgd", "mgd", "at")] == ["auto", "auto", 1.0]
+    assert "ratio" not in resolved["losses"]["at"]
+    again = load_recipe(resolved)
+    assert again.to_dict() == resolved
+    assert [t.ratio for t in again.terms] == [0.3, 1.0, None]
+
+
+def test_a_weight_on_the_command_line_switches_auto_on_and_off():
+    assert load_recipe("fgd", {"fgd.weight": "auto"}).terms[0].ratio == 0.3
+    assert load_recipe("fgd", {"fgd.weight": "auto", "fgd.ratio": 0.5}).terms[0].ratio == 0.5
+    source = {"losses": {"fgd": {"weight": "auto", "ratio": 0.5}}}
+    assert load_recipe(source, {"fgd.ratio": 0.2}).terms[0].ratio == 0.2
+    off = load_recipe(source, {"fgd.weight": 2}).terms[0]
+    assert (off.weight, off.ratio) == (2.0, None)
+    with pytest.raises(ConfigError, match=r"kd.fgd.ratio on the command line: ratio of loss 'fgd' has no effect"):
+        load_recipe("fgd", {"fgd.ratio": 0.5})

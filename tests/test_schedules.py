@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
+import torch
+from torch import distributed, multiprocessing
 
-from yolo_kd.schedules import Schedule
+from yolo_kd.schedules import FRESH, HIGHEST, LOWEST, AutoWeights, Schedule, balance, is_measured
 
 
 @pytest.mark.parametrize(
@@ -73,3 +76,82 @@ def test_bad_values(keys, message):
     with pytest.raises(ValueError, match=r"must be") as error:
         Schedule(**keys)
     assert str(error.value) == message
+
+
+def test_gradients_are_measured_often_at_first_and_seldom_later():
+    assert [step for step in range(100) if is_measured(step)] == [0, 1, 2, 4, 8, 16, 20, 40, 60, 80]
+
+
+def balanced(measurements: list[tuple[float, float]], ratio: float = 0.3) -> list[float]:
+    """Return the weight after each (task, term) measurement."""
+    log_weight, count, weights = torch.zeros(1), torch.zeros(1), []
+    for task, term in measurements:
+        log_weight, count = balance(
+            log_weight, count, torch.tensor([ratio]), torch.tensor([task]), torch.tensor([term])
+        )
+        weights.append(log_weight.exp().item())
+    return weights
+
+
+def test_balance_by_hand():
+    # the first measurement counts alone: 0.3 * 4 / 2; the second half: sqrt(0.6 * 2.4); the third a third
+    third = (0.6 * 2.4 * 0.3) ** (1 / 3)
+    # from the fourth on FRESH is more than 1 / n
+    fourth = math.exp((1 - FRESH) * math.log(third) + FRESH * math.log(1.5))
+    weights = balanced([(4, 2), (8, 1), (1, 1), (5, 1)])
+    assert weights == pytest.approx([0.6, 1.2, third, fourth], rel=1e-5)
+
+
+def test_a_constant_measurement_gives_the_target_ratio_at_once_and_for_good():
+    for ratio in (0.1, 0.3, 2.0):
+        for weight in balanced([(3.0, 7.0)] * 10, ratio):
+            assert weight * 7.0 / 3.0 == pytest.approx(ratio, rel=1e-5)
+
+
+def test_a_weight_stays_within_bounds_and_comes_back_from_them():
+    weights = balanced([(1.0, 1e-9)] * 20 + [(1.0, 0.3)] * 20)
+    assert max(weights) == pytest.approx(HIGHEST)
+    assert weights[-1] == pytest.approx(1.0, rel=0.02)
+    assert min(balanced([(1e-9, 1.0)] * 20)) == pytest.approx(LOWEST)
+
+
+@pytest.mark.parametrize("nothing", [(0.0, 1.0), (1.0, 0.0), (math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0)])
+def test_a_measurement_without_gradient_changes_nothing(nothing: tuple[float, float]):
+    assert balanced([nothing]) == [1.0]
+    assert balanced([(4, 2), nothing, (8, 1)]) == pytest.approx([0.6, 0.6, 1.2], rel=1e-5)
+
+
+def test_auto_weights_resume_where_they_stopped():
+    def measure(weights: AutoWeights, step: int) -> None:
+        if weights.tick():
+            weights.update(torch.tensor([1.0 + step, 2.0]), torch.tensor([2.0, 1.0 + step]))
+
+    through, stopped, resumed = (AutoWeights({"fgd": 0.3, "mgd": 0.5}) for _ in range(3))
+    for step in range(50):
+        measure(through, step)
+        measure(stopped if step < 21 else resumed, step)
+        if step == 20:
+            resumed.load_state_dict(stopped.state_dict())
+    assert through.weight("fgd") != through.weight("mgd")
+    for name in through.names:
+        assert torch.equal(through.weight(name), resumed.weight(name))
+    assert through.steps == resumed.steps == 50
+
+
+def _rank(rank: int, folder: str) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    weights = AutoWeights({"a": 0.3, "b": 0.3, "c": 0.3})
+    # a: both ranks see objects; b: only rank 1; c: none
+    task = torch.tensor([1.0 + 2 * rank, 4.0, math.nan])
+    term = torch.tensor([1.0, 0.0 if rank == 0 else 2.0, 1.0])
+    weights.update(task, term)
+    torch.save(torch.stack([weights.weight(n) for n in weights.names]), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_weights_are_the_same_on_all_ranks(tmp_path: Path):
+    multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert torch.equal(first, second)
+    assert first.tolist() == pytest.approx([0.6, 0.6, 1.0])  # (1 + 3) / 2 over 1; rank 1 alone; as it began

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import os
 import subprocess
@@ -236,6 +237,28 @@ def test_resume_restores_everything(tmp_path: Path, shapes: Path, family: str) -
     assert all(step["dis_loss"] > 0 for step in steps)
 
 
+def test_weights_that_set_themselves_are_logged_and_resumed(
+    tmp_path: Path, shapes: Path, student: Path, teacher: Path
+) -> None:
+    keys = {"teacher": str(teacher), "kd": "fgd", "kd.fgd.weight": "auto", "kd.fgd.ratio": 0.5}
+    last = interrupted(tmp_path, shapes, student, **keys)
+    saved = torch.load(last, map_location="cpu", weights_only=False)["optimizer"]["yolo_kd"]
+    resumed = DistillationTrainer(overrides={"resume": str(last)})
+    restored: dict[str, Any] = {}
+    resumed.add_callback("on_train_start", lambda t: restored.update(copy.deepcopy(t.distiller.auto.state_dict())))
+    resumed.train()
+    assert restored["_extra_state"] == saved["auto._extra_state"] == 4  # two batches in each of two epochs
+    assert torch.equal(restored["log_weight"], saved["auto.log_weight"])
+    assert torch.equal(restored["count"], saved["auto.count"])
+    rows = rows_of(resumed.save_dir)
+    weights = [float(row["train/fgd_w"]) for row in rows]
+    assert all(weight != 1.0 for weight in weights)
+    assert not any(name.startswith("val/fgd") for name in rows[0])
+    assert "fgd_w" in resumed.progress_string()
+    assert resumed.plan.recipe.terms[0].ratio == 0.5
+    assert yaml.safe_load((resumed.save_dir / "kd.yaml").read_text())["recipe"]["losses"]["fgd"]["weight"] == "auto"
+
+
 def test_resume_checks_the_teacher(tmp_path: Path, shapes: Path, student: Path, teacher: Path) -> None:
     moving = tmp_path / "teacher.pt"
     moving.write_bytes(teacher.read_bytes())
@@ -293,6 +316,7 @@ def test_layers_by_name_and_inside_the_head(tmp_path: Path, shapes: Path, studen
     trainer.train()
     assert [row.term for row in trainer.audit_rows] == ["mimic", "crosskd", "cwd"]
     assert all(row.gradient > 0 for row in trainer.audit_rows)
+    assert all(0 < row.share < 1e4 for row in trainer.audit_rows), "where a term reads, the task loss passes as well"
     assert not any(m._forward_hooks for m in trainer.model.modules())
 
 
@@ -348,6 +372,7 @@ def test_nothing_is_made_when_the_input_is_bad(tmp_path: Path, shapes: Path, stu
         (ConfigError, "random_teacher=true", {"teacher": "yolov8s.yaml"}),
         (ConfigError, "write teacher= with kd=ultralytics", {"distill_model": str(teacher)}),
         (CheckpointError, "does not exist", {"teacher": str(tmp_path / "no.pt")}),
+        (PairError, "hides the gradients", {"teacher": str(teacher), "kd.objectness.weight": "auto", "compile": True}),
         (PairError, "levels of stride", {"teacher": "yolov8n-p6.yaml", "random_teacher": True}),
     ]
     for error, message, keys in bad:

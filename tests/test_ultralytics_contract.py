@@ -192,3 +192,18 @@ def test_native_losses() -> None:
     said(v8DetectionLoss.loss, "loss * batch_size")
     said(v8DetectionLoss.get_assigned_targets_and_loss, "self.assigner(")
     said(E2ELoss.__init__, "self.one2many", "self.one2one")
+
+
+def test_what_a_check_switches_off() -> None:
+    """yolo_kd/checks/dryrun.py puts its own functions in the place of these names, so they must be looked up there."""
+    said(ultralytics_dataset.YOLODataset.cache_labels, "save_dataset_cache_file(", "self.verify_args()")
+    said(ultralytics_dataset.YOLODataset._load_or_scan_cache, "load_dataset_cache_file(", "self.cache_labels(")
+    said(ultralytics_dataset.YOLODataset.verify_args, "return verify_image_label,")
+    said(data_utils.verify_image_label, "ignoring corrupt image/label: ", "duplicate labels removed", "check_image(")
+    said(data_utils.check_image, "_replace_image(im_file, lambda tmp:", "corrupt JPEG restored and saved")
+    said(BaseTrainer.__init__, "callbacks.add_integration_callbacks(self)")
+    said(BaseTrainer._setup_train, "check_amp(self.model)")
+    assert parameters(data_utils.verify_image_label) == ["args"]
+    assert parameters(ultralytics_dataset.save_dataset_cache_file) == ["prefix", "path", "x", "version"]
+    assert parameters(ultralytics_dataset.load_dataset_cache_file) == ["path"]
+    assert parameters(data_utils._replace_image) == ["im_file", "write"]

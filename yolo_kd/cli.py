@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ HELP = f"""yolo-kd {__version__}: knowledge distillation for Ultralytics YOLO de
   yolo-kd train   cfg=cfg/experiments/bccd.yaml                  keys of the command line win over the file's
   yolo-kd train   kd=none student=yolov8n.pt data=coco8.yaml     the student alone: the baseline, or a teacher
   yolo-kd train   resume=runs/detect/train/weights/last.pt
+  yolo-kd check   the same keys as train: will this pair work? Trains nothing, writes nothing; --json for programs
   yolo-kd compare cfg=... arms=baseline,objectness seeds=3 [jobs=1]   did it help? paired runs, verdict, one page
   yolo-kd export  model=runs/detect/train/weights/best.pt format=onnx [any Ultralytics export key]
   yolo-kd losses  [name]      the losses there are, or the parameters of one
@@ -49,6 +51,11 @@ Keys of compare besides those of train; project= and name= say where it writes (
   seeds=                   trainings per arm, with seeds seed, seed + 1, ... (3)
   jobs=                    trainings at a time (1)
 """
+
+EVERY_LOSS_TAKES = """\
+Every loss also takes weight (a number, or auto: the weight follows the gradients), ratio (with weight: auto, the
+gradient over the task loss's that it aims at, 0.3), schedule (kind, start, end, warmup, stop), student_layers and
+teacher_layers."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,6 +94,7 @@ def _dispatch(arguments: list[str]) -> int:
     verb, rest = (arguments[0].lstrip("-"), arguments[1:]) if arguments else ("help", [])
     verbs: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
+        "check": _check,
         "compare": _compare,
         "export": _export,
         "losses": _losses,
@@ -131,6 +139,21 @@ def _train(arguments: list[str]) -> int:
     return 0
 
 
+def _check(arguments: list[str]) -> int:
+    from yolo_kd.options import parse_assignments, parse_train
+
+    words = ["json=true" if a == "--json" else a for a in arguments]
+    as_json = parse_assignments([w for w in words if w.startswith("json=")]).get("json", False)
+    if not isinstance(as_json, bool):
+        raise ConfigError(f"json must be true or false, received {as_json!r}.")
+    options = parse_train([w for w in words if not w.startswith("json=")])
+    from yolo_kd.checks import check
+
+    report = check(options)
+    print(json.dumps(report.to_dict(), indent=1, ensure_ascii=False) if as_json else report.to_text())
+    return 1 if report.verdict == "will not work" else 0
+
+
 def _compare(arguments: list[str]) -> int:
     from yolo_kd.compare.flow import compare
 
@@ -162,6 +185,7 @@ def _losses(arguments: list[str]) -> int:
         _print_table(
             [("key", "default", "meaning"), *((p.name, repr(p.default), meanings[p.name]) for p in parameters)]
         )
+        print(f"\n{EVERY_LOSS_TAKES}")
         return 0
     rows = [("name", "reads", "trains", "boxes", "heads", "cost", "columns", "paper")]
     for name, loss in registered().items():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from yolo_kd.audit import AuditRow, audit
+from yolo_kd.audit import AuditRow, audit, balance
 from yolo_kd.distiller import Distiller
 from yolo_kd.guards import FiniteGuard, tensors_of
 from yolo_kd.parallel import touch
@@ -86,6 +86,9 @@ class DistillationCriterion:
             targets = targets_of(batch, self._tap.take() if self._tap else None)
         steps = self._distiller.steps(student, teacher, targets, self.progress)
         batch_size = student.scores.shape[0]
+        auto = self._distiller.auto
+        if auto is not None and torch.is_grad_enabled() and auto.tick():
+            balance(loss.sum() / batch_size, student, self._distiller, steps, self.close_mosaic)
         # a term that acts near objects has nothing to show on a batch without any: then the next batch is audited
         silent = bool(reads & {"targets", "assignment"}) and not len(batch["bboxes"])
         if self._on_audit is not None and torch.is_grad_enabled() and not silent and loss.isfinite().all():
@@ -95,9 +98,9 @@ class DistillationCriterion:
         # native terms come multiplied by the batch size, logged items do not: this is the one place of that factor
         vector = torch.cat([loss, torch.stack(list(terms.values())).to(loss.dtype) * batch_size])
         items = {**items, **{name: value.detach() for name, value in terms.items()}}
-        if self._guard is None or not vector.requires_grad:
-            return vector, items
-        return self._guard.screen(vector, items, tensors_of([predictions, layers]), teacher)
+        if self._guard is not None and vector.requires_grad:
+            vector, items = self._guard.screen(vector, items, tensors_of([predictions, layers]), teacher)
+        return vector, {**items, **self._distiller.weights()}
 
     def forget(self) -> None:
         """Let go of what an interrupted step left in the taps."""

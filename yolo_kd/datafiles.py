@@ -10,7 +10,7 @@ import io
 import os
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -37,6 +37,7 @@ _CACHE_NAMES = frozenset(
         *((m, c) for m in ("pathlib", "pathlib._local") for c in ("PosixPath", "WindowsPath", "PurePosixPath")),
     }
 )
+_UNRESTRICTED = ultralytics_dataset.load_dataset_cache_file
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -67,11 +68,11 @@ def restricted_data() -> Iterator[list[str]]:
                 )
             return data
 
-    with (
-        patch.object(ultralytics_data, "YAML", GuardedYAML),
-        patch.object(tasks, "YAML", GuardedYAML),  # a model YAML can multiply aliases as well
-        patch.object(ultralytics_dataset, "load_dataset_cache_file", read_label_cache),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(ultralytics_data, "YAML", GuardedYAML))
+        stack.enter_context(patch.object(tasks, "YAML", GuardedYAML))  # a model YAML can multiply aliases as well
+        if ultralytics_dataset.load_dataset_cache_file is _UNRESTRICTED:  # a check reads no cache at all
+            stack.enter_context(patch.object(ultralytics_dataset, "load_dataset_cache_file", read_label_cache))
         yield left_out
 
 

@@ -12,7 +12,7 @@ from yolo_kd.adapters import build_adapters
 from yolo_kd.errors import PairError
 from yolo_kd.losses.base import Loss, find
 from yolo_kd.recipe import Recipe, TermSpec
-from yolo_kd.schedules import Schedule
+from yolo_kd.schedules import AutoWeights, Schedule
 from yolo_kd.views import Pair, Step, Targets, View
 
 NECK = "neck"
@@ -27,6 +27,7 @@ class Term:
     schedule: Schedule
     student_layers: tuple[str, ...] = ()
     teacher_layers: tuple[str, ...] = ()
+    ratio: float | None = None  # the target of a weight that sets itself
 
     @property
     def site(self) -> str:
@@ -60,6 +61,8 @@ class Distiller(nn.Module):
         for spec in recipe.terms:
             self.terms[spec.name] = _term(spec)
             self.losses[spec.name] = self.terms[spec.name].loss
+        ratios = {name: term.ratio for name, term in self.terms.items() if term.ratio is not None}
+        self.auto = AutoWeights(ratios) if ratios else None
         pairs = {name: _pair_at(term, name, pair) for name, term in self.terms.items()}
         self._strides = {term.site: pairs[name].strides for name, term in self.terms.items()}
         # adapters first, in level order: a lone `ultralytics` term then draws the random numbers that upstream draws
@@ -75,6 +78,21 @@ class Distiller(nn.Module):
     def columns(self) -> tuple[str, ...]:
         """Names of all scalars, in the order of the recipe; the same in every step."""
         return tuple(column for term in self.terms.values() for column in term.loss.columns)
+
+    @property
+    def weight_columns(self) -> dict[str, str]:
+        """Columns of the weights that set themselves, by term: `fgd_w` for the term that reports `fgd_loss`."""
+        names = self.auto.names if self.auto else ()
+        return {name: f"{self.terms[name].loss.columns[0].removesuffix('_loss')}_w" for name in names}
+
+    def weight(self, name: str) -> float | Tensor:
+        """Return the present weight of a term, before its schedule."""
+        term = self.terms[name]
+        return self.auto.weight(name) if self.auto is not None and term.ratio is not None else term.weight
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights that set themselves, by column; they are for the log and no part of the loss."""
+        return {column: self.weight(name) for name, column in self.weight_columns.items()}  # type: ignore[misc]
 
     @property
     def reads(self) -> frozenset[str]:
@@ -136,11 +154,12 @@ class Distiller(nn.Module):
         values: dict[str, Tensor] = {}
         for name, term in self.terms.items():
             step = steps[name]
-            strength = term.weight * term.schedule(step.progress, close_mosaic)
-            if strength == 0:
+            multiplier = term.schedule(step.progress, close_mosaic)
+            if term.weight == 0 or multiplier == 0:
                 zero = step.student.scores.new_zeros((), dtype=torch.float32)
                 values.update(dict.fromkeys(term.loss.columns, zero))
             else:
+                strength = self.weight(name) * multiplier
                 values.update({c: v * strength for c, v in self.unweighted(name, step).items()})
         return values
 
@@ -152,7 +171,7 @@ class Distiller(nn.Module):
 
 def _term(spec: TermSpec) -> Term:
     loss = find(spec.name)(**spec.arguments)
-    return Term(loss, spec.weight, spec.schedule, spec.student_layers, spec.teacher_layers)
+    return Term(loss, spec.weight, spec.schedule, spec.student_layers, spec.teacher_layers, spec.ratio)
 
 
 def _pair_at(term: Term, name: str, pair: Pair) -> Pair:

@@ -155,25 +155,61 @@ def check_models(
     if plan is None:
         return None
     detector = detector or load_detector(plan.teacher, role="teacher", trust=trust, nc=nc, channels=channels)
-    teacher = detector.model
-    if len(teacher.names) != nc:
-        raise PairError(
-            f"teacher={plan.teacher} knows {len(teacher.names)} classes, data={keys.get('data')} has {nc}. "
+    problems, warnings = pair_problems(plan, detector, student, data, keys)
+    if problems:
+        raise PairError("\n".join(problems))
+    for warning in warnings:
+        LOGGER.warning(warning)
+    return detector
+
+
+def pair_problems(
+    plan: Plan, teacher: LoadedDetector, student: LoadedDetector, data: Mapping[str, Any], keys: Mapping[str, Any]
+) -> tuple[list[str], list[str]]:
+    """Compare teacher, student, data set and training keys.
+
+    Args:
+        plan: The plan.
+        teacher: The loaded teacher.
+        student: The loaded student.
+        data: What `read_dataset` returned.
+        keys: Ultralytics' keys of the training.
+
+    Returns:
+        A sentence for each thing that keeps them from being trained together, and one for each that is worth a warning.
+    """
+    problems, warnings = [], []
+    nc = 1 if keys.get("single_cls") else data["nc"]
+    names = teacher.model.names
+    if len(names) != nc:
+        problems.append(
+            f"teacher={plan.teacher} knows {len(names)} classes, data={keys.get('data')} has {nc}. "
             "Distillation needs the same classes: train the teacher on this data set first "
             f"(yolo-kd train kd=none student={Path(plan.teacher).name} data={keys.get('data')})."
         )
-    named = not detector.random and not keys.get("single_cls")
-    if named and (warning := check_class_names(teacher.names, data["names"])):
-        LOGGER.warning(warning)
-    if not student.random and student.sha256 == detector.sha256:
-        LOGGER.warning(f"teacher and student are the same file {student.path}: this is self-distillation.")
-    check_levels(student.model, teacher)
-    if (takes := teacher.yaml.get("channels", 3)) != channels:
-        raise PairError(
-            f"teacher={plan.teacher} takes images of {takes} channels, data={keys.get('data')} has {channels}. "
+    elif not teacher.random and not keys.get("single_cls"):
+        try:
+            if warning := check_class_names(names, data["names"]):
+                warnings.append(warning)
+        except PairError as error:
+            problems.append(str(error))
+    if not student.random and student.sha256 == teacher.sha256:
+        warnings.append(f"teacher and student are the same file {student.path}: this is self-distillation.")
+    try:
+        check_levels(student.model, teacher.model)
+    except PairError as error:
+        problems.append(str(error))
+    if (takes := teacher.model.yaml.get("channels", 3)) != data["channels"]:
+        problems.append(
+            f"teacher={plan.teacher} takes images of {takes} channels, data={keys.get('data')} has {data['channels']}. "
             "Train the teacher on this data set first."
         )
-    return detector
+    if keys.get("compile") and (auto := [term.name for term in plan.recipe.terms if term.ratio is not None]):
+        problems.append(
+            f"compile= cannot be combined with weight: auto (here: {', '.join(auto)}): a compiled model hides the "
+            "gradients between neck and head. Add compile=False, or give a number as weight."
+        )
+    return problems, warnings
 
 
 def check_teacher_file(plan: Plan) -> None:

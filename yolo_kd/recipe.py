@@ -16,14 +16,16 @@ from typing import Any, TypeVar
 import yolo_kd.losses  # noqa: F401  registers the losses that ship with the package
 from yolo_kd.errors import YoloKDError, did_you_mean, listed
 from yolo_kd.losses.base import Loss, parameters, registered
-from yolo_kd.schedules import Schedule
+from yolo_kd.schedules import RATIO, Schedule
 from yolo_kd.yaml_lines import Item, problem, raise_if, read_yaml, shown, wrap
 
 T = TypeVar("T")
 
 TOP_KEYS = ("losses", "plugins")
 LAYER_KEYS = ("student_layers", "teacher_layers")
-TERM_KEYS = ("weight", "schedule", *LAYER_KEYS)
+TERM_KEYS = ("weight", "ratio", "schedule", *LAYER_KEYS)
+AUTO = "auto"  # the weight that sets itself
+MAX_RATIO = 10.0
 LAYER_READS = frozenset({"features", "targets"})
 SCHEDULE_KEYS = tuple(f.name for f in fields(Schedule))
 INLINE = "inline"  # the name of a recipe that came from no file
@@ -39,11 +41,12 @@ class TermSpec:
 
     Attributes:
         name: Name of the loss.
-        weight: Multiplier of its scalars, at least 0.
+        weight: Multiplier of its scalars, at least 0; where it sets itself, the one that it starts from.
         schedule: How the multiplier changes over the training.
         arguments: Arguments of the loss's constructor, only those that were given.
         student_layers: Layers of the student to read in place of its neck's outputs, finest first, () for the neck.
         teacher_layers: Layers of the teacher likewise; as many as the student's side has.
+        ratio: Where the weight sets itself: the term's gradient over the task loss's that it aims at. None otherwise.
     """
 
     name: str
@@ -52,6 +55,7 @@ class TermSpec:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     student_layers: tuple[str, ...] = ()
     teacher_layers: tuple[str, ...] = ()
+    ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Recipe:
             defaults = {k: p.default for k, p in _constructor(registered()[term.name]).items()}
             arguments = {k: term.arguments.get(k, default) for k, default in defaults.items()}
             losses[term.name] = {
-                "weight": term.weight,
+                **({"weight": term.weight} if term.ratio is None else {"weight": AUTO, "ratio": term.ratio}),
                 "schedule": asdict(term.schedule),
                 **{k: list(getattr(term, k)) for k in LAYER_KEYS if getattr(term, k)},
                 **{k: _plain(v) for k, v in arguments.items()},
@@ -302,6 +306,8 @@ def _override(
                 replaced.add(name)
         else:
             term[first] = item
+            if first == "weight" and item.value != AUTO and f"{name}.ratio" not in overrides:
+                term.pop("ratio", None)  # the recipe's own, which the command line switched off
     return frozenset(replaced)
 
 
@@ -313,7 +319,7 @@ def _term(name: str, item: Item, replaced: frozenset[str], problems: list[str]) 
         known = listed(list(losses))
         sentence = f"unknown loss '{name}'.{did_you_mean(name[:60], losses)} Known losses: {known}."
         problems.append(problem(item.where, sentence))
-    weight = _weight(name, entries.get("weight"), problems)
+    weight, ratio = _weight(name, entries.get("weight"), entries.get("ratio"), problems)
     schedule = _schedule(name, entries.get("schedule"), name in replaced, problems)
     layers = {key: _layers(name, key, entries.get(key), problems) for key in LAYER_KEYS}
     if name not in losses:
@@ -337,7 +343,7 @@ def _term(name: str, item: Item, replaced: frozenset[str], problems: list[str]) 
         _construct(losses[name], arguments, typed, item.where, f"loss '{name}'", problems)
     if len(problems) > before:
         return None
-    return TermSpec(name, weight, schedule, arguments, **layers)
+    return TermSpec(name, weight, schedule, arguments, ratio=ratio, **layers)
 
 
 def _layers(name: str, key: str, item: Item | None, problems: list[str]) -> tuple[str, ...]:
@@ -352,15 +358,24 @@ def _layers(name: str, key: str, item: Item | None, problems: list[str]) -> tupl
     return tuple(names)
 
 
-def _weight(name: str, item: Item | None, problems: list[str]) -> float:
-    """Return a weight, 1 where none was given or the given one is wrong."""
-    if item is None:
-        return 1.0
-    if not _finite(item.value) or item.value < 0:
-        sentence = f"weight of loss '{name}' must be a number of at least 0, received {shown(item)}."
+def _weight(name: str, item: Item | None, ratio: Item | None, problems: list[str]) -> tuple[float, float | None]:
+    """Return weight and ratio of a term, the defaults where none were given or the given ones are wrong."""
+    auto = item is not None and item.value == AUTO
+    if item is not None and not auto and (not _finite(item.value) or item.value < 0):
+        sentence = f"weight of loss '{name}' must be a number of at least 0 or {AUTO}, received {shown(item)}."
         problems.append(problem(item.where, sentence))
-        return 1.0
-    return float(item.value)
+        return 1.0, None
+    if ratio is not None and not auto:
+        sentence = f"ratio of loss '{name}' has no effect without weight: {AUTO}. Write that, or leave ratio out."
+        problems.append(problem(ratio.where, sentence))
+    elif ratio is not None and (not _finite(ratio.value) or not 0 < ratio.value <= MAX_RATIO):
+        sentence = (
+            f"ratio of loss '{name}' must be a number above 0 and at most {MAX_RATIO:g}, received {shown(ratio)}."
+        )
+        problems.append(problem(ratio.where, sentence))
+    elif auto:
+        return 1.0, RATIO if ratio is None else float(ratio.value)
+    return 1.0 if item is None or auto else float(item.value), None
 
 
 def _schedule(name: str, item: Item | None, kind_replaced: bool, problems: list[str]) -> Schedule:

@@ -191,7 +191,8 @@ def _last_convolution(block: nn.Module) -> Any:
 class LayerTap:
     """Forward hooks that keep the outputs of layers until they are taken.
 
-    Outputs are copied, since an activation may overwrite its input in place.
+    The model goes on with a copy, since an activation may overwrite its input in place. What is kept so lies on the way
+    of the model's own loss, whose gradient can be compared there.
 
     Args:
         layers: Layers by the name under which their outputs are handed out.
@@ -203,10 +204,11 @@ class LayerTap:
         self._names = tuple(layers)
 
     def _keep(self, name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Tensor:
             if not isinstance(output, Tensor) or output.ndim != 4:
                 raise ConfigError(f"layer '{name}' does not yield one feature map, so it cannot be distilled.")
-            self._captured[name] = output.clone()
+            self._captured[name] = output
+            return output.clone()
 
         return hook
 

@@ -454,7 +454,8 @@ class DistillationTrainer(DurableTrainer):
         labelled = super().label_loss_items(loss_items, prefix)
         if prefix != "val" or self.distiller is None:
             return labelled
-        own = {f"{prefix}/{column}" for column in self.distiller.columns}
+        columns = (*self.distiller.columns, *self.distiller.weight_columns.values())
+        own = {f"{prefix}/{column}" for column in columns}
         return (
             [k for k in labelled if k not in own]
             if isinstance(labelled, list)

@@ -1,0 +1,169 @@
+"""The check before a training: will this pair work, on this data, with this recipe?"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from ultralytics import __version__ as ultralytics_version
+from ultralytics.utils.torch_utils import select_device
+
+from yolo_kd import __version__
+from yolo_kd.checkpoints import LoadedDetector, load_detector, restricted_loading
+from yolo_kd.checks.dataset import check_dataset
+from yolo_kd.checks.dryrun import Trace, nothing_written
+from yolo_kd.checks.models import check_quality, describe_files, describe_levels, devices_of
+from yolo_kd.checks.report import Report, plain
+from yolo_kd.checks.terms import check_terms, usable_terms
+from yolo_kd.environment import check_torchvision
+from yolo_kd.errors import ConfigError, YoloKDError
+from yolo_kd.options import NO_RECIPE, TrainOptions
+from yolo_kd.plan import Plan, make_plan, pair_problems, read_dataset
+
+__all__ = ["Report", "check"]
+
+T = TypeVar("T")
+
+
+def check(options: TrainOptions) -> Report:
+    """Look at everything that a training with these options depends on, and train nothing.
+
+    A mistake that would stop the training becomes a finding, and everything that does not depend on it is looked at all
+    the same. Nothing is written, but a data set or a model that Ultralytics can download by its name is downloaded.
+
+    Args:
+        options: What `yolo-kd train` would be asked to do.
+
+    Returns:
+        The report; its verdict says whether to start.
+
+    Raises:
+        ConfigError: If the options name no teacher, or a run to resume.
+    """
+    if options.resume is not None:
+        raise ConfigError("check looks at a training that has not begun: leave out resume.")
+    if options.teacher is None or options.kd == NO_RECIPE:
+        raise ConfigError("check needs a teacher: add teacher=<checkpoint>.")
+    with nothing_written() as trace, restricted_loading(options.trust_checkpoints):
+        return _Check(options, trace).run()
+
+
+class _Check:
+    """One pass through all checks; each step goes on with what the earlier ones could load."""
+
+    def __init__(self, options: TrainOptions, trace: Trace):
+        self.options = options
+        self.trace = trace
+        self.keys: dict[str, Any] = {**options.ultralytics, "model": options.student}
+        kd = options.kd if isinstance(options.kd, str) else "inline"
+        self.report = Report(
+            {"teacher": options.teacher, "student": options.student, "data": self.keys.get("data"), "kd": kd}
+        )
+
+    def run(self) -> Report:
+        report, keys = self.report, self.keys
+        report.facts["versions"] = {
+            "yolo_kd": __version__,
+            "ultralytics": ultralytics_version,
+            "torch": torch.__version__,
+        }
+        self.attempt("setup", check_torchvision)
+        self.choose_device()
+        self.say("the data set")
+        data = self.attempt("data", lambda: read_dataset(keys.get("data"), keys.get("split") or "val"))
+        sets = check_dataset(report, self.trace, data, keys) if data else {}
+        self.say("the models")
+        plan, detectors = self.load(data)
+        describe_files(report, detectors)
+        if plan is not None:
+            describe_levels(report, plan, detectors)
+        fits = False
+        if plan is not None and data is not None and len(detectors) == 2:
+            problems, warnings = pair_problems(plan, detectors["teacher"], detectors["student"], data, keys)
+            for text in problems:
+                report.add("error", "pair", text)
+            for text in warnings:
+                report.add("warning", "pair", text)
+            fits = not problems
+        if data is not None and "val" in sets and detectors:
+            self.say("both models on validation images")
+            self.guarded(
+                "quality", lambda: check_quality(report, detectors, sets["val"], data, keys, self.trace.folder)
+            )
+        if fits and plan is not None and data is not None and len(sets) == 2:
+            self.say("gradients and cost of the terms")
+            self.guarded("terms", lambda: self.terms(plan, detectors))
+        known = {finding.text for finding in report.findings}
+        for text in dict.fromkeys(self.trace.warnings):
+            if text not in known:
+                report.add("note", "ultralytics", text[:300])
+        report.facts = plain(report.facts)
+        return report
+
+    def choose_device(self) -> None:
+        """Fall back to the processor where a GPU was asked for that is not there, so that the rest can be looked at."""
+        given = self.keys.get("device")
+        try:
+            select_device(devices_of(self.keys)[0], verbose=False)
+        except Exception:  # a wrong name or number raises whatever Ultralytics or torch make of it
+            seen = torch.cuda.device_count()
+            text = f"device={given} is not here: torch {torch.__version__} sees {seen or 'no'} GPU{'s' * (seen != 1)}."
+            self.report.add("error", "setup", text, "Use device=cpu, or look at the driver. The rest ran on the CPU.")
+            self.keys["device"] = "cpu"
+
+    def load(self, data: dict[str, Any] | None) -> tuple[Plan | None, dict[str, LoadedDetector]]:
+        """Load teacher and student, as far as they can be loaded."""
+        options = self.options
+        own = {
+            "teacher": options.teacher,
+            "kd": options.kd,
+            "inherit": options.inherit,
+            "trust_checkpoints": options.trust_checkpoints,
+            "random_teacher": options.random_teacher,
+        }
+        made = self.attempt("files", lambda: make_plan(own, options.kd_overrides))
+        plan, teacher = made or (None, None)
+        build: dict[str, Any] = {"trust": options.trust_checkpoints}
+        if data is not None:
+            build |= {"nc": 1 if self.keys.get("single_cls") else data["nc"], "channels": data["channels"]}
+        detectors = {}
+        if plan is not None and teacher is None:
+            teacher = self.attempt("files", lambda: load_detector(plan.teacher, role="teacher", **build))
+        if teacher is not None:
+            detectors["teacher"] = teacher
+        student = self.attempt("files", lambda: load_detector(options.student or "", role="student", **build))
+        if student is not None:
+            detectors["student"] = student
+        return plan, detectors
+
+    def terms(self, plan: Plan, detectors: dict[str, LoadedDetector]) -> None:
+        """Measure the terms that this pair can serve."""
+        terms = usable_terms(self.report, plan, detectors["student"].model, detectors["teacher"].model)
+        if any(term.weight for term in terms):
+            check_terms(self.report, plan, terms, self.keys, self.trace.folder)
+
+    def attempt(self, topic: str, work: Callable[[], T]) -> T | None:
+        """Return what a step returns, or None after its error was noted."""
+        try:
+            return work()
+        except YoloKDError as error:
+            for line in str(error).splitlines():
+                self.report.add("error", topic, line)
+            return None
+
+    def guarded(self, topic: str, work: Callable[[], None]) -> None:
+        """Run a step that goes through Ultralytics, whose errors would stop a training as well."""
+        try:
+            self.attempt(topic, work)
+        except (KeyboardInterrupt, MemoryError):
+            raise
+        except Exception as error:
+            text = " ".join(str(error).split())[:400]
+            self.report.add("error", topic, f"training would stop here: {type(error).__name__}: {text}")
+
+    @staticmethod
+    def say(what: str) -> None:
+        """Tell a person who waits what is being looked at."""
+        print(f"checking {what} ...", file=sys.stderr, flush=True)

@@ -1,0 +1,145 @@
+"""Doing what a training does without leaving a trace: no label cache, no mended image, no folder, no logger's run."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+from uuid import uuid4
+
+import numpy as np
+import torch
+from ultralytics.data import dataset as labels
+from ultralytics.data import utils as images
+from ultralytics.engine import trainer as engine
+from ultralytics.utils import LOGGER, callbacks
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """What Ultralytics' own scan says of one image.
+
+    Attributes:
+        file: The image.
+        label_file: Where its labels are looked for.
+        shape: Height and width in pixels, (0, 0) if it was refused.
+        classes: Class of each box, (N,).
+        boxes: Normalised xywh of each box, (N, 4).
+        labelled: True if the label file exists.
+        problem: Why it was refused, empty if it was not.
+        remark: What was put right silently, empty for nothing.
+    """
+
+    file: str
+    label_file: str
+    shape: tuple[int, int]
+    classes: np.ndarray
+    boxes: np.ndarray
+    labelled: bool
+    problem: str = ""
+    remark: str = ""
+
+
+@dataclass
+class Trace:
+    """What was seen while nothing was written: images of each split, and warnings of Ultralytics."""
+
+    folder: Path
+    split: str = ""
+    records: dict[str, list[ImageRecord]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def nothing_written() -> Iterator[Trace]:
+    """Let Ultralytics work without writing, printing or reporting anything, for the duration.
+
+    A scan of labels is kept in memory instead of beside the labels, and always made anew the first time. A truncated
+    JPEG, which Ultralytics mends in place, is mended in a temporary folder, which also takes what a trainer writes.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="yolo-kd-check-"))
+    trace = Trace(folder)
+    memory: dict[str, Any] = {}
+    verify = labels.verify_image_label
+
+    def recorded(arguments: tuple) -> Sequence[Any]:
+        result = verify(arguments)
+        if trace.split:
+            trace.records.setdefault(trace.split, []).append(_record(arguments, result))
+        return result
+
+    def load(path: Path) -> Any:
+        if trace.split or str(path) not in memory:  # each split is scanned, though they may be one folder
+            raise FileNotFoundError(path)
+        return deepcopy(memory[str(path)])  # whoever loads it takes it apart
+
+    def save(_prefix: str, path: Path, cache: dict, version: str) -> None:
+        cache["version"] = version
+        memory[str(path)] = deepcopy(cache)
+
+    def mend_elsewhere(file: str, write: Any) -> None:
+        write(str(folder / f"{uuid4().hex}{Path(file).suffix}"))
+
+    def swallow(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.WARNING:
+            trace.warnings.append(" ".join(_COLOUR.sub("", record.getMessage()).split()))
+        return False
+
+    level = LOGGER.level
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        stack.callback(LOGGER.setLevel, level)
+        stack.enter_context(redirect_stdout(sys.stderr))
+        for place, name, substitute in (
+            (labels, "verify_image_label", recorded),
+            (labels, "load_dataset_cache_file", load),
+            (labels, "save_dataset_cache_file", save),
+            (images, "_replace_image", mend_elsewhere),
+            (callbacks, "add_integration_callbacks", lambda _instance: None),
+            (engine, "check_amp", _can_mix),
+        ):
+            stack.enter_context(mock.patch.object(place, name, substitute))
+        LOGGER.setLevel(logging.WARNING)  # which also switches progress bars off
+        LOGGER.addFilter(swallow)
+        stack.callback(LOGGER.removeFilter, swallow)
+        yield trace
+
+
+def _can_mix(model: torch.nn.Module) -> bool:
+    """Stand in for Ultralytics' trial of mixed precision, which downloads a model: GPUs have it, nothing else does."""
+    return next(model.parameters()).device.type not in ("cpu", "mps")
+
+
+def _reason(message: str) -> str:
+    """Return why an image was refused; what nothing can read is tried last by a reader that may not be installed."""
+    unreadable = "pi_heif" in message or "cannot identify image" in message
+    return "the file cannot be read as an image" if unreadable else " ".join(message.split())
+
+
+def _record(arguments: tuple, result: Sequence[Any]) -> ImageRecord:
+    file, label_file, prefix, *_ = arguments
+    found, rows, shape, *_, message = result
+    message = _COLOUR.sub("", message).removeprefix(_COLOUR.sub("", prefix))
+    message = message.removeprefix(f"{file}: ").removeprefix("ignoring corrupt image/label: ")
+    rows = np.zeros((0, 5), np.float32) if found is None else rows
+    return ImageRecord(
+        file,
+        label_file,
+        (0, 0) if found is None else (int(shape[0]), int(shape[1])),
+        rows[:, 0].astype(int),
+        rows[:, 1:5],
+        Path(label_file).is_file(),
+        problem=_reason(message) if found is None else "",
+        remark="" if found is None else message,
+    )
