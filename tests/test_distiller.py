@@ -11,7 +11,7 @@ import torch
 from tests.loss_contract import make_pair, make_step
 from yolo_kd.distiller import Distiller
 from yolo_kd.errors import PairError
-from yolo_kd.losses import boxes, ops
+from yolo_kd.losses import boxes
 from yolo_kd.losses.base import registered
 from yolo_kd.recipe import load_recipe, shipped_recipes
 
@@ -39,17 +39,6 @@ def test_terms_share_adapters_and_aligned_features() -> None:
         assert {name: n for name, n in calls.items() if name.count(".") == 1} == {
             f"conv1x1@neck.{level}": 1 for level in range(3)
         }
-
-
-def test_terms_share_standardised_maps(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: Counter = Counter()
-    plain = ops.standardise
-    monkeypatch.setattr(ops, "standardise", lambda *a, **k: (calls.update(["standardise"]), plain(*a, **k))[1])
-    for losses in ({"cwd": {}}, {"cwd": {}, "mimic": {}}, {"cwd": {}, "mimic": {}, "mgd": {}}):
-        calls.clear()
-        distiller, steps = distil(losses)
-        distiller(steps)
-        assert calls["standardise"] == 6  # student and teacher on three levels
 
 
 def test_terms_share_box_masks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,7 +197,8 @@ class Step:
     def layer(self, module: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Run a learned layer of a loss in the precision in which the student's layers run; float32 comes out."""
         with self._precision():
-            return module(*inputs).float()
+            autocast = torch.is_autocast_enabled(inputs[0].device.type)
+            return module(*(x if autocast else x.float() for x in inputs)).float()
 
     def teacher_feature(self, level: int) -> Tensor:
         """Return the teacher's features of one level, float32 and detached, (B, C_teacher, H, W).
@@ -206,7 +207,7 @@ class Step:
         """
 
         def make() -> Tensor:
-            feature = self.teacher.features[level].detach().float()
-            return feature.contiguous() if self.student.features[level].is_contiguous() else feature
+            feature = self.teacher.features[level].detach()
+            return (feature.contiguous() if self.student.features[level].is_contiguous() else feature).float()
 
         return self.once(("teacher", level), make)
