@@ -12,6 +12,8 @@ of that round's ratio. Weights are random, boxes are drawn: speed does not depen
 
 Columns: the bound of a row is student + teacher (only what that recipe reads of it) + the bare forward and backward of
 the modules that the recipe trains besides the student or passes the student's features through, all of the same round.
+Bare means: without any arithmetic of the loss, with gradients for the same parameters and inputs as in the step, and
+backward twice where the step differentiates a gradient (the gradient penalty of `holistic`).
 Ultralytics' step runs in float32 on a CPU, since it refuses bfloat16 there.
 """
 
@@ -26,7 +28,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,23 +53,48 @@ PAIRS = {"8": ("yolov8s", "yolov8n"), "11": ("yolo11l", "yolo11n"), "26": ("yolo
 STUDENT, PLAIN, FAST, UPSTREAM = "student alone", "teacher, plain", "teacher, fast", "Ultralytics distill_model="
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
-    """One call of a module in a step, to be repeated on its own."""
+    """One call of a module in a step, to be repeated on its own.
+
+    Attributes:
+        module: What was called.
+        inputs: Its arguments.
+        trained: For each of its parameters, whether it took part in the graph.
+        autocast: Whether it ran under autocast.
+        graph: Whether it ran with gradient.
+        twice: Whether the gradient with respect to its inputs was differentiated in turn.
+    """
 
     module: nn.Module
     inputs: tuple[Any, ...]
+    trained: tuple[bool, ...]
     autocast: bool
     graph: bool
+    twice: bool = False
 
     def __call__(self, dtype: torch.dtype) -> None:
         """Forward, and backward where the step goes backward."""
         device = self.inputs[0].device.type
+        parameters = list(self.module.parameters())
+        before = [p.requires_grad for p in parameters]
+        self._train(self.trained)
         with torch.autocast(device, dtype=dtype, enabled=self.autocast), torch.set_grad_enabled(self.graph):
             output = self.module(*self.inputs)
+        self._train(before)
         tensors = [t for t in (output if isinstance(output, tuple) else (output,)) if t.requires_grad]
-        if tensors:
-            torch.autograd.backward(tensors, [torch.ones_like(t) for t in tensors])
+        ones = [torch.ones_like(t) for t in tensors]
+        if self.twice:
+            inputs = [x for x in self.inputs if isinstance(x, Tensor) and x.requires_grad]
+            tensors = list(torch.autograd.grad(tensors, inputs, ones, create_graph=True))
+            chosen = [p for p, yes in zip(parameters, self.trained, strict=True) if yes]
+            torch.autograd.backward(tensors, [torch.ones_like(t) for t in tensors], inputs=chosen)
+        elif tensors:
+            torch.autograd.backward(tensors, ones)
+
+    def _train(self, flags: Sequence[bool]) -> None:
+        for parameter, flag in zip(self.module.parameters(), flags, strict=True):
+            parameter.requires_grad_(flag)
 
 
 class Bench:
@@ -152,7 +179,7 @@ class Bench:
             nonlocal depth
             depth += 1
 
-        def leave(module: nn.Module, inputs: tuple[Any, ...], _output: Any) -> None:
+        def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             nonlocal depth
             depth -= 1
             if depth == 0:
@@ -160,7 +187,12 @@ class Bench:
                     x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in inputs
                 )
                 autocast = torch.is_autocast_enabled(self.device.type)
-                calls.append(Call(module, copies, autocast, torch.is_grad_enabled()))
+                trained = tuple(p.requires_grad for p in module.parameters())
+                call = Call(module, copies, trained, autocast, torch.is_grad_enabled())
+                calls.append(call)
+                for tensor in output if isinstance(output, tuple) else (output,):
+                    if tensor.requires_grad:
+                        tensor.register_hook(lambda _: setattr(call, "twice", call.twice or torch.is_grad_enabled()))
 
         handles = [m.register_forward_pre_hook(enter) for m in modules]
         handles += [m.register_forward_hook(leave) for m in modules]

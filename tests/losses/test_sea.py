@@ -12,10 +12,11 @@ from yolo_kd.losses.sea import (
     LDA_GAIN,
     SEA,
     TDD_GAIN,
+    Categories,
     anchor_distillation,
     category_anchors,
+    count_cells,
     covered_cells,
-    distance_distribution,
     localisation_alignment,
     semantic_masks,
     topological_distillation,
@@ -47,6 +48,11 @@ def slow_categories(boxes, labels, image_index, size, shape, stride, shrink, bat
                 if not wholes:
                     found["background"].add((image, row, column))
     return {k: v for k, v in found.items() if v}
+
+
+def in_all_images(masks: torch.Tensor) -> Categories:
+    """Return categories of (B, P, H, W) masks that list all P of them for each image."""
+    return count_cells(masks, torch.arange(masks.shape[1]).expand(masks.shape[:2]), masks.shape[1])
 
 
 def log_softmax(x, axis):
@@ -114,7 +120,7 @@ def test_a_class_pools_all_images_and_a_cell_may_have_two_classes():
     assert masks[0, 1].nonzero().tolist() == [[0, 0]]
     assert masks[1, 0].nonzero().tolist() == [[0, 0]]
     feature = torch.arange(8.0).view(2, 1, 2, 2)
-    anchors = category_anchors(feature, masks)
+    anchors = category_anchors(feature, in_all_images(masks))
     assert anchors[:, 0].tolist() == [(0 + 1 + 2 + 3 + 4) / 5, 0, 0, 0, (5 + 6 + 7) / 3]
 
 
@@ -142,10 +148,10 @@ def test_absent_categories_change_nothing():
         results = []
         for chosen in (masks, masks[:, [0, 2]]):
             student = s.clone().requires_grad_()
-            present = chosen.any((0, 2, 3))
-            a_s, a_t = category_anchors(student, chosen), category_anchors(t, chosen)
-            d_s, d_t = distance_distribution(student, a_s, present), distance_distribution(t, a_t, present)
-            value = anchor_distillation(a_s, a_t, present) + topological_distillation(d_s, d_t, tau)
+            present, categories = chosen.any((0, 2, 3)), in_all_images(chosen)
+            a_s, a_t = category_anchors(student, categories), category_anchors(t, categories)
+            value = anchor_distillation(a_s, a_t, present)
+            value = value + topological_distillation(student, t, a_s, a_t, present, tau)
             value.backward()
             results.append((value.detach(), student.grad))
         torch.testing.assert_close(results[0], results[1])
@@ -169,8 +175,7 @@ def test_temperatures_of_the_papers_range(tau):
 def test_cells_of_zeros_have_bounded_gradients():
     feature = torch.zeros(1, 3, 2, 2, requires_grad=True)
     anchors, present = torch.randn(3, 3), torch.ones(3, dtype=torch.bool)
-    teacher = torch.randn(1, 3, 4)
-    topological_distillation(distance_distribution(feature, anchors, present), teacher, 0.5).backward()
+    topological_distillation(feature, torch.randn(1, 3, 2, 2), anchors, anchors, present, 0.5).backward()
     assert feature.grad.isfinite().all()
     assert feature.grad.abs().max() < 1e4
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_levels, check_range
 from yolo_kd.losses.ops import same_shape
+from yolo_kd.losses.parts import sum_in_parts
 from yolo_kd.views import Step
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -26,7 +27,8 @@ def attention_map(feature: Tensor, p: float = 2.0) -> Tensor:
     Returns:
         (B, H * W), at least 0; zero for an image without any activation.
     """
-    return F.normalize(feature.abs().pow(p).sum(1).flatten(1), dim=1)
+    power = feature.square() if p == 2 else feature.abs().pow(p)
+    return F.normalize(power.sum(1).flatten(1), dim=1)
 
 
 def attention_transfer(student: Tensor, teacher: Tensor, p: float = 2.0) -> Tensor:
@@ -38,19 +40,23 @@ def attention_transfer(student: Tensor, teacher: Tensor, p: float = 2.0) -> Tens
     makes the strength fall with the image size. Ours is the code's without that division.
 
     Args:
-        student: (B, C_student, H, W).
-        teacher: (B, C_teacher, H, W), any width; detached here.
+        student: (B, C_student, H, W) of any precision.
+        teacher: (B, C_teacher, H, W), any width, precision and memory format; detached here.
         p: Exponent, at least 1.
 
     Returns:
-        Scalar in [0, 2].
+        float32 scalar in [0, 2].
 
     Raises:
         ValueError: If batch, height or width differ.
     """
     same_shape(student=student[:, :1], teacher=teacher[:, :1])
-    error = attention_map(student, p) - attention_map(teacher.detach(), p)
-    return error.square().sum(1).mean()
+
+    def part(s: Tensor, t: Tensor) -> Tensor:
+        s, t = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (s, t))
+        return (attention_map(s, p) - attention_map(t, p)).square().sum()
+
+    return sum_in_parts(part, student, teacher) / student.shape[0]
 
 
 class AT(Loss):
@@ -83,7 +89,5 @@ class AT(Loss):
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """Return the one term."""
-        terms = [
-            attention_transfer(step.student.features[i].float(), step.teacher_feature(i), self.p) for i in self.levels
-        ]
+        terms = [attention_transfer(step.student.features[i], step.teacher.features[i], self.p) for i in self.levels]
         return {"at_loss": STRENGTH * torch.stack(terms).sum()}

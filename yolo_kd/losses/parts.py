@@ -20,46 +20,54 @@ from yolo_kd.losses.ops import same_shape
 PART = 2**18  # values of the student's tensor that are worked on at once
 
 
-Part = Callable[..., Tensor | tuple[Tensor, Tensor]]
+Part = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 class _InParts(torch.autograd.Function):
-    """Find the sum and its gradient, part by part, in the forward pass; the backward pass scales the latter."""
+    """Find the sum and its gradients, part by part, in the forward pass; the backward pass scales the latter."""
 
     @staticmethod
-    def forward(ctx: Any, function: Part, dim: int, student: Tensor, *others: Tensor) -> Tensor:
-        """Return the sum over the parts."""
-        whole = student.device.type != "cpu"  # elsewhere passes are cheap and launches are not
-        step = student.shape[dim] if whole else max(1, PART * student.shape[dim] // student.numel())
-        gradient = torch.empty_like(student)
+    def forward(ctx: Any, function: Part, dim: int, shared: int, *tensors: Tensor) -> Tensor:
+        """Return the sum over the parts; the last `shared` tensors are not cut."""
+        (student, *others), whole = tensors[: len(tensors) - shared], tensors[len(tensors) - shared :]
+        at_once = student.device.type != "cpu"  # elsewhere passes are cheap and launches are not
+        step = student.shape[dim] if at_once else max(1, PART * student.shape[dim] // student.numel())
+        gradients = [torch.empty_like(student), *(torch.zeros_like(t) for t in whole)]
         totals = []
-        for part, slot, *rest in zip(*(t.split(step, dim) for t in (student, gradient, *others)), strict=True):
-            leaf = part.detach().requires_grad_()
+        for part, slot, *rest in zip(*(t.split(step, dim) for t in (student, gradients[0], *others)), strict=True):
+            leaves = [t.detach().requires_grad_() for t in (part, *whole)]
             with torch.autocast(student.device.type, enabled=False), torch.enable_grad():
-                answer = function(leaf, *rest)
-                value, slope = answer if isinstance(answer, tuple) else (answer, *torch.autograd.grad(answer, leaf))
-            slot.copy_(slope.detach())
+                answer = function(leaves[0], *rest, *leaves[1:])
+                value, *slopes = answer if isinstance(answer, tuple) else (answer, *torch.autograd.grad(answer, leaves))
+            slot.copy_(slopes[0].detach())
+            for total, slope in zip(gradients[1:], slopes[1:], strict=True):
+                total.add_(slope.detach())
             totals.append(value.detach())
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(*gradients)
         return torch.stack(totals).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient of the student's tensor."""
-        (gradient,) = ctx.saved_tensors
-        return (None, None, gradient * scale.to(gradient.dtype), *[None] * (len(ctx.needs_input_grad) - 3))
+        """Return the gradients of the student's tensor and of the shared ones."""
+        student, *whole = (g * scale.to(g.dtype) for g in ctx.saved_tensors)
+        others = len(ctx.needs_input_grad) - 4 - len(whole)
+        return (None, None, None, student, *[None] * others, *whole)
 
 
-def sum_in_parts(function: Part, student: Tensor, *others: Tensor, dim: int = 0) -> Tensor:
-    """Return `function(student, *others)`, which must be a sum over `dim`: the sum of its values for parts.
+def sum_in_parts(
+    function: Part, student: Tensor, *others: Tensor, dim: int = 0, shared: tuple[Tensor, ...] = ()
+) -> Tensor:
+    """Return `function(student, *others, *shared)`, a sum over `dim`: the sum of its values for parts.
 
     Args:
-        function: Of equally long parts of all tensors. It returns a scalar, or a scalar and its gradient with respect
-            to its first argument, which saves the passes of finding that out. It runs outside autocast.
+        function: Of equally long parts of all tensors, and the shared ones. It returns a scalar, or a scalar and its
+            gradients with respect to its first and its shared arguments, which saves the passes of finding them out.
+            It runs outside autocast.
         student: Gets the gradient.
         others: As long as `student` along `dim`; they get no gradient.
         dim: Where the tensors are cut.
+        shared: Tensors that every part needs as a whole; they get a gradient too.
 
     Raises:
         ValueError: If the tensors differ in length along `dim`.
@@ -68,7 +76,30 @@ def sum_in_parts(function: Part, student: Tensor, *others: Tensor, dim: int = 0)
     if len({t.shape[dim] for t in (student, *others)}) > 1:
         lengths = [t.shape[dim] for t in (student, *others)]
         raise ValueError(f"all tensors must be equally long along dimension {dim}, received {lengths}")
-    return _InParts.apply(function, dim, student, *others)
+    return _InParts.apply(function, dim, len(shared), student, *others, *shared)
+
+
+def softmax_kl_sum(student: Tensor, teacher: Tensor, temperature: float = 1.0, dim: int = -1) -> Tensor:
+    """Return T² Σ KL(softmax(teacher / T) ‖ softmax(student / T)): `ops.categorical_kl`, summed.
+
+    Args:
+        student: (B, ...) logits of any precision, with gradient.
+        teacher: Logits of the same shape.
+        temperature: T, above zero.
+        dim: The dimension of the distributions, not the first.
+
+    Returns:
+        float32 scalar, at least 0 but for rounding.
+    """
+
+    def part(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        s, t = (x.detach().float() for x in (s, t))
+        log_q, log_p = ((x if temperature == 1 else x / temperature).log_softmax(dim) for x in (s, t))
+        p = log_p.exp()
+        value = log_p.sub_(log_q).mul_(p).sum() * temperature**2
+        return value, log_q.exp_().sub_(p).mul_(temperature)
+
+    return sum_in_parts(part, student, teacher)
 
 
 def weighted_binary_kl(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:

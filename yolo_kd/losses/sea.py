@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_levels, check_range
-from yolo_kd.losses.ops import categorical_kl, same_shape
+from yolo_kd.losses.ops import same_shape
+from yolo_kd.losses.parts import softmax_kl_sum, sum_in_parts
 from yolo_kd.views import Step, Targets
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -17,7 +20,7 @@ LDA_GAIN = 14.0
 
 CHUNK = 2**24  # cells of box masks held at once
 COSINE_EPS = 1e-4  # least norm of a feature in a cosine: bounds the gradient of cells that are all zero
-NEVER = -1e4  # logit of a category that no cell belongs to
+NEVER = -1e4  # similarity to a category that no cell belongs to
 
 
 def covered_cells(
@@ -88,19 +91,49 @@ def semantic_masks(
     return torch.cat([centre, whole & ~centre, background], dim=1)
 
 
-def category_anchors(feature: Tensor, masks: Tensor) -> Tensor:
+class Categories(NamedTuple):
+    """The categories that the cells of a level belong to, listed image by image: few of all P occur in any one image.
+
+    Attributes:
+        masks: (B, Q, H, W), 1 in the cells of each category that occurs in the image and 0 elsewhere.
+        which: (B, Q) int64 in [0, P), the categories' numbers; those without a cell may be any.
+        cells: (P,) number of cells in the batch.
+    """
+
+    masks: Tensor
+    which: Tensor
+    cells: Tensor
+
+
+def count_cells(masks: Tensor, which: Tensor, categories: int) -> Categories:
+    """Return the categories with their number of cells.
+
+    Args:
+        masks: (B, Q, H, W) bool.
+        which: (B, Q) int64 in [0, P).
+        categories: P.
+    """
+    masks = masks.float()
+    cells = masks.new_zeros(categories).index_add_(0, which.flatten(), masks.sum((2, 3)).flatten())
+    return Categories(masks, which, cells)
+
+
+def category_anchors(feature: Tensor, categories: Categories) -> Tensor:
     """Return the mean feature of each category over all cells of all images: a_p = Σ M_p F / Σ M_p.
 
     Args:
         feature: (B, C, H, W).
-        masks: (B, P, H, W) bool.
+        categories: P categories.
 
     Returns:
         (P, C), zero for categories without a cell.
     """
-    weights = masks.flatten(2).to(feature.dtype)
-    sums = torch.einsum("bpn,bcn->pc", weights, feature.flatten(2))
-    return sums / weights.sum((0, 2)).clamp(min=1)[:, None]
+    masks, which, cells = categories
+    # channels first, so that the gradient comes out in the feature's own layout
+    sums = feature.flatten(2) @ masks.to(feature.dtype).flatten(2).transpose(1, 2)  # (B, C, Q)
+    pooled = feature.new_zeros(len(cells), feature.shape[1])
+    pooled = pooled.index_add(0, which.flatten(), sums.transpose(1, 2).flatten(0, 1))
+    return pooled / cells.clamp(min=1)[:, None]
 
 
 def anchor_distillation(student: Tensor, teacher: Tensor, present: Tensor) -> Tensor:
@@ -122,34 +155,59 @@ def anchor_distillation(student: Tensor, teacher: Tensor, present: Tensor) -> Te
     return (error * present).sum() / present.sum().clamp(min=1)
 
 
-def distance_distribution(feature: Tensor, anchors: Tensor, present: Tensor) -> Tensor:
-    """Return how similar each cell is to each category anchor: cos(f_i, a_p), and `NEVER` for absent categories.
-
-    Args:
-        feature: (B, C, H, W).
-        anchors: (P, C) anchors of the same network.
-        present: (P,) bool.
-
-    Returns:
-        (B, P, H * W), logits of a distribution over P.
-    """
-    cells = F.normalize(feature.flatten(2), dim=1, eps=COSINE_EPS)
-    cosine = F.normalize(anchors, dim=1, eps=COSINE_EPS) @ cells
-    return cosine.masked_fill(~present[:, None], NEVER)
-
-
-def topological_distillation(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
+def topological_distillation(
+    student: Tensor,
+    teacher: Tensor,
+    student_anchors: Tensor,
+    teacher_anchors: Tensor,
+    present: Tensor,
+    tau: float,
+) -> Tensor:
     """Topological distance distillation (TDD): mean over cells of τ² · KL over categories.
 
+    The logits of a cell i are its similarities cos(f_i, a_p) / τ to the anchors of its own network; absent categories
+    have none.
+
     Args:
-        student: (B, P, N) from `distance_distribution`.
-        teacher: (B, P, N) likewise; detached here.
+        student: (B, C, H, W).
+        teacher: (B, C, H, W); detached here.
+        student_anchors: (P, C) of `category_anchors`.
+        teacher_anchors: (P, C); detached here.
+        present: (P,) bool, categories with a cell.
         tau: τ₁, above 0.
 
     Returns:
         Scalar, at least 0; zero when there is one category only.
+
+    Raises:
+        ValueError: If shapes differ.
     """
-    return categorical_kl(student, teacher, tau, dim=1).mean()
+    same_shape(student=student, teacher=teacher)
+    same_shape(student=student_anchors, teacher=teacher_anchors)
+    axes, teacher_axes = (F.normalize(a, dim=1, eps=COSINE_EPS) / tau for a in (student_anchors, teacher_anchors))
+    absent = torch.where(present, 0.0, NEVER / tau).to(student.dtype)[:, None]
+
+    least = COSINE_EPS**2
+
+    def logits(feature: Tensor, axes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # products are divided by the cells' norms, which are far fewer numbers than the cells' features
+        square = feature.square().sum(1, keepdim=True)
+        products = axes.expand(len(feature), -1, -1).bmm(feature)
+        return torch.addcmul(absent, products, square.clamp(min=least).rsqrt_()), products, square
+
+    def part(s: Tensor, t: Tensor, axes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        s, t, axes = s.detach().flatten(2), t.flatten(2), axes.detach()
+        log_p = logits(t, teacher_axes.detach())[0].log_softmax(1)
+        z, products, square = logits(s, axes)
+        log_q, p = z.log_softmax(1), log_p.exp()
+        value = log_p.sub_(log_q).mul_(p).sum()
+        slope = log_q.exp_().sub_(p).mul_(square.clamp(min=least).rsqrt_())  # of the products
+        # the norm's part; below the least one it is a constant
+        through = products.mul_(slope).sum(1, keepdim=True).div_(square.clamp(min=least)).mul_(square > least)
+        slope_s = axes.T.expand(len(s), -1, -1).bmm(slope).addcmul_(s, through, value=-1)
+        return value, slope_s.view_as(student[: len(s)]), slope.bmm(s.transpose(1, 2)).sum(0)
+
+    return sum_in_parts(part, student, teacher, shared=(axes,)) * (tau**2 / student[:, 0].numel())
 
 
 def localisation_alignment(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
@@ -167,7 +225,7 @@ def localisation_alignment(student: Tensor, teacher: Tensor, tau: float) -> Tens
         ValueError: If shapes differ.
     """
     same_shape(student=student, teacher=teacher)
-    return categorical_kl(student.flatten(2), teacher.flatten(2), tau).mean()
+    return softmax_kl_sum(student.flatten(2), teacher.flatten(2), tau, 2) / student[:, :, 0, 0].numel()
 
 
 class SEA(Loss):
@@ -224,17 +282,15 @@ class SEA(Loss):
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """Return the three terms, means over levels."""
-        masks = step.once(("semantic masks", self.shrink), lambda: self._masks(step))
+        categories = step.once(("semantic masks", self.shrink), lambda: self._categories(step))
         cad, tdd, lda = [], [], []
         for i in self.levels:
             s, t = step.aligned("conv1x1", i), step.teacher_feature(i)
             same_shape(student=s, teacher=t)
-            present = masks[i].any((0, 2, 3))
-            s_anchors, t_anchors = category_anchors(s, masks[i]), category_anchors(t, masks[i])
+            present = categories[i].cells > 0
+            s_anchors, t_anchors = category_anchors(s, categories[i]), category_anchors(t, categories[i])
             cad.append(anchor_distillation(s_anchors, t_anchors, present))
-            s_distances = distance_distribution(s, s_anchors, present)
-            t_distances = distance_distribution(t, t_anchors, present)
-            tdd.append(topological_distillation(s_distances, t_distances, self.tau1))
+            tdd.append(topological_distillation(s, t, s_anchors, t_anchors, present, self.tau1))
             lda.append(localisation_alignment(s, t, self.tau2))
         return {
             "kcad_loss": CAD_GAIN * self.alpha * torch.stack(cad).mean(),
@@ -242,16 +298,26 @@ class SEA(Loss):
             "klda_loss": LDA_GAIN * self.gamma * torch.stack(lda).mean(),
         }
 
-    def _masks(self, step: Step) -> list[Tensor]:
-        """Return the categories of every level's cells, (B, P, H, W) each; P counts the classes in the batch."""
+    def _categories(self, step: Step) -> list[Categories]:
+        """Return the categories of every level's cells; P counts the classes in the batch."""
         targets = step.targets
         assert isinstance(targets, Targets)  # the distiller supplies what `reads` names
-        boxes = targets.clipped_boxes
-        present, labels = targets.labels.unique(return_inverse=True)
+        batch, boxes, image = targets.batch_size, targets.clipped_boxes, targets.image_index
+        classes, labels = targets.labels.unique(return_inverse=True)
+        total = len(classes)
+        # within its image a class is known by its rank among the image's classes
+        found, row = (image * total + labels).unique(return_inverse=True)
+        image_of, class_of = found // max(total, 1), found % max(total, 1)
+        first = torch.searchsorted(found, torch.arange(batch, device=found.device) * total)
+        rank = torch.arange(len(found), device=found.device) - first[image_of]
+        most = int(rank.max()) + 1 if len(found) else 0
+        index = found.new_zeros(batch, most)
+        index[image_of, rank] = class_of
+        index = torch.cat([index, total + index, index.new_full((batch, 1), 2 * total)], dim=1)
         t = step.teacher
         return [
-            semantic_masks(
-                boxes, labels, targets.image_index, len(present), targets.batch_size, shape, stride, self.shrink
+            count_cells(
+                semantic_masks(boxes, rank[row], image, most, batch, shape, stride, self.shrink), index, 2 * total + 1
             )
             for shape, stride in zip(t.shapes, t.strides, strict=True)
         ]

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_levels, check_range
-from yolo_kd.losses.ops import binary_kl, same_shape
-from yolo_kd.views import Step
+from yolo_kd.losses.ops import same_shape
+from yolo_kd.losses.parts import weighted_binary_kl
+from yolo_kd.views import Step, View
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
 PIXEL_GAIN = 0.3
@@ -52,18 +53,19 @@ def pixel_wise_sigmoid(student: Tensor, teacher: Tensor) -> Tensor:
     least one for each image, which keeps batches without objects at rest.
 
     Args:
-        student: (B, A, nc) raw class logits.
+        student: (B, A, nc) raw class logits of any precision.
         teacher: (B, A, nc) raw class logits; detached here.
 
     Returns:
-        Scalar, at least 0.
+        float32 scalar, at least 0 but for rounding.
 
     Raises:
         ValueError: If shapes differ.
     """
     same_shape(student=student, teacher=teacher)
-    positives = teacher.detach().sigmoid().amax(-1).sum()
-    return binary_kl(student, teacher).sum() / positives.clamp(min=student.shape[0])
+    positives = teacher.detach().amax(-1).float().sigmoid()
+    divergence = weighted_binary_kl(student, teacher, torch.ones_like(positives))
+    return divergence / positives.sum().clamp(min=student.shape[0])
 
 
 def pool_by_scale(feature: Tensor, scale: float = 0.5) -> Tensor:
@@ -107,7 +109,7 @@ def affinity(feature: Tensor, published: bool = True) -> Tensor:
         unit = nodes / (nodes.detach().square().sum(1, keepdim=True).sqrt() + PUBLISHED_EPS)
     else:
         unit = F.normalize(nodes, dim=1, eps=UNIT_EPS)
-    return torch.einsum("bcm,bcn->bmn", unit, unit)
+    return unit.transpose(1, 2) @ unit
 
 
 def pair_wise(student: Tensor, teacher: Tensor, published: bool = True) -> Tensor:
@@ -170,16 +172,19 @@ class Structured(Loss):
         """Return the pixel-wise and the pair-wise term."""
         s, t = step.student, step.teacher
         same_shape(student=s.scores, teacher=t.scores)
-        s_scores, t_scores = s.per_level(s.scores), t.per_level(t.scores)
-        pixel = pixel_wise_sigmoid(
-            torch.cat([s_scores[i] for i in self.levels], 1).float(),
-            torch.cat([t_scores[i] for i in self.levels], 1).float(),
-        )
+        pixel = pixel_wise_sigmoid(self._scores(s), self._scores(t))
         pairs = []
         for i in self.levels:
             same_shape(student=s.features[i][:, :1], teacher=t.features[i][:, :1])
-            student = pool_to_nodes(s.features[i].float(), self.nodes)
-            teacher = pool_to_nodes(step.teacher_feature(i), self.nodes)
-            pairs.append(pair_wise(student, teacher, published=False))
+            # a maximum is exact in any precision, and there are few nodes to convert
+            student, teacher = (pool_to_nodes(v.features[i], self.nodes).float() for v in (s, t))
+            pairs.append(pair_wise(student, teacher.contiguous(), published=False))
         pair = torch.stack(pairs).mean()
         return {"kpix_loss": PIXEL_GAIN * self.lam_pi * pixel, "kpair_loss": PAIR_GAIN * self.lam_pa * pair}
+
+    def _scores(self, view: View) -> Tensor:
+        """Return the raw class logits of the points on our levels, (B, A, nc)."""
+        if len(self.levels) == len(view.shapes):
+            return view.scores
+        per_level = view.per_level(view.scores)
+        return torch.cat([per_level[i] for i in self.levels], 1)
