@@ -362,7 +362,38 @@ BAD: list[tuple[str, str]] = [
     ("export model={good.pt} format=torchscript tolerance_boxes=1", "has no effect with format=torchscript"),
     ("export model={good.pt} trust_checkpoints=yes", "trust_checkpoints must be true or false, received 'yes'"),
     ("export model={good.pt} device=banana", "device=banana is not here"),
-    # ------------------------------------------------------------- compare and check: append their rows below this line
+    # ------------------------------------------------------------------------------------------- compare and check
+    ("compare cfg=nowhere.yaml", "nowhere.yaml: no such file"),
+    ("compare arms=baselin,fgd", "unknown arm 'baselin'. Did you mean 'baseline'?"),
+    ("compare arms=fgd,fgd", "arm 'fgd' is given 2 times"),
+    ("compare arms=", "'arms=' has no value"),
+    ("compare arms=nowhere.yaml", "nowhere.yaml: no such file"),
+    ("compare arms={kd_list.yaml}", "a comparison needs at least two arms, received .objectness. only"),
+    ("compare seeds=0", "seeds must be a whole number of at least 1, received 0"),
+    ("compare seeds=two", "seeds must be a whole number of at least 1, received 'two'"),
+    ("compare jobs=0", "jobs must be a whole number of at least 1, received 0"),
+    ("compare jobs=1.5", "jobs must be a whole number of at least 1"),
+    ("compare seed=-1", "seed must be a whole number of at least 0"),
+    ("compare armz=baseline", "unknown key 'armz'. Did you mean 'arms'?"),
+    ("compare kd=none", "kd=none is the baseline itself"),
+    ("compare arms=baseline kd.fgd.weight=2", "kd.fgd.weight"),
+    ("compare teacher={good.pt} student={small.pt} data=shapes/data.yaml resume=x.pt", "resume cannot be given to co"),
+    ("compare arms=baseline,objectness teacher=nowhere.pt", "teacher=nowhere.pt does not exist"),
+    ("check json=maybe", "json must be true or false, received 'maybe'"),
+    ("check kd=fdg", "unknown recipe 'fdg'. Did you mean 'fgd'?"),
+    ("check epocs=3", "unknown key 'epocs'. Did you mean 'epochs'?"),
+    ("check resume=last.pt", "leave out resume"),
+    ("check kd=none teacher=none", "nothing to check|teacher"),
+    ("check kd={kd_zero.yaml}", "weight"),
+    ("check imgsz=big", "imgsz=big is not a size"),
+    # -------------------------------------------------------------------------------------------- keys of speed
+    ("train teacher_precision=bf61", "teacher_precision must be auto, fp32, bf16 or fp16.*Did you mean 'bf16'"),
+    ("train teacher_compile=yes", "teacher_compile must be auto, true or false, received 'yes'"),
+    ("train teacher_stream=3", "teacher_stream must be auto, true or false, received 3"),
+    ("train teacher_channels_last=no", "teacher_channels_last must be"),
+    ("train threads=0", "threads must be auto or a whole number of at least 1, received 0"),
+    ("train kd.cache=ram", "kd.cache must be disk or false, received 'ram'"),
+    ("train kd.cache=disk", "these keys change images at random: mosaic=1"),
 ]  # fmt: skip
 
 
@@ -381,7 +412,7 @@ def changes(folder: Path) -> dict[str, tuple[int, int, int]]:
 def complete(words: list[str]) -> list[str]:
     """Add a good teacher, student and data set to `train` where they are not the point."""
     given = {word.partition("=")[0] for word in words}
-    if words[0] != "train" or given & {"resume", "cfg"}:
+    if words[0] not in ("train", "compare", "check") or given & {"resume", "cfg"}:
         return words
     defaults = {
         "teacher": "good.pt",

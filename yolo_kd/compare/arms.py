@@ -88,6 +88,7 @@ def parse_compare(arguments: Sequence[str]) -> Comparison:
     """
     problems: list[str] = []
     items = read_items(arguments, problems)
+    raise_if(problems)  # what an unreadable file may hold is not missed as well
     own = {key: items.pop(key, None) for key in OWN_KEYS}
     seeds = _positive("seeds", own["seeds"], DEFAULT_SEEDS, problems)
     jobs = _positive("jobs", own["jobs"], DEFAULT_JOBS, problems)

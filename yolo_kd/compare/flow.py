@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,11 @@ def compare(arguments: Sequence[str]) -> int:
         YoloKDError: For everything that can be known before the first training.
     """
     comparison = parse_compare(arguments)
+    # before anything is made; in a folder of earlier runs only what is still to be trained has to be there
+    data = None if comparison.folder.exists() else check_all(comparison, {arm.name for arm in comparison.arms})
     with locked(comparison.folder):
         runs = plan_runs(comparison)
-        data = check_all(comparison, runs)
+        data = data or check_all(comparison, {run.arm.name for run in runs if run.status != FINISHED})
         done = sum(run.status == FINISHED for run in runs)
         say(
             f"{len(comparison.arms)} arms x {len(comparison.seeds)} seeds, {len(runs)} trainings, {done} finished "
@@ -75,12 +77,12 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def check_all(comparison: Comparison, runs: Sequence[Run]) -> dict[str, Any]:
+def check_all(comparison: Comparison, open_arms: Collection[str]) -> dict[str, Any]:
     """Check everything that a training would check at its start, for all arms together.
 
     Args:
         comparison: What is compared.
-        runs: Its runs; where all of an arm's are finished, its models need not be there any more.
+        open_arms: Arms that are still to be trained; the models of others need not be there any more.
 
     Returns:
         The data set as Ultralytics reads it.
@@ -90,7 +92,6 @@ def check_all(comparison: Comparison, runs: Sequence[Run]) -> dict[str, Any]:
     """
     check_torchvision()
     problems: list[str] = []
-    open_arms = {run.arm.name for run in runs if run.status != FINISHED}
     for arm in comparison.arms:
         if arm.name not in open_arms:
             continue
