@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -196,9 +196,13 @@ class Step:
 
     def layer(self, module: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Run a learned layer of a loss in the precision in which the student's layers run; float32 comes out."""
+        return self.layers(lambda *maps: (module(*maps),), *inputs)[0]
+
+    def layers(self, modules: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> list[Tensor]:
+        """Do the same with layers that have several outputs."""
         with self._precision():
             autocast = torch.is_autocast_enabled(inputs[0].device.type)
-            return module(*(x if autocast else x.float() for x in inputs)).float()
+            return [output.float() for output in modules(*(x if autocast else x.float() for x in inputs))]
 
     def teacher_feature(self, level: int) -> Tensor:
         """Return the teacher's features of one level, float32 and detached, (B, C_teacher, H, W).

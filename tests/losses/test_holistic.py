@@ -12,13 +12,11 @@ from torch import nn
 from tests.golden_vectors import cases
 from tests.loss_contract import Facts, evaluate, make_loss, make_pair, make_step
 from yolo_kd.losses.holistic import (
-    CRITIC_SIDE,
     STRENGTH,
     Critic,
     Holistic,
     SpectralConv2d,
     adversarial_loss,
-    averaging,
     critic_loss,
     gradient_penalty,
     score_maps,
@@ -76,11 +74,13 @@ def test_critic_gives_one_answer_to_each_map():
     assert Critic(5)(torch.randn(3, 5, 64, 64)).shape == (3, 1, 1, 1)
 
 
-@pytest.mark.parametrize("cells", [1, 3, 20, 40, 64, 65, 80, 200])
-def test_maps_are_averaged_as_by_adaptive_pooling(cells):
-    plane = torch.randn(2, 3, cells, cells + 1, generator=torch.Generator().manual_seed(0))
-    ours = averaging(cells, plane) @ plane @ averaging(cells + 1, plane).T
-    torch.testing.assert_close(ours, F.adaptive_avg_pool2d(plane, CRITIC_SIDE), rtol=1e-5, atol=1e-6)
+def test_maps_are_pooled_level_by_level():
+    step = make_step()
+    pooled = [
+        F.adaptive_avg_pool2d(scores.transpose(1, 2).unflatten(-1, shape), 64)
+        for scores, shape in zip(step.teacher.per_level(step.teacher.scores), step.teacher.shapes, strict=True)
+    ]
+    torch.testing.assert_close(score_maps(step.teacher, (0, 1, 2)), torch.cat(pooled, 1), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("image", [(128, 160), (64, 288), (640, 640)])

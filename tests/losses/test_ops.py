@@ -7,11 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.special import log_softmax, rel_entr, softmax
 from torch.distributions import Bernoulli, kl_divergence
 from torchvision.ops import generalized_box_iou
 
 from yolo_kd.losses.ops import (
+    averaging,
     binary_kl,
     categorical_kl,
     channel_attention,
@@ -201,3 +203,11 @@ def test_attention_is_a_softmax_with_mean_one(rng):
         cells = 15 * softmax(strength.mean(0).ravel() / 0.5).reshape(3, 5)
         np.testing.assert_allclose(spatial[b].numpy(), cells, rtol=1e-9)
         np.testing.assert_allclose(channel[b].numpy(), 4 * softmax(strength.mean((1, 2)) / 0.5), rtol=1e-9)
+
+
+@pytest.mark.parametrize("cells", [1, 3, 20, 40, 64, 65, 200])
+@pytest.mark.parametrize("parts", [1, 2, 4, 64])
+def test_averaging_is_adaptive_pooling(cells, parts):
+    plane = torch.randn(2, 3, cells, cells + 1, generator=torch.Generator().manual_seed(0))
+    ours = averaging(cells, parts, plane) @ plane @ averaging(cells + 1, parts, plane).T
+    torch.testing.assert_close(ours, F.adaptive_avg_pool2d(plane, parts), rtol=1e-5, atol=1e-6)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from yolo_kd.losses.base import Loss, check_levels, check_range
 from yolo_kd.losses.ops import same_shape
+from yolo_kd.losses.parts import squared_error_sum
 from yolo_kd.views import Pair, Step, Targets
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -130,7 +131,7 @@ def masked_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """
     same_shape(student=student, teacher=teacher)
     same_shape(mask=mask, cells=teacher[:, 0])
-    return ((student - teacher.detach()).square().sum(1) * mask).sum()
+    return squared_error_sum(student, teacher, mask)
 
 
 def imitation_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
@@ -165,8 +166,9 @@ class FGFI(Loss):
     - The paper has one map. Here a box's best overlap is looked for on all levels of the pyramid, so that it is
       imitated where its scale is detected, and one N_p serves all levels.
     - Divided by the channels: on one level the published λ of 0.01 is a weight of 0.01 · C / `STRENGTH` here.
-    - The adapter (3x3 convolution, ReLU) starts from a standard deviation of 0.01, not 1e-4, at which no gradient
-      would reach the student at first. The published 400 steps without imitation are a `warmup` in the schedule.
+    - The adapter (3x3 convolution, ReLU) starts from a standard deviation of 0.01, not 1e-4, at which no gradient would
+      reach the student at first, and runs in the precision of the student's layers. The published 400 steps without
+      imitation are a `warmup` in the schedule.
     - IoU without the legacy pixel, boxes clipped to the image.
 
     Args:
@@ -216,7 +218,7 @@ class FGFI(Loss):
         errors = []
         for adapter, i in zip(self.adapters, self.levels, strict=True):
             teacher = step.teacher_feature(i)
-            student = adapter(step.student.features[i].float())
+            student = step.layer(adapter, step.student.features[i])
             errors.append(masked_error(student, teacher, masks[i]) / teacher.shape[1])
         cells = torch.stack([masks[i].sum() for i in self.levels]).sum()
         return {"fgfi_loss": STRENGTH * torch.stack(errors).sum() / (2 * cells.clamp(min=1))}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from yolo_kd.errors import did_you_mean, listed
 from yolo_kd.losses.base import Loss, check_levels, check_range
-from yolo_kd.losses.ops import same_shape
+from yolo_kd.losses.ops import averaging, same_shape
 from yolo_kd.losses.parts import sum_in_parts
 from yolo_kd.views import Pair, Step, View
 
@@ -189,14 +189,6 @@ class Adversary(nn.Module):
         return self._optimiser
 
 
-def averaging(cells: int, like: Tensor) -> Tensor:
-    """Return the (CRITIC_SIDE, cells) matrix that averages or repeats cells, as adaptive average pooling does."""
-    place, cell = (torch.arange(n, device=like.device) for n in (CRITIC_SIDE, cells))
-    first, end = place * cells // CRITIC_SIDE, ((place + 1) * cells + CRITIC_SIDE - 1) // CRITIC_SIDE
-    covered = ((cell >= first[:, None]) & (cell < end[:, None])).to(like.dtype)
-    return covered / (end - first)[:, None]
-
-
 def score_maps(view: View, levels: tuple[int, ...]) -> Tensor:
     """Return the class logits of some levels as one square map, (B, levels * nc, 64, 64), float32.
 
@@ -207,7 +199,7 @@ def score_maps(view: View, levels: tuple[int, ...]) -> Tensor:
     planes = []
     for i in levels:
         plane = per_level[i].transpose(1, 2).unflatten(-1, view.shapes[i]).float()
-        rows, columns = (averaging(n, plane) for n in view.shapes[i])
+        rows, columns = (averaging(n, CRITIC_SIDE, plane) for n in view.shapes[i])
         planes.append(rows @ (plane @ columns.T))
     return torch.cat(planes, dim=1)
 
@@ -223,7 +215,8 @@ class Holistic(Loss):
     - The paper conditions the critic on the image; the published code shows it the score maps alone. So do we.
     - One map has 65x65 cells there. Here each level is averaged or repeated to 64x64 and levels are stacked.
     - The critic's input is normalised with the batch's statistics always, and power iteration runs in the critic's step
-      only, so that the student's loss is a function of its inputs.
+      only, so that the student's loss is a function of its inputs. For that loss the critic runs in the precision of
+      the student's layers; it is trained in float32.
 
     The critic has an optimiser of its own, which steps in `after_step` on the last batch that `forward` saw with
     gradient. That costs time and adds the instability of adversarial training: no recipe of ours turns it on.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from yolo_kd.errors import did_you_mean, listed
 from yolo_kd.losses.base import Loss, check_levels, check_range
 from yolo_kd.losses.ops import aligned_maps, same_shape
+from yolo_kd.losses.parts import squared_error_sum
 from yolo_kd.views import Pair, Step
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -38,7 +42,7 @@ def keep_mask(uniform: Tensor, lam: float, mask: str = "spatial") -> Tensor:
     return (uniform <= 1 - lam if mask == "spatial" else uniform >= lam).to(uniform)
 
 
-def mgd_sum(student: Tensor, teacher: Tensor, keep: Tensor, generate: nn.Module) -> Tensor:
+def mgd_sum(student: Tensor, teacher: Tensor, keep: Tensor, generate: Callable[[Tensor], Tensor]) -> Tensor:
     """Return 1/N Σ (G(S · keep) - T)² of one level, as published before its factor alpha (equation 5).
 
     What is kept is not scaled up by 1 / (1 - λ), unlike in dropout.
@@ -56,8 +60,7 @@ def mgd_sum(student: Tensor, teacher: Tensor, keep: Tensor, generate: nn.Module)
         ValueError: If shapes differ.
     """
     same_shape(student=student, teacher=teacher)
-    restored = generate(student * keep).float()
-    return (restored - teacher.detach()).square().sum() / student.shape[0]
+    return squared_error_sum(generate(student * keep).float(), teacher) / student.shape[0]
 
 
 class MGD(Loss):
@@ -74,8 +77,8 @@ class MGD(Loss):
     Other departures: both maps are standardised per channel by default (`standardise`), as DAMO-YOLO does, because
     scales of YOLO necks differ by layer; the 1x1 adapter is there for equal widths too; in eval mode nothing is hidden,
     so that a validation value is repeatable. The generators are trained with the student (in DAMO-YOLO's code they are
-    outside the optimiser's reach). The paper hides cells; the authors' classification code hides whole channels and
-    also names a λ of 0.5 that its code sets to 0.15: both kinds are here.
+    outside the optimiser's reach) and run in the precision of its layers. The paper hides cells; the authors'
+    classification code hides whole channels and also names a λ of 0.5 that its code sets to 0.15: both kinds are here.
 
     The minimum 0 is reached where the generator restores the teacher's map, not where student and teacher agree.
 
@@ -124,7 +127,8 @@ class MGD(Loss):
         terms = []
         for i, generate in zip(self.levels, self.generators, strict=True):
             student, teacher = aligned_maps(step, "conv1x1", i, self.standardise)
-            terms.append(mgd_sum(student, teacher, self._keep(student), generate) / teacher[0].numel())
+            restore = partial(step.layer, generate)
+            terms.append(mgd_sum(student, teacher, self._keep(student), restore) / teacher[0].numel())
         return {"mgd_loss": STRENGTH * torch.stack(terms).sum()}
 
     def _keep(self, student: Tensor) -> Tensor:

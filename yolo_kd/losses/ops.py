@@ -171,6 +171,25 @@ def channel_attention(feature: Tensor, temperature: float) -> Tensor:
     return feature.shape[1] * (feature.abs().mean((-2, -1)) / temperature).softmax(-1)
 
 
+def averaging(cells: int, parts: int, like: Tensor) -> Tensor:
+    """Return the matrix that averages or repeats a row of cells, as adaptive average pooling does.
+
+    Products with one such matrix for rows and one for columns do what the pooling does, many times faster on a CPU.
+
+    Args:
+        cells: Cells along a side.
+        parts: Cells that are to be left of them, or made of them.
+        like: Gives device and dtype.
+
+    Returns:
+        (parts, cells), whose rows add up to 1.
+    """
+    part, cell = (torch.arange(n, device=like.device) for n in (parts, cells))
+    first, end = part * cells // parts, ((part + 1) * cells + parts - 1) // parts
+    covered = ((cell >= first[:, None]) & (cell < end[:, None])).to(like.dtype)
+    return covered / (end - first)[:, None]
+
+
 def aligned_maps(step: Step, kind: str, level: int, standardised: bool) -> tuple[Tensor, Tensor]:
     """Return the student's aligned and the teacher's features of a level, (B, C, H, W) each, once for all terms.
 

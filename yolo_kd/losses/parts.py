@@ -79,6 +79,26 @@ def sum_in_parts(
     return _InParts.apply(function, dim, len(shared), student, *others, *shared)
 
 
+def squared_error_sum(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return Σ_bhw w Σ_c (s - t)².
+
+    Args:
+        student: (B, C, H, W), with gradient.
+        teacher: (B, C, H, W).
+        weights: (B, H, W) of any dtype, one for each cell by default.
+    """
+
+    def part(s: Tensor, t: Tensor, *weight: Tensor) -> tuple[Tensor, Tensor]:
+        error = s.detach() - t
+        if not weight:
+            return error.square().sum(), error.mul_(2)
+        w = weight[0].to(error.dtype)[:, None]
+        slope = error * w
+        return error.mul_(slope).sum(), slope.mul_(2)
+
+    return sum_in_parts(part, student, teacher, *(() if weights is None else (weights,)))
+
+
 def softmax_kl_sum(student: Tensor, teacher: Tensor, temperature: float = 1.0, dim: int = -1) -> Tensor:
     """Return T² Σ KL(softmax(teacher / T) ‖ softmax(student / T)): `ops.categorical_kl`, summed.
 

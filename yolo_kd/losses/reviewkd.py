@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from yolo_kd.errors import PairError
 from yolo_kd.losses.base import Loss, check_levels, check_range
-from yolo_kd.losses.ops import same_shape
+from yolo_kd.losses.ops import averaging, same_shape
+from yolo_kd.losses.parts import sum_in_parts
 from yolo_kd.views import Pair, Step
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -36,16 +37,18 @@ def hcl(student: Tensor, teacher: Tensor) -> Tensor:
         ValueError: If shapes differ.
     """
     same_shape(student=student, teacher=teacher)
-    teacher = teacher.detach()
-    total, weights, weight = F.mse_loss(student, teacher), 1.0, 1.0
-    for side in POOLS:
-        if side >= student.shape[-2]:
-            continue
-        weight /= 2
-        weights += weight
-        pooled = F.adaptive_avg_pool2d(student, side), F.adaptive_avg_pool2d(teacher, side)
-        total = total + weight * F.mse_loss(*pooled)
-    return total / weights
+    sides = [side for side in POOLS if side < student.shape[-2]]
+    scale = sum(0.5**k for k in range(len(sides) + 1)) * student[:, :, 0, 0].numel()
+    rows, columns = ([averaging(n, side, student) for side in sides] for n in student.shape[-2:])
+
+    def part(s: Tensor, t: Tensor) -> Tensor:
+        error = s - t  # the error of the averages is the average of the error
+        total = error.square().sum() / error[0, 0].numel()
+        for k, (row, column) in enumerate(zip(rows, columns, strict=True), start=1):
+            total = total + (row @ error @ column.T).square().sum() * (0.5**k / len(row) ** 2)
+        return total / scale
+
+    return sum_in_parts(part, student, teacher)
 
 
 class Fusion(nn.Module):
@@ -111,8 +114,9 @@ class ReviewKD(Loss):
     ABF (attention-based fusion) and HCL (hierarchical context loss): from the deepest level upwards each level of the
     student is fused with the deeper ones before it is compared with the teacher's. The fusion also brings widths
     together, so there is no adapter. Because it is trained and ends in a normalisation, the loss is not zero for a
-    student that equals its teacher. Where we depart: the default of `mid_channels` is 128 instead of 256, because at
-    stride 8 the fusion would otherwise cost as much as a small student.
+    student that equals its teacher. Fusions run in the precision of the student's layers. Where we depart: the default
+    of `mid_channels` is 128 instead of 256, because at stride 8 the fusion would otherwise cost as much as a small
+    student.
 
     Everything is a mean over images, channels and cells, so it grows with neither batch, width nor image size; weight
     1.0 multiplies it by `STRENGTH`. Published detectors weigh the plain value with 0.8 to 2.
@@ -149,12 +153,12 @@ class ReviewKD(Loss):
         Raises:
             PairError: If a level has one cell in the whole batch, over which nothing can be normalised.
         """
-        features = [step.student.features[i].float() for i in self.levels]
+        features = [step.student.features[i] for i in self.levels]
         if any(feature[:, 0].numel() < 2 for feature in features):
             raise PairError(
                 "reviewkd normalises each level over its cells, and a level of this batch has one only. Raise imgsz "
                 "or batch, or leave the coarsest level out with levels=."
             )
-        fused = review(self.fusions, features)
-        terms = [hcl(f.float(), step.teacher_feature(i)) for f, i in zip(fused, self.levels, strict=True)]
+        fused = step.layers(lambda *maps: review(self.fusions, maps), *features)
+        terms = [hcl(f, step.teacher_feature(i)) for f, i in zip(fused, self.levels, strict=True)]
         return {"rev_loss": STRENGTH * torch.stack(terms).sum()}
