@@ -383,7 +383,19 @@ def measure(args: argparse.Namespace, recipes: list[str]) -> dict[str, Any]:
         bound = f"{row['of_bound']:.3f}" if "of_bound" in row else "-"
         cells = [name, f"{row['median_s']:.3f}", f"{row['of_parts']:.3f}", bound, f"{row['of_ultralytics']:.3f}"]
         print(f"| {' | '.join(cells + [str(row.get('peak_mb'))] * args.memory)} |", flush=True)
-    return {"setting": setting, "machine": platform.processor(), "teacher": bench.report, "rows": table}
+    reading = {}
+    for key in bench.teachers:
+        reads, split = key
+        label = " and ".join([*(sorted(reads) or ["features only"]), *(["head layers"] if split else [])])
+        reading[label] = statistics.median(r[f"teacher {key}"] / r[FAST] for r in rounds)
+    print("\nteacher by what is read of it: " + ", ".join(f"{k} {v:.2f}" for k, v in sorted(reading.items())))
+    return {
+        "setting": setting,
+        "reading": reading,
+        "machine": platform.processor(),
+        "teacher": bench.report,
+        "rows": table,
+    }
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import resource
+
 import pytest
 import torch
 import torchvision
 
 from yolo_kd import environment
 from yolo_kd.cli import main
+from yolo_kd.environment import _of_libc, release_memory, reused_memory
 from yolo_kd.errors import EnvironmentError_
 
 
@@ -46,3 +49,27 @@ def test_bfloat16_needs_a_processor_that_has_it(monkeypatch: pytest.MonkeyPatch)
         environment.check_cpu_bf16()
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
     environment.check_cpu_bf16()
+
+
+@pytest.mark.skipif(_of_libc("mallopt") is None, reason="needs glibc")
+def test_memory_is_used_again_for_the_duration() -> None:
+    """A buffer that is freed and allocated again costs page faults, but not inside."""
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            torch.ones(2**22)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    outside = faults()
+    with reused_memory():
+        faults()
+        inside = faults()
+    assert inside < outside / 5
+    assert faults() > 5 * inside  # as it was
+
+
+def test_memory_without_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_of_libc", lambda _: None)
+    with reused_memory():
+        release_memory()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -28,10 +29,23 @@ def test_help(name: str) -> None:
 
 
 @pytest.mark.e2e
-def test_cost_of_recipes() -> None:
-    found = run("bench_step.py", "--recipes", "objectness", "fgd", "--imgsz", "64", "--batch", "2", "--rounds", "1")
+def test_cost_of_recipes(tmp_path: Path) -> None:
+    recipes = ["objectness", "crosskd", "mgd"]
+    words = ["--imgsz", "64", "--batch", "2", "--rounds", "1", "--json", str(tmp_path / "figures.json")]
+    found = run("bench_step.py", "--recipes", *recipes, *words)
     assert found.returncode == 0, found.stderr
-    assert [line.split("|")[1].strip() for line in found.stdout.splitlines()[3:]] == ["none", "objectness", "fgd"]
+    rows = ["student alone", "teacher, plain", "teacher, fast", "Ultralytics distill_model=", *recipes]
+    assert [line.split("|")[1].strip() for line in found.stdout.splitlines() if line.startswith("| ")][1:] == rows
+    figures = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert figures["Ultralytics distill_model="]["of_ultralytics"] == 1
+    assert figures["mgd"]["modules_s"] > figures["objectness"]["modules_s"]  # generators against nothing
+
+
+@pytest.mark.e2e
+def test_profile_of_a_step() -> None:
+    found = run("bench_step.py", "--recipes", "fgd", "--imgsz", "64", "--batch", "2", "--profile")
+    assert found.returncode == 0, found.stderr
+    assert "PairMoments" in found.stdout
 
 
 @pytest.mark.e2e

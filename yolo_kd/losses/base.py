@@ -34,7 +34,7 @@ class Loss(nn.Module):
         paper: Short reference.
         needs_bins: True when both heads must predict distance distributions with equal bins.
         instead: Name of the loss that serves where `needs_bins` cannot be met.
-        cost: What it adds to a step of YOLOv8n under YOLOv8s (scripts/bench_terms.py); empty if not measured.
+        cost: What it adds to a step of YOLOv8n under YOLOv8s (scripts/bench_step.py); empty if not measured.
         head_split: True when the loss reads the features inside the head, before the activation of the second
             convolution: `step.student.layers` and `step.teacher.layers` hold `cls0`, `box0`, `cls1`, ... per level.
     """
