@@ -132,12 +132,23 @@ def test_threads(tmp_path: Path, shapes: Path, student: Path) -> None:
 def test_keys_are_kept_for_resume(tmp_path: Path, shapes: Path, student: Path, teacher: Path) -> None:
     keys = {"teacher_precision": "fp32", "teacher_channels_last": False, "threads": 1}
     trainer = make(tmp_path, shapes, student, teacher=str(teacher), kd="objectness", val=False, **keys)
-    trainer.add_callback("on_model_save", lambda t: shutil.copy(t.last, tmp_path / "mid.pt"))
     trainer.train()
     assert trainer.teacher.runner.way.channels_last is False
     saved = yaml.safe_load((trainer.save_dir / "kd.yaml").read_text())["speed"]
     assert {k: saved[k] for k in keys} == keys
     assert saved.keys() == SPEED_KEYS.keys()
+
+
+def test_a_resumed_run_goes_on_the_way_that_was_settled(
+    tmp_path: Path, shapes: Path, student: Path, teacher: Path
+) -> None:
+    trainer = make(tmp_path, shapes, student, teacher=str(teacher), kd="objectness", val=False)
+    trainer.add_callback("on_model_save", lambda t: shutil.copy(t.last, tmp_path / "mid.pt"))
+    trainer.train()
+    way = trainer.teacher.runner.way
+    kept = torch.load(tmp_path / "mid.pt", map_location="cpu", weights_only=False)["train_args"]["kd"]["speed"]
+    assert (kept["teacher_precision"], kept["teacher_channels_last"]) == (way.precision, way.channels_last)
+    assert yaml.safe_load((trainer.save_dir / "kd.yaml").read_text())["speed"]["teacher_precision"] == "auto"
 
 
 DEEP = {"losses": {"mimic": {"student_layers": ["model.9"], "teacher_layers": ["model.9"]}}}

@@ -214,6 +214,9 @@ class DistillationTrainer(DurableTrainer):
         if RANK in {-1, 0}:
             LOGGER.info(sentence)
         if self.teacher is not None and self.distiller is not None:
+            way = self.teacher.runner.way
+            settled = replace(self.speed, teacher_precision=way.precision, teacher_channels_last=way.channels_last)
+            self.args.kd = {**self.args.kd, "speed": settled.to_keys()}  # a resumed run goes on the same way
             self.distiller.attach_teacher_head(head_tails(self.teacher.runner.model))
 
     def _log_audit(self, rows: list[AuditRow]) -> None:
