@@ -15,11 +15,10 @@ from yolo_kd.losses.sea import (
     Categories,
     anchor_distillation,
     category_anchors,
+    cell_alignment,
     count_cells,
     covered_cells,
-    localisation_alignment,
     semantic_masks,
-    topological_distillation,
 )
 from yolo_kd.views import Step
 
@@ -151,7 +150,7 @@ def test_absent_categories_change_nothing():
             present, categories = chosen.any((0, 2, 3)), in_all_images(chosen)
             a_s, a_t = category_anchors(student, categories), category_anchors(t, categories)
             value = anchor_distillation(a_s, a_t, present)
-            value = value + topological_distillation(student, t, a_s, a_t, present, tau)
+            value = value + cell_alignment(student, t, a_s, a_t, present, tau, 1.0)[0]
             value.backward()
             results.append((value.detach(), student.grad))
         torch.testing.assert_close(results[0], results[1])
@@ -175,7 +174,8 @@ def test_temperatures_of_the_papers_range(tau):
 def test_cells_of_zeros_have_bounded_gradients():
     feature = torch.zeros(1, 3, 2, 2, requires_grad=True)
     anchors, present = torch.randn(3, 3), torch.ones(3, dtype=torch.bool)
-    topological_distillation(feature, torch.randn(1, 3, 2, 2), anchors, anchors, present, 0.5).backward()
+    teacher = torch.randn(1, 3, 2, 2)
+    cell_alignment(feature, teacher, anchors, anchors, present, 0.5, 1.0)[0].backward()
     assert feature.grad.isfinite().all()
     assert feature.grad.abs().max() < 1e4
 
@@ -204,6 +204,6 @@ def test_wrong_keys(keys, message):
 
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match=r"student \(1, 3, 4, 4\), teacher \(1, 3, 4, 5\)"):
-        localisation_alignment(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 5), 1.0)
+        cell_alignment(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 5), *torch.zeros(2, 2, 3), torch.ones(2), 1.0, 1.0)
     with pytest.raises(ValueError, match=r"student \(3, 4\), teacher \(5, 4\)"):
         anchor_distillation(torch.zeros(3, 4), torch.zeros(5, 4), torch.ones(3, dtype=torch.bool))

@@ -8,7 +8,7 @@ is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,39 +20,76 @@ from yolo_kd.losses.ops import same_shape
 PART = 2**18  # values of the student's tensor that are worked on at once
 
 
-Part = Callable[..., Tensor | tuple[Tensor, ...]]
+Answer = Tensor | tuple[Tensor, ...]
+Part = Callable[..., Answer]
+Parts = Callable[..., Sequence[tuple[Tensor, ...]]]
 
 
 class _InParts(torch.autograd.Function):
-    """Find the sum and its gradients, part by part, in the forward pass; the backward pass scales the latter."""
+    """Find sums and gradients, part by part, in the forward pass; the backward pass scales and adds the latter."""
 
     @staticmethod
-    def forward(ctx: Any, function: Part, dim: int, shared: int, *tensors: Tensor) -> Tensor:
-        """Return the sum over the parts; the last `shared` tensors are not cut."""
+    def forward(ctx: Any, function: Parts, dim: int, shared: int, *tensors: Tensor) -> Tensor:
+        """Return all sums over the parts as a vector; the last `shared` tensors are not cut."""
         (student, *others), whole = tensors[: len(tensors) - shared], tensors[len(tensors) - shared :]
         at_once = student.device.type != "cpu"  # elsewhere passes are cheap and launches are not
         step = student.shape[dim] if at_once else max(1, PART * student.shape[dim] // student.numel())
-        gradients = [torch.empty_like(student), *(torch.zeros_like(t) for t in whole)]
-        totals = []
-        for part, slot, *rest in zip(*(t.split(step, dim) for t in (student, gradients[0], *others)), strict=True):
+        values: list[Tensor] = []
+        slopes: list[Tensor] = []  # for each part of each sum
+        totals: list[Tensor] = []  # for each shared tensor of each sum
+        for part, *rest in zip(*(t.split(step, dim) for t in (student, *others)), strict=True):
             leaves = [t.detach().requires_grad_() for t in (part, *whole)]
             with torch.autocast(student.device.type, enabled=False), torch.enable_grad():
-                answer = function(leaves[0], *rest, *leaves[1:])
-                value, *slopes = answer if isinstance(answer, tuple) else (answer, *torch.autograd.grad(answer, leaves))
-            slot.copy_(slopes[0].detach())
-            for total, slope in zip(gradients[1:], slopes[1:], strict=True):
-                total.add_(slope.detach())
-            totals.append(value.detach())
-        ctx.save_for_backward(*gradients)
-        return torch.stack(totals).sum()
+                answers = function(leaves[0], *rest, *leaves[1:])
+            values.append(torch.stack([answer[0].detach() for answer in answers]))
+            slopes += [answer[1].detach().to(student.dtype) for answer in answers]
+            own = [slope.detach() for answer in answers for slope in answer[2:]]
+            totals = [a + b for a, b in zip(totals, own, strict=True)] if totals else own
+        ctx.save_for_backward(*slopes, *totals)
+        ctx.dim, ctx.step, ctx.shared = dim, step, shared
+        ctx.like = torch.empty_like(student, device="meta")
+        return torch.stack(values).sum(0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, scales: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the student's tensor and of the shared ones."""
-        student, *whole = (g * scale.to(g.dtype) for g in ctx.saved_tensors)
-        others = len(ctx.needs_input_grad) - 4 - len(whole)
-        return (None, None, None, student, *[None] * others, *whole)
+        sums = len(scales)
+        gradient = torch.empty_like(ctx.like, device=scales.device)
+        slots = gradient.split(ctx.step, ctx.dim)
+        slopes, totals = ctx.saved_tensors[: sums * len(slots)], ctx.saved_tensors[sums * len(slots) :]
+        for k, slot in enumerate(slots):
+            torch.mul(slopes[sums * k], scales[0].to(slot.dtype), out=slot)
+            for scale, slope in zip(scales[1:], slopes[sums * k + 1 : sums * (k + 1)], strict=True):
+                slot.addcmul_(slope, scale.to(slot.dtype))
+        whole = [
+            torch.stack([t * s.to(t.dtype) for t, s in zip(totals[i :: ctx.shared], scales, strict=True)]).sum(0)
+            for i in range(ctx.shared)
+        ]
+        others = len(ctx.needs_input_grad) - 4 - ctx.shared
+        return (None, None, None, gradient, *[None] * others, *whole)
+
+
+def sums_in_parts(
+    function: Parts, student: Tensor, *others: Tensor, dim: int = 0, shared: tuple[Tensor, ...] = ()
+) -> tuple[Tensor, ...]:
+    """Return several sums of the same tensors: what `sum_in_parts` does, with fewer passes than once for each.
+
+    Args:
+        function: As for `sum_in_parts`; it returns for each sum a tuple of a scalar and its gradients.
+        student: As for `sum_in_parts`, and so are the others.
+        others: As long as `student` along `dim`; they get no gradient.
+        dim: Where the tensors are cut.
+        shared: Tensors that every part needs as a whole; they get a gradient too.
+
+    Raises:
+        ValueError: If the tensors differ in length along `dim`.
+    """
+    others = tuple(t.detach() for t in others)
+    if len({t.shape[dim] for t in (student, *others)}) > 1:
+        lengths = [t.shape[dim] for t in (student, *others)]
+        raise ValueError(f"all tensors must be equally long along dimension {dim}, received {lengths}")
+    return _InParts.apply(function, dim, len(shared), student, *others, *shared).unbind()
 
 
 def sum_in_parts(
@@ -72,11 +109,14 @@ def sum_in_parts(
     Raises:
         ValueError: If the tensors differ in length along `dim`.
     """
-    others = tuple(t.detach() for t in others)
-    if len({t.shape[dim] for t in (student, *others)}) > 1:
-        lengths = [t.shape[dim] for t in (student, *others)]
-        raise ValueError(f"all tensors must be equally long along dimension {dim}, received {lengths}")
-    return _InParts.apply(function, dim, len(shared), student, *others, *shared)
+
+    def one(part: Tensor, *rest: Tensor) -> list[tuple[Tensor, ...]]:
+        answer = function(part, *rest)
+        if isinstance(answer, tuple):
+            return [answer]
+        return [(answer, *torch.autograd.grad(answer, (part, *rest[len(others) :])))]
+
+    return sums_in_parts(one, student, *others, dim=dim, shared=shared)[0]
 
 
 def squared_error_sum(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -99,27 +139,21 @@ def squared_error_sum(student: Tensor, teacher: Tensor, weights: Tensor | None =
     return sum_in_parts(part, student, teacher, *(() if weights is None else (weights,)))
 
 
-def softmax_kl_sum(student: Tensor, teacher: Tensor, temperature: float = 1.0, dim: int = -1) -> Tensor:
-    """Return T² Σ KL(softmax(teacher / T) ‖ softmax(student / T)): `ops.categorical_kl`, summed.
+def softmax_kl(student: Tensor, teacher: Tensor, temperature: float, dim: int) -> tuple[Tensor, Tensor]:
+    """Return T² Σ KL(softmax(teacher / T) ‖ softmax(student / T)) and its gradient, for functions of parts.
 
     Args:
-        student: (B, ...) logits of any precision, with gradient.
+        student: Logits.
         teacher: Logits of the same shape.
         temperature: T, above zero.
-        dim: The dimension of the distributions, not the first.
-
-    Returns:
-        float32 scalar, at least 0 but for rounding.
+        dim: The dimension of the distributions.
     """
-
-    def part(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        s, t = (x.detach().float() for x in (s, t))
-        log_q, log_p = ((x if temperature == 1 else x / temperature).log_softmax(dim) for x in (s, t))
-        p = log_p.exp()
-        value = log_p.sub_(log_q).mul_(p).sum() * temperature**2
-        return value, log_q.exp_().sub_(p).mul_(temperature)
-
-    return sum_in_parts(part, student, teacher)
+    s, t = (x if temperature == 1 else x / temperature for x in (student.detach(), teacher))
+    log_q, log_p = s.log_softmax(dim), t.log_softmax(dim)
+    p = log_p.exp()
+    value = log_p.sub_(log_q).mul_(p).sum() * temperature**2
+    slope = log_q.exp_().sub_(p)
+    return value, slope if temperature == 1 else slope.mul_(temperature)
 
 
 def weighted_binary_kl(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_levels, check_range
 from yolo_kd.losses.ops import same_shape
-from yolo_kd.losses.parts import softmax_kl_sum, sum_in_parts
+from yolo_kd.losses.parts import softmax_kl, sums_in_parts
 from yolo_kd.views import Step, Targets
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -155,18 +155,20 @@ def anchor_distillation(student: Tensor, teacher: Tensor, present: Tensor) -> Te
     return (error * present).sum() / present.sum().clamp(min=1)
 
 
-def topological_distillation(
+def cell_alignment(
     student: Tensor,
     teacher: Tensor,
     student_anchors: Tensor,
     teacher_anchors: Tensor,
     present: Tensor,
-    tau: float,
-) -> Tensor:
-    """Topological distance distillation (TDD): mean over cells of τ² · KL over categories.
+    tau1: float,
+    tau2: float,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Topological distance distillation (TDD) and localisation distribution alignment (LDA).
 
-    The logits of a cell i are its similarities cos(f_i, a_p) / τ to the anchors of its own network; absent categories
-    have none.
+    TDD is the mean over cells of τ₁² · KL over categories. The logits of a cell i are its similarities cos(f_i, a_p) to
+    the anchors of its own network; absent categories have none. LDA is the mean over channels of τ₂² · KL over space.
 
     Args:
         student: (B, C, H, W).
@@ -174,19 +176,21 @@ def topological_distillation(
         student_anchors: (P, C) of `category_anchors`.
         teacher_anchors: (P, C); detached here.
         present: (P,) bool, categories with a cell.
-        tau: τ₁, above 0.
+        tau1: τ₁, above 0.
+        tau2: τ₂, above 0.
+        dtype: Precision of the matrix products in TDD's gradient; that of `student` by default.
 
     Returns:
-        Scalar, at least 0; zero when there is one category only.
+        Both scalars, at least 0 but for rounding. TDD is zero when there is one category only.
 
     Raises:
         ValueError: If shapes differ.
     """
     same_shape(student=student, teacher=teacher)
     same_shape(student=student_anchors, teacher=teacher_anchors)
-    axes, teacher_axes = (F.normalize(a, dim=1, eps=COSINE_EPS) / tau for a in (student_anchors, teacher_anchors))
-    absent = torch.where(present, 0.0, NEVER / tau).to(student.dtype)[:, None]
-
+    axes, teacher_axes = (F.normalize(a, dim=1, eps=COSINE_EPS) / tau1 for a in (student_anchors, teacher_anchors))
+    teacher_axes = teacher_axes.detach()
+    absent = torch.where(present, 0.0, NEVER / tau1).to(student.dtype)[:, None]
     least = COSINE_EPS**2
 
     def logits(feature: Tensor, axes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,37 +199,20 @@ def topological_distillation(
         products = axes.expand(len(feature), -1, -1).bmm(feature)
         return torch.addcmul(absent, products, square.clamp(min=least).rsqrt_()), products, square
 
-    def part(s: Tensor, t: Tensor, axes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        s, t, axes = s.detach().flatten(2), t.flatten(2), axes.detach()
-        log_p = logits(t, teacher_axes.detach())[0].log_softmax(1)
+    def part(s: Tensor, t: Tensor, axes: Tensor) -> list[tuple[Tensor, ...]]:
+        s, axes = s.detach(), axes.detach()
         z, products, square = logits(s, axes)
-        log_q, p = z.log_softmax(1), log_p.exp()
-        value = log_p.sub_(log_q).mul_(p).sum()
-        slope = log_q.exp_().sub_(p).mul_(square.clamp(min=least).rsqrt_())  # of the products
+        tdd, slope = softmax_kl(z, logits(t, teacher_axes)[0], 1.0, 1)
+        slope.mul_(square.clamp(min=least).rsqrt_())  # of the products
         # the norm's part; below the least one it is a constant
         through = products.mul_(slope).sum(1, keepdim=True).div_(square.clamp(min=least)).mul_(square > least)
-        slope_s = axes.T.expand(len(s), -1, -1).bmm(slope).addcmul_(s, through, value=-1)
-        return value, slope_s.view_as(student[: len(s)]), slope.bmm(s.transpose(1, 2)).sum(0)
+        slope, low_s, low_axes = (x.to(dtype or s.dtype) for x in (slope, s, axes))
+        slope_s = low_axes.T.expand(len(s), -1, -1).bmm(slope).to(s.dtype).addcmul_(s, through, value=-1)
+        slope_axes = slope.bmm(low_s.transpose(1, 2)).to(s.dtype).sum(0)
+        return [(tdd, slope_s, slope_axes), (*softmax_kl(s, t, tau2, 2), torch.zeros_like(axes))]
 
-    return sum_in_parts(part, student, teacher, shared=(axes,)) * (tau**2 / student[:, 0].numel())
-
-
-def localisation_alignment(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
-    """Localisation distribution alignment (LDA): mean over channels of τ² · KL over space.
-
-    Args:
-        student: (B, C, H, W).
-        teacher: (B, C, H, W); detached here.
-        tau: τ₂, above 0.
-
-    Returns:
-        Scalar, at least 0.
-
-    Raises:
-        ValueError: If shapes differ.
-    """
-    same_shape(student=student, teacher=teacher)
-    return softmax_kl_sum(student.flatten(2), teacher.flatten(2), tau, 2) / student[:, :, 0, 0].numel()
+    tdd, lda = sums_in_parts(part, student.flatten(2), teacher.flatten(2), shared=(axes,))
+    return tdd * (tau1**2 / student[:, 0].numel()), lda / student[:, :, 0, 0].numel()
 
 
 class SEA(Loss):
@@ -290,8 +277,11 @@ class SEA(Loss):
             present = categories[i].cells > 0
             s_anchors, t_anchors = category_anchors(s, categories[i]), category_anchors(t, categories[i])
             cad.append(anchor_distillation(s_anchors, t_anchors, present))
-            tdd.append(topological_distillation(s, t, s_anchors, t_anchors, present, self.tau1))
-            lda.append(localisation_alignment(s, t, self.tau2))
+            # a gradient that goes on in bfloat16 gains nothing from products in float32
+            dtype = torch.promote_types(step.student.features[i].dtype, torch.bfloat16)
+            values = cell_alignment(s, t, s_anchors, t_anchors, present, self.tau1, self.tau2, dtype)
+            tdd.append(values[0])
+            lda.append(values[1])
         return {
             "kcad_loss": CAD_GAIN * self.alpha * torch.stack(cad).mean(),
             "ktdd_loss": TDD_GAIN * self.beta * torch.stack(tdd).mean(),
