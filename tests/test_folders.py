@@ -23,6 +23,7 @@ from ultralytics.utils.dist import generate_ddp_command
 
 from tests.models import narrow_checkpoint
 from tests.test_trainer import make
+from yolo_kd.errors import ConfigError
 from yolo_kd.folders import claim, exclusive_run_folder, keep_folder, save_cache, shared_data
 
 ROOT = Path(__file__).parents[1]
@@ -154,7 +155,7 @@ def test_trainers_at_the_same_moment(tmp_path: Path, shapes: Path) -> None:
 @pytest.mark.e2e
 def test_a_trainer_still_makes_nothing_when_the_device_is_wrong(tmp_path: Path, shapes: Path) -> None:
     model = narrow_checkpoint("yolov8n", tmp_path, seed=1)
-    with pytest.raises(ValueError, match="device"):
+    with pytest.raises(ConfigError, match="device=7 is not here"):
         make(tmp_path / "project", shapes, model, teacher=str(model), kd="objectness", exist_ok=False, device="7")
     assert not (tmp_path / "project").exists()
 

@@ -144,14 +144,19 @@ def test_compiled_where_the_shape_fits(model: DetectionModel, monkeypatch: pytes
     """The last batch and multi-scale have other shapes and go the eager way."""
     seen: list[torch.Size] = []
 
-    def compiler(target: nn.Module, **_keys: Any) -> Any:
-        def run(images: torch.Tensor) -> Any:
+    class Compiled(nn.Module):
+        def __init__(self, target: nn.Module, **_keys: Any):
+            super().__init__()
+            self.target = target
+
+        def forward(self, images: torch.Tensor) -> Any:
             seen.append(images.shape)
-            return target(images)
+            return self.target(images)
 
-        return run
+        def __len__(self) -> int:  # as torch's own, which cannot be asked whether it is true
+            raise TypeError("no len()")
 
-    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(torch, "compile", Compiled)
     said: list[str] = []
     frozen = make(model, Speed(teacher_precision="fp32", teacher_compile=True), on_settled=said.append)
     eager = make(model)

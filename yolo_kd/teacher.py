@@ -222,8 +222,8 @@ class Teacher:
 
     def _run(self, images: Tensor) -> View:
         runner = self.runner
-        fits = self._compiled is not None and images.shape == self._compiled_shape
-        runner.tap.forward = self._compiled if fits and self._compiled else runner.model
+        fits = images.shape == self._compiled_shape
+        runner.tap.forward = runner.model if self._compiled is None or not fits else self._compiled
         return runner(images)
 
     def _settle(self, images: Tensor, build: Callable[[Way], Runner]) -> None:
