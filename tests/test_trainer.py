@@ -312,7 +312,7 @@ def test_layers_by_name_and_inside_the_head(tmp_path: Path, shapes: Path, studen
             "cwd": {"levels": ["p4"]},
         }
     }
-    trainer = make(tmp_path, shapes, student, teacher=str(teacher), kd=recipe)
+    trainer = make(tmp_path, shapes, student, teacher=str(teacher), kd=recipe, teacher_precision="fp32")
     trainer.train()
     assert [row.term for row in trainer.audit_rows] == ["mimic", "crosskd", "cwd"]
     assert all(row.gradient > 0 for row in trainer.audit_rows)
