@@ -290,7 +290,7 @@ class FGD(Loss):
     reads = frozenset({"features", "targets"})
     adapter = "conv1x1"
     paper = "Yang et al. 2022, arXiv 2111.11837"
-    cost = "6 %"
+    cost = "7 %"
 
     def __init__(
         self,

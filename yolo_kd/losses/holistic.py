@@ -231,7 +231,7 @@ class Holistic(Loss):
     columns = ("kholi_loss",)
     reads = frozenset({"scores"})
     paper = "Liu et al. 2019, arXiv 1903.04197"
-    cost = "43 %"
+    cost = "155 %"
 
     def __init__(self, *, critic_lr: float = 4e-4, form: str = "wgan-gp", levels: list[str] | None = None):
         super().__init__()

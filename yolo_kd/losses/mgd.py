@@ -95,7 +95,7 @@ class MGD(Loss):
     reads = frozenset({"features"})
     adapter = "conv1x1"
     paper = "Yang et al. 2022, arXiv 2205.01529"
-    cost = "41 %"
+    cost = "50 %"
 
     def __init__(
         self,

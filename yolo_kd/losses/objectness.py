@@ -113,7 +113,7 @@ class Objectness(Loss):
     columns = ("kcls_loss", "kbox_loss")
     reads = frozenset({"scores", "boxes"})
     paper = "Mehta & Öztürk 2018, arXiv 1805.06361"
-    cost = "3 %"
+    cost = "2 %"
 
     def __init__(self, *, lam_cls: float = 1.0, lam_box: float = 1.0, fm_nms: bool = True):
         super().__init__()

@@ -157,7 +157,7 @@ class Structured(Loss):
     columns = ("kpix_loss", "kpair_loss")
     reads = frozenset({"features", "scores"})
     paper = "Liu et al. 2019, arXiv 1903.04197"
-    cost = "3 %"
+    cost = "4 %"
 
     def __init__(self, *, lam_pi: float = 1.0, lam_pa: float = 1.0, nodes: int = 10, levels: list[str] | None = None):
         super().__init__()
