@@ -203,6 +203,6 @@ def test_a_training_that_fails_leaves_nothing_either(
     trainer.add_callback("on_train_batch_end", fail)
     with pytest.raises(ZeroDivisionError):
         trainer.train()
-    assert not hooks(trainer.model, trainer.teacher.model, trainer.distiller)
+    assert not hooks(trainer.model, trainer.teacher.runner.model, trainer.distiller)
     assert trainer.model.criterion is None
     assert functions() == before
