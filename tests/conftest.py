@@ -71,3 +71,19 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the folder of public weights and data beside the repository (../shared), which is absent")
     return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random detector of three classes."""
+    from tests.models import narrow_checkpoint  # imports Ultralytics, which has to wait for the switches above
+
+    return narrow_checkpoint("yolov8n", tmp_path_factory.mktemp("teacher"), width=0.25, seed=1)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A smaller one."""
+    from tests.models import narrow_checkpoint
+
+    return narrow_checkpoint("yolov8n", tmp_path_factory.mktemp("student"), seed=2)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models import narrow_checkpoint
 from tests.test_trainer import make, record_steps, rows_of
 from yolo_kd.errors import AuditError, NumbersError
 from yolo_kd.guards import LIMIT
@@ -18,16 +17,6 @@ from yolo_kd.guards import LIMIT
 pytestmark = pytest.mark.e2e
 
 RECIPE = {"losses": {"objectness": {}, "ultralytics": {"schedule": {"kind": "linear", "start": 1.0, "end": 0.2}}}}
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return narrow_checkpoint("yolov8n", tmp_path_factory.mktemp("teacher"), width=0.25, seed=1)
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return narrow_checkpoint("yolov8n", tmp_path_factory.mktemp("student"), seed=2)
 
 
 @pytest.fixture

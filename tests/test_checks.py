@@ -33,16 +33,6 @@ from yolo_kd.plan import read_dataset
 from yolo_kd.trainer import DistillationTrainer
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return narrow_checkpoint("yolov8n", tmp_path_factory.mktemp("teacher"), width=0.25, seed=1)
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return narrow_checkpoint("yolov8n", tmp_path_factory.mktemp("student"), seed=2)
-
-
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make checks short: one batch, and random models pass for models that see something."""

@@ -13,7 +13,6 @@ import torch
 import yaml
 from ultralytics.engine import trainer as engine
 
-from tests.models import narrow_checkpoint
 from tests.test_trainer import make
 from yolo_kd.batch_probe import BatchProbe
 from yolo_kd.checkpoints import load_detector
@@ -28,16 +27,6 @@ RECIPE = {"losses": {"objectness": {}, "ultralytics": {}, "fgd": {}, "crosskd": 
 STILL = dict.fromkeys(
     ("mosaic", "translate", "scale", "fliplr", "hsv_h", "hsv_s", "hsv_v", "degrees", "shear", "perspective"), 0.0
 )
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return narrow_checkpoint("yolov8n", tmp_path_factory.mktemp("teacher"), width=0.25, seed=1)
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return narrow_checkpoint("yolov8n", tmp_path_factory.mktemp("student"), seed=2)
 
 
 def losses_of(trainer: Any) -> list[dict[str, float]]:

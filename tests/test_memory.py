@@ -35,16 +35,6 @@ RECIPE = {
 }
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return narrow_checkpoint("yolov8n", tmp_path_factory.mktemp("teacher"), width=0.25, seed=1)
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return narrow_checkpoint("yolov8n", tmp_path_factory.mktemp("student"), seed=2)
-
-
 # --------------------------------------------------------------------------------------------------- out of memory
 def runs_out(where: str, batches: set[int]) -> Callable[[Any], None]:
     """Return a callback that lets the teacher, a term or the backward pass run out of memory at the given calls."""

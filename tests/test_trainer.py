@@ -36,16 +36,6 @@ FAST = {
 }
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return narrow_checkpoint("yolov8n", tmp_path_factory.mktemp("teacher"), width=0.25, seed=1)
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return narrow_checkpoint("yolov8n", tmp_path_factory.mktemp("student"), seed=2)
-
-
 def make(folder: Path, data: Path, model: Path, cls: type = DistillationTrainer, **keys: Any) -> DetectionTrainer:
     """Return a trainer that writes to folder/run."""
     overrides = {

@@ -140,11 +140,11 @@ class DistillationTrainer(DurableTrainer):
         plan = Plan.from_dict(state)
         if self._own.get("teacher") is not None:
             plan = replace(plan, teacher=str(self._own["teacher"]))
-        # what the file says of trust does not count: whoever made it must not decide what may run here
         given = {k: v for k, v in self._own.items() if k in SPEED_KEYS and v is not None}
         self.speed = Speed.of({**plan.speed.to_keys(), **given})
         if self.speed.cache:
             check_cacheable(vars(self.args))
+        # what the file says of trust does not count: whoever made it must not decide what may run here
         self.plan = replace(plan, trust_checkpoints=self.trust_checkpoints, speed=self.speed)
         check_teacher_file(self.plan)
 

@@ -7,14 +7,12 @@ checkpoint and settings, so a comparison that is called again evaluates only wha
 from __future__ import annotations
 
 import json
-import logging
 import math
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +21,10 @@ import numpy as np
 import torch
 from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionValidator
-from ultralytics.utils import LOGGER
 from ultralytics.utils.ops import scale_boxes
 from ultralytics.utils.torch_utils import get_flops, get_num_params
 
-from yolo_kd.checkpoints import load_checkpoint_file, load_detector, restricted_loading, sha256
+from yolo_kd.checkpoints import load_checkpoint_file, load_detector, quiet, restricted_loading, sha256
 from yolo_kd.compare.runs import fingerprint, write_text
 from yolo_kd.compare.sizes import ImageResult, ap_by_size
 from yolo_kd.taps import strides_of
@@ -170,17 +167,6 @@ def _validate(checkpoint: Path, settings: Settings, split: str) -> tuple[dict[st
         "classes": {names[c]: round(float(metrics.box.maps[c]), 6) if c in present else None for c in sorted(names)},
         "sizes": ap_by_size(images, sorted(names)),
     }, images
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep Ultralytics from printing a table for every checkpoint."""
-    level = LOGGER.level
-    LOGGER.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        LOGGER.setLevel(level)
 
 
 # ------------------------------------------------------------------------------------------------ predictions

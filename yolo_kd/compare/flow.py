@@ -12,9 +12,9 @@ import torch
 from ultralytics.cfg import get_cfg
 from ultralytics.data import build_yolo_dataset
 
-from yolo_kd.checkpoints import restricted_loading
+from yolo_kd.checkpoints import quiet, restricted_loading
 from yolo_kd.compare.arms import DISTILLED, Arm, Comparison, parse_compare
-from yolo_kd.compare.evaluate import Settings, audit_of, evaluate, export_onnx, onnx_latency, quiet, settings_of
+from yolo_kd.compare.evaluate import Settings, audit_of, evaluate, export_onnx, onnx_latency, settings_of
 from yolo_kd.compare.progress import Progress
 from yolo_kd.compare.report import write_report
 from yolo_kd.compare.results import summarise, teacher_of

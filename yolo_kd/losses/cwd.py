@@ -7,7 +7,7 @@ from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_levels, check_range
 from yolo_kd.losses.ops import same_shape, standardise
-from yolo_kd.losses.parts import sum_in_parts
+from yolo_kd.losses.parts import softmax_kl, sum_in_parts
 from yolo_kd.views import Step
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -42,10 +42,8 @@ def cwd(student: Tensor, teacher: Tensor, temperature: float = 1.0, standardised
     def part(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:  # of the channels, each of which is compared by itself
         leaf = s
         s, t = (standardise(s), standardise(t)) if standardised else (s, t)
-        log_q, log_p = ((x.detach() / temperature).flatten(2).log_softmax(2) for x in (s, t))
-        p = log_p.exp()
-        value = log_p.sub_(log_q).mul_(p).sum() * (temperature**2 / count)
-        slope = log_q.exp_().sub_(p).mul_(temperature / count).view_as(s)
+        value, slope = softmax_kl(s.flatten(2), t.flatten(2), temperature, 2)
+        value, slope = value / count, slope.div_(count).view_as(s)
         return value, torch.autograd.grad(s, leaf, slope)[0] if standardised else slope
 
     return sum_in_parts(part, student, teacher, dim=1)

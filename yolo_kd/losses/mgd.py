@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from yolo_kd.errors import did_you_mean, listed
 from yolo_kd.losses.base import Loss, check_levels, check_range
-from yolo_kd.losses.ops import aligned_maps, same_shape
+from yolo_kd.losses.ops import same_shape, standardise
 from yolo_kd.losses.parts import squared_error_sum
 from yolo_kd.views import Pair, Step
 
@@ -126,7 +126,9 @@ class MGD(Loss):
         """Return the one term, summed over levels."""
         terms = []
         for i, generate in zip(self.levels, self.generators, strict=True):
-            student, teacher = aligned_maps(step, "conv1x1", i, self.standardise)
+            student, teacher = step.aligned("conv1x1", i), step.teacher_feature(i)
+            if self.standardise:
+                student, teacher = standardise(student), standardise(teacher)
             restore = partial(step.layer, generate)
             terms.append(mgd_sum(student, teacher, self._keep(student), restore) / teacher[0].numel())
         return {"mgd_loss": STRENGTH * torch.stack(terms).sum()}

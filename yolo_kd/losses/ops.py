@@ -190,23 +190,6 @@ def averaging(cells: int, parts: int, like: Tensor) -> Tensor:
     return covered / (end - first)[:, None]
 
 
-def aligned_maps(step: Step, kind: str, level: int, standardised: bool) -> tuple[Tensor, Tensor]:
-    """Return the student's aligned and the teacher's features of a level, (B, C, H, W) each, once for all terms.
-
-    Args:
-        step: The step.
-        kind: Name of the adapter.
-        level: Index of the level.
-        standardised: Pass both through `standardise`.
-    """
-    if not standardised:
-        return step.aligned(kind, level), step.teacher_feature(level)
-    return step.once(
-        ("standardised", kind, level),
-        lambda: (standardise(step.aligned(kind, level)), standardise(step.teacher_feature(level))),
-    )
-
-
 def assigned(step: Step) -> Assignment:
     """Return the native loss's label assignment.
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_levels, check_range
 from yolo_kd.losses.ops import EPS, same_shape
-from yolo_kd.losses.parts import sum_in_parts
+from yolo_kd.losses.parts import squared_error_sum
 from yolo_kd.views import Step
 
 
@@ -29,13 +28,7 @@ def score_weighted_l2(student: Tensor, teacher: Tensor, score: Tensor) -> Tensor
     """
     same_shape(student=student, teacher=teacher)
     same_shape(score=score, cells=teacher[:, :1])
-
-    def part(s: Tensor, t: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        gap = s.detach() - t
-        slope = gap * w
-        return torch.dot(gap.flatten(), slope.flatten()), slope.mul_(2)
-
-    return sum_in_parts(part, student, teacher, score) / (score.sum() * student.shape[1] + EPS)
+    return squared_error_sum(student, teacher, score[:, 0]) / (score.sum() * student.shape[1] + EPS)
 
 
 class Ultralytics(Loss):
