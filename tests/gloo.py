@@ -295,10 +295,12 @@ def main() -> None:
     job, *arguments = sys.argv[1:]
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(minutes=5))
-    try:
-        JOBS[job](rank, *arguments)
-    finally:
-        dist.destroy_process_group()
+    JOBS[job](rank, *arguments)
+    dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # gloo's threads are at times still running when the interpreter takes the group down, which aborts the process
+    os._exit(0)
 
 
 if __name__ == "__main__":
