@@ -30,7 +30,7 @@ import pickle
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -39,6 +39,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from yolo_kd.adapters import build_adapters
 from yolo_kd.errors import PairError
@@ -598,3 +599,35 @@ def _finite(loss: Loss, step: Step) -> dict[str, Tensor]:
     for name, parameter in loss.named_parameters():
         assert parameter.grad is None or parameter.grad.isfinite().all(), f"gradient of {name}"
     return columns
+
+
+def check_waits_for_nothing(cls: type[Loss]) -> None:
+    """A step asks no tensor for its values, which would let the host wait for the device.
+
+    The tensors here have shapes and no values: reading one raises, and so does a shape that depends on one (boolean
+    indexing, `unique`).
+    """
+    pair = make_pair()
+    step = make_step(pair, seed=3)
+    mode = FakeTensorMode()
+
+    def fake(record: Any) -> Any:
+        """Return a record whose tensors, also those of records inside, have no values."""
+
+        def of(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return mode.from_tensor(value)
+            if isinstance(value, dict):
+                return {k: of(v) for k, v in value.items()}
+            if isinstance(value, tuple):
+                return tuple(of(v) for v in value)
+            return fake(value) if is_dataclass(value) else value
+
+        return replace(record, **{f.name: of(getattr(record, f.name)) for f in fields(record)})
+
+    student = fake(step.student)
+    with mode:
+        loss = make_loss(cls, pair)
+        columns = loss(Step(student, fake(step.teacher), fake(step.targets), 0.3, Align(pair, student)))
+        torch.stack(list(columns.values())).sum().backward()
+        loss.after_step()

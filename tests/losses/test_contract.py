@@ -38,6 +38,7 @@ def run(check: str, name: str, *args: object) -> None:
         "duplication",
         "shapes",
         "state",
+        "waits_for_nothing",
     ],
 )
 def test_contract(check, name):

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.loss_contract import BOXES, duplicated, make_loss, make_pair, make_step
+from tests import loss_contract
+from tests.loss_contract import BOXES, Facts, duplicated, make_loss, make_pair, make_step
+from yolo_kd.losses import sea
 from yolo_kd.losses.sea import (
     CAD_GAIN,
     LDA_GAIN,
@@ -21,6 +23,8 @@ from yolo_kd.losses.sea import (
     semantic_masks,
 )
 from yolo_kd.views import Step
+
+FACTS = {"sea": Facts(exempt={"waits_for_nothing": "asks which classes occur on a CPU; a GPU's way is tested here"})}
 
 
 def slow_categories(boxes, labels, image_index, size, shape, stride, shrink, batch):
@@ -207,3 +211,28 @@ def test_shapes_must_agree():
         cell_alignment(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 5), *torch.zeros(2, 2, 3), torch.ones(2), 1.0, 1.0)
     with pytest.raises(ValueError, match=r"student \(3, 4\), teacher \(5, 4\)"):
         anchor_distillation(torch.zeros(3, 4), torch.zeros(5, 4), torch.ones(3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("boxes", ["typical", "overlapping", "none", "one empty image", "partly outside", "no area"])
+def test_taking_all_classes_changes_nothing(boxes, monkeypatch):
+    pair = make_pair(nc=7)
+    found = []
+    for all_classes in (False, True):
+        monkeypatch.setattr(sea, "_takes_all", lambda device, classes, taken=all_classes: taken)
+        step = make_step(pair, boxes=BOXES[boxes], seed=3)
+        columns = make_loss(SEA, pair)(step)
+        torch.stack(list(columns.values())).sum().backward()
+        found.append((columns, [f.grad for f in step.student.features]))
+    for name, value in found[0][0].items():
+        assert value.item() == pytest.approx(found[1][0][name].item(), rel=1e-5, abs=1e-7)
+    for compact, whole in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(compact, whole, rtol=1e-4, atol=1e-7)
+
+
+def test_takes_all_classes_on_a_gpu_unless_they_are_many():
+    assert [sea._takes_all(*case) for case in (("cpu", 3), ("cuda", 80), ("cuda", 1203))] == [False, True, False]
+
+
+def test_waits_for_nothing_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(sea, "_takes_all", lambda device, classes: True)
+    loss_contract.check_waits_for_nothing(SEA)

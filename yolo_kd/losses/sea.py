@@ -19,6 +19,7 @@ TDD_GAIN = 14.0
 LDA_GAIN = 14.0
 
 CHUNK = 2**24  # cells of box masks held at once
+FEW_CLASSES = 128  # up to here a GPU handles classes that do not occur faster than it answers which do
 COSINE_EPS = 1e-4  # least norm of a feature in a cosine: bounds the gradient of cells that are all zero
 NEVER = -1e4  # similarity to a category that no cell belongs to
 
@@ -289,25 +290,48 @@ class SEA(Loss):
         }
 
     def _categories(self, step: Step) -> list[Categories]:
-        """Return the categories of every level's cells; P counts the classes in the batch."""
+        """Return the categories of every level's cells."""
         targets = step.targets
         assert isinstance(targets, Targets)  # the distiller supplies what `reads` names
-        batch, boxes, image = targets.batch_size, targets.clipped_boxes, targets.image_index
-        classes, labels = targets.labels.unique(return_inverse=True)
-        total = len(classes)
-        # within its image a class is known by its rank among the image's classes
-        found, row = (image * total + labels).unique(return_inverse=True)
-        image_of, class_of = found // max(total, 1), found % max(total, 1)
-        first = torch.searchsorted(found, torch.arange(batch, device=found.device) * total)
-        rank = torch.arange(len(found), device=found.device) - first[image_of]
-        most = int(rank.max()) + 1 if len(found) else 0
-        index = found.new_zeros(batch, most)
-        index[image_of, rank] = class_of
-        index = torch.cat([index, total + index, index.new_full((batch, 1), 2 * total)], dim=1)
-        t = step.teacher
+        classes = step.student.scores.shape[-1]
+        numbered = _all_classes if _takes_all(targets.boxes.device.type, classes) else _occurring
+        slot, which, total = numbered(targets, classes)
+        index = torch.cat([which, total + which, which.new_full((targets.batch_size, 1), 2 * total)], dim=1)
+        boxes, image, t = targets.clipped_boxes, targets.image_index, step.teacher
+        most = which.shape[1]
         return [
             count_cells(
-                semantic_masks(boxes, rank[row], image, most, batch, shape, stride, self.shrink), index, 2 * total + 1
+                semantic_masks(boxes, slot, image, most, targets.batch_size, shape, stride, self.shrink),
+                index,
+                2 * total + 1,
             )
             for shape, stride in zip(t.shapes, t.strides, strict=True)
         ]
+
+
+def _takes_all(device: str, classes: int) -> bool:
+    """Return whether maps of all classes cost less than asking which of them occur: on a CPU nothing waits."""
+    return device != "cpu" and classes <= FEW_CLASSES
+
+
+def _occurring(targets: Targets, _classes: int) -> tuple[Tensor, Tensor, int]:
+    """Number the classes that occur, in each image apart; the host waits for the answer.
+
+    Returns:
+        The number of each box's class within its image, (M,); the class of each number, (B, Q); classes in the batch.
+    """
+    classes, labels = targets.labels.unique(return_inverse=True)
+    total = len(classes)
+    found, row = (targets.image_index * total + labels).unique(return_inverse=True)
+    image_of, class_of = found // max(total, 1), found % max(total, 1)
+    first = torch.searchsorted(found, torch.arange(targets.batch_size, device=found.device) * total)
+    rank = torch.arange(len(found), device=found.device) - first[image_of]
+    which = found.new_zeros(targets.batch_size, int(rank.max()) + 1 if len(found) else 0)
+    which[image_of, rank] = class_of
+    return rank[row], which, total
+
+
+def _all_classes(targets: Targets, classes: int) -> tuple[Tensor, Tensor, int]:
+    """Do the same with every class of the model, without asking the device which of them occur."""
+    labels = targets.labels
+    return labels, torch.arange(classes, device=labels.device).expand(targets.batch_size, -1), classes
