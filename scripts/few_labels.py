@@ -1,0 +1,215 @@
+#!/usr/bin/env python3
+r"""Few labels and a pool of images without any: what is the pool worth? Every arm takes the same number of steps.
+
+    python scripts/few_labels.py --data DATA --labels cfg/experiments/bccd_20_percent.txt --teacher teacher.pt \
+        --student yolov8n.yaml --out runs/few20
+
+DATA is a folder with data.yaml, images/ and labels/ in YOLO format; it is copied, since label caches are written beside
+labels. The list names the training images that keep their labels, one stem a line. Arms:
+
+    few        the few labels, the student alone
+    few_kd     the few labels, distilled
+    hard       the few labels, and the teacher's detections above --hard as labels of the pool: plain pseudo-labels
+    distill, pseudo, both   the few labels and unlabeled= with that mode
+    all        all labels, the student alone
+    all_kd     all labels, distilled
+    none_distill, none_pseudo, none_both   no label at all: every training image is in the pool
+
+A list of few images is repeated, so that an epoch of every arm has as many steps. A run that is finished is not
+repeated, one that was interrupted goes on. The table that is printed has mean and spread over the seeds, and the paired
+difference to `hard` and to `all` with its 95 % interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from yolo_kd.compare.statistics import paired, points, spread
+
+POOL_ARMS = ("distill", "pseudo", "both")
+ARMS = ("few", "few_kd", "hard", *POOL_ARMS, "all", "all_kd", *(f"none_{mode}" for mode in POOL_ARMS))
+SPLITS = ("val", "test")
+
+
+def main() -> None:
+    """Make the variants of the data set, train every arm, validate, and print the table."""
+    args = parse()
+    out = args.out.resolve()
+    data = make_data(args, out / "data")
+    runs = [(arm, seed) for seed in range(args.seeds) for arm in args.arms]
+    with ThreadPoolExecutor(args.jobs) as workers:
+        done = list(workers.map(lambda run: train(args, out, data, *run), runs))
+    finished = [run for run, ok in zip(runs, done, strict=True) if ok]
+    figures = {f"{arm} {seed}": evaluate(args, out / f"{arm}_{seed}", data["all"]) for arm, seed in finished}
+    (out / "figures.json").write_text(json.dumps(figures, indent=1))
+    print(table(args.arms, finished, figures))
+    sys.exit(0 if all(done) else 1)
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data set")
+    parser.add_argument("--labels", type=Path, required=True, help="list of the images that keep their labels")
+    parser.add_argument("--teacher", type=Path, required=True, help="teacher that was trained on all labels")
+    parser.add_argument("--student", default="yolov8n.yaml", help="student: model YAML or checkpoint")
+    parser.add_argument("--kd", default="default", help="recipe of the distilled arms")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="arms to train")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm")
+    parser.add_argument("--hard", type=float, default=0.4, help="least confidence of a plain pseudo-label")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, one thread each")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("keys", nargs="*", help="keys of all trainings, such as epochs=30 imgsz=320")
+    return parser.parse_args()
+
+
+# ------------------------------------------------------------------------------------------------------ the data
+def make_data(args: argparse.Namespace, folder: Path) -> dict[str, Path]:
+    """Return the data YAMLs, and the list of the pool as `pool`."""
+    names = {kind: folder / f"{kind}.yaml" for kind in ("all", "few", "hard", "none")}
+    names |= {"pool": folder / "pool.txt", "everything": folder / "everything.txt"}
+    if all(path.exists() for path in names.values()):
+        return names
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(args.data, folder, copy_function=shutil.copyfile)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(path.stat().st_mode | 0o200)
+    told = yaml.safe_load((folder / "data.yaml").read_text(encoding="utf-8"))
+    images = sorted((folder / told["train"]).iterdir())
+    chosen = set(args.labels.read_text(encoding="utf-8").split())
+    if unknown := chosen - {image.stem for image in images}:
+        sys.exit(f"{args.labels} names {len(unknown)} images that {args.data} does not have, such as {min(unknown)}.")
+    few = [image for image in images if image.stem in chosen]
+    pool = [image for image in images if image.stem not in chosen]
+    repeated = [few[i % len(few)] for i in range(len(images))]
+    lists = {"all": images, "few_once": few, "few": repeated, "pool": pool, "everything": images}
+    lists["hard"] = few + pseudo_labelled(args, pool, folder)
+    for name, paths in lists.items():
+        (folder / f"{name}.txt").write_text("".join(f"{path}\n" for path in paths), encoding="utf-8")
+    (folder / "few_once.yaml").write_text(described(told, folder, "few_once.txt"), encoding="utf-8")
+    for name in ("all", "few", "hard"):
+        names[name].write_text(described(told, folder, f"{name}.txt"), encoding="utf-8")
+    names["none"].write_text(described({k: v for k, v in told.items() if k != "train"}, folder), encoding="utf-8")
+    return names
+
+
+def described(told: dict[str, Any], folder: Path, train: str | None = None) -> str:
+    """Return a data YAML with another training list."""
+    return yaml.safe_dump({**told, "path": str(folder), **({"train": train} if train else {})}, sort_keys=False)
+
+
+def pseudo_labelled(args: argparse.Namespace, pool: list[Path], folder: Path) -> list[Path]:
+    """Return copies of the pool's images, with the teacher's detections as labels where Ultralytics looks for them."""
+    from ultralytics import YOLO
+
+    images, labels = folder / "hard" / "images", folder / "hard" / "labels"
+    images.mkdir(parents=True)
+    labels.mkdir()
+    size = next((key.partition("=")[2] for key in args.keys if key.startswith("imgsz=")), "640")
+    teacher = YOLO(args.teacher)
+    copies = []
+    for image in pool:
+        copies.append(Path(shutil.copyfile(image, images / image.name)))
+        found = teacher.predict(image, conf=args.hard, imgsz=int(size), verbose=False)[0].boxes
+        rows = zip(found.cls.tolist(), found.xywhn.tolist(), strict=True)
+        text = "".join(f"{int(label)} {' '.join(f'{v:.6f}' for v in box)}\n" for label, box in rows)
+        (labels / f"{image.stem}.txt").write_text(text, encoding="utf-8")
+    return copies
+
+
+# ------------------------------------------------------------------------------------------------------ the runs
+def keys_of(args: argparse.Namespace, arm: str, data: dict[str, Path]) -> list[str]:
+    """Return what an arm trains with."""
+    distilled = [f"teacher={args.teacher.resolve()}", f"kd={args.kd}"]
+    if arm in ("few", "hard", "all"):
+        return [f"data={data[arm]}", "kd=none"]
+    if arm in ("few_kd", "all_kd"):
+        return [f"data={data[arm.removesuffix('_kd')]}", *distilled]
+    if arm in POOL_ARMS:
+        once = data["few"].with_name("few_once.yaml")
+        return [f"data={once}", *distilled, f"unlabeled={data['pool']}", f"unlabeled_mode={arm}"]
+    mode = arm.removeprefix("none_")
+    return [f"data={data['none']}", *distilled, f"unlabeled={data['everything']}", f"unlabeled_mode={mode}"]
+
+
+def train(args: argparse.Namespace, out: Path, data: dict[str, Path], arm: str, seed: int) -> bool:
+    """Train one arm with one seed, and return whether it has finished."""
+    folder = out / f"{arm}_{seed}"
+    done, last = folder / "done", folder / "weights" / "last.pt"
+    if done.exists():
+        return True
+    words = [sys.executable, "-m", "yolo_kd", "train"]
+    if last.exists():
+        words += [f"resume={last}", *(["kd=none"] if arm in ("few", "hard", "all") else [])]
+    else:
+        words += [f"student={args.student}", *keys_of(args, arm, data), *args.keys, f"seed={seed}", "threads=1"]
+        words += ["plots=False", "exist_ok=True", f"project={out}", f"name={arm}_{seed}"]
+    print(f"{arm} seed {seed}: {'goes on' if last.exists() else 'starts'}", flush=True)
+    with open(out / f"{arm}_{seed}.log", "a", encoding="utf-8") as log:
+        code = subprocess.run(words, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    if code.returncode == 0:
+        done.touch()
+    else:
+        print(f"{arm} seed {seed} failed, see {log.name}", flush=True)
+    return code.returncode == 0
+
+
+def evaluate(args: argparse.Namespace, folder: Path, data: Path) -> dict[str, float]:
+    """Return mAP50-95 of a run's best checkpoint on every split that the data set has."""
+    from ultralytics import YOLO
+
+    kept = folder / "figures.json"
+    if not kept.exists():
+        size = next((int(key.partition("=")[2]) for key in args.keys if key.startswith("imgsz=")), 640)
+        told = yaml.safe_load(data.read_text(encoding="utf-8"))
+        found = {}
+        for split in (split for split in SPLITS if told.get(split)):
+            quiet = {"plots": False, "verbose": False, "workers": 0, "project": str(folder), "name": "val"}
+            metrics = YOLO(folder / "weights" / "best.pt").val(data=str(data), imgsz=size, split=split, **quiet)
+            found[split] = float(metrics.box.map)
+        kept.write_text(json.dumps(found))
+    return json.loads(kept.read_text(encoding="utf-8"))
+
+
+def table(arms: list[str], finished: list[tuple[str, int]], figures: dict[str, dict[str, float]]) -> str:
+    """Return the Markdown table."""
+    splits = [split for split in SPLITS if any(split in row for row in figures.values())]
+
+    def values(arm: str, split: str) -> dict[int, float]:
+        return {seed: figures[f"{arm} {seed}"][split] for name, seed in finished if name == arm}
+
+    def difference(arm: str, other: str, split: str) -> str:
+        found = paired(values(arm, split), values(other, split))
+        if arm == other or found.mean is None:
+            return "-"
+        interval = "" if found.low is None or found.high is None else f" ({points(found.low)} to {points(found.high)})"
+        return f"{points(found.mean)}{interval}"
+
+    titles = ["arm", "seeds"]
+    for split in splits:
+        titles += [split, f"{split} over `hard`", f"{split} over `all`"]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for arm in arms:
+        if not any(name == arm for name, _ in finished):
+            continue
+        cells = [f"`{arm}`", str(sum(name == arm for name, _ in finished))]
+        for split in splits:
+            s = spread(list(values(arm, split).values()))
+            cells.append(f"{s.mean:.3f}" + ("" if s.sd is None else f" ± {s.sd:.3f}"))
+            cells += [difference(arm, other, split) for other in ("hard", "all")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
