@@ -339,6 +339,39 @@ def test_a_stopped_run_trains_every_batch_once(
     assert not previous_of(run.last).exists()
 
 
+def _without_groups(state: dict[str, Any]) -> None:
+    del state["param_groups"]
+
+
+def _fewer_weights(state: dict[str, Any]) -> None:
+    state["param_groups"][0]["params"].pop()
+
+
+def _other_shape(state: dict[str, Any]) -> None:
+    next(s for s in state["state"].values() if "exp_avg" in s)["exp_avg"] = torch.zeros(7)
+
+
+def _no_tensors(state: dict[str, Any]) -> None:
+    state["state"] = {0: "nothing"}
+
+
+def _no_adapters(state: dict[str, Any]) -> None:
+    state["yolo_kd"] = {"adapters.x": torch.zeros(1)}
+
+
+def test_damaged_training_state_is_a_sentence(tmp_path: Path, shapes: Path, models: dict[str, str]) -> None:
+    run = Run(tmp_path, shapes, models)
+    train_here(run, resume=False, until=2)
+    whole = run.last.read_bytes()
+    for damage_it in (_without_groups, _fewer_weights, _other_shape, _no_tensors, _no_adapters):
+        run.last.write_bytes(whole)
+        checkpoint = run.saved()
+        damage_it(checkpoint["optimizer"])
+        torch.save(checkpoint, run.last)
+        with pytest.raises(CheckpointError, match=r"last\.pt cannot be resumed: its training state is damaged"):
+            train_here(run, resume=True, until=None)
+
+
 def test_without_saving_a_signal_saves_nevertheless(tmp_path: Path, shapes: Path, models: dict[str, str]) -> None:
     run = Run(tmp_path, shapes, models, save=False)
     trainer: Any = DistillationTrainer(overrides=run.keys)

@@ -7,13 +7,14 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import torch
 from ultralytics.engine import trainer as engine
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK
 
 from yolo_kd import history, saving
 from yolo_kd.checkpoints import quiet
-from yolo_kd.errors import ConfigError, DataError, YoloKDError
+from yolo_kd.errors import CheckpointError, ConfigError, DataError, YoloKDError
 from yolo_kd.position import POSITION, Position, RestOfEpoch
 from yolo_kd.signals import Interrupted, SignalWatch, Terminated, terminate_children
 
@@ -89,6 +90,27 @@ class DurableTrainer(DetectionTrainer):
             self._time_before = history.cut(self.csv, finished, ckpt.get("train_results"))
             self._complete_files(ckpt)
         return None
+
+    def _load_checkpoint_state(self, ckpt: dict) -> None:
+        """Restore the state of a training, which may be damaged in a file that is whole.
+
+        Raises:
+            CheckpointError: If it does not fit this training.
+        """
+        try:
+            super()._load_checkpoint_state(ckpt)
+            for p, state in self.optimizer.state.items():
+                for name, value in state.items():
+                    if isinstance(value, torch.Tensor) and value.ndim and value.shape != p.shape:
+                        raise ValueError(f"{name} of shape {[*value.shape]} for a weight of shape {[*p.shape]}")
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.args.model} cannot be resumed: its training state is damaged or of another model "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:120]}). Resume from another checkpoint of the "
+                "run, or start a new one."
+            ) from error
 
     def _is_complete(self, ckpt: dict) -> bool:
         """Return whether a run ended before it was finished: all its epochs are done, or it stopped early."""
