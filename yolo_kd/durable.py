@@ -108,8 +108,8 @@ class DurableTrainer(DetectionTrainer):
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{self.args.model} cannot be resumed: its training state is damaged or of another model "
-                f"({type(error).__name__}: {' '.join(str(error).split())[:120]}). Resume from another checkpoint of the "
-                "run, or start a new one."
+                f"({type(error).__name__}: {' '.join(str(error).split())[:120]}). Resume from another checkpoint of "
+                "the run, or start a new one."
             ) from error
 
     def _is_complete(self, ckpt: dict) -> bool:
