@@ -288,19 +288,24 @@ class ClassMap:
         """Show which class is which, for the log."""
         if self.is_identity:
             return f"Classes: all {len(self.student)} of teacher and student agree"
+        rows = self.rows()
+        width = max(len(left) for left, _ in rows)
+        lines = [f"Classes: {len(self.matched)} of the student's {len(self.student)} have a class of the teacher"]
+        return "\n".join([*lines, *(f"  {left.ljust(width)}  {right}" for left, right in rows)])
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the table's rows, headings first: a class of the student, and what it is of the teacher."""
         sources = [" + ".join(f"{i} {self.teacher[i]}" for i in s) or "-" for s in self.sources]
         plain = [i for i, s in enumerate(self.sources) if s == (i,) and self.teacher[i] == self.student[i]]
         hidden = set(plain[_SHOWN:]) if len(plain) > _SHOWN + 1 else set()
         cells = [(f"{i} {self.student[i]}", sources[i]) for i in range(len(self.student)) if i not in hidden]
-        width = max(len(left) for left, _ in [*cells, ("student", "")])
-        lines = [f"Classes: {len(self.matched)} of the student's {len(self.student)} have a class of the teacher"]
-        lines += [f"  {left.ljust(width)}  {right}" for left, right in [("student", "teacher"), *cells]]
+        rows = [("student", "teacher"), *cells]
         if hidden:
-            lines.append(f"  and {len(hidden)} more of the same name and index")
+            rows.append((f"{len(hidden)} more", "of the same name and index"))
         used = {i for s in self.sources for i in s}
         if unused := [name for i, name in enumerate(self.teacher) if i not in used]:
-            lines.append(f"  of the teacher's, nothing is learned from {short(unused)}")
-        return "\n".join(lines)
+            rows.append(("(not learned)", short(unused)))
+        return rows
 
 
 class MappedTail(nn.Module):
@@ -359,8 +364,8 @@ def match(
     theirs, ours = (tuple(str(names[i]) for i in sorted(names)) for names in (teacher, student))
     equal = [normalised(n) for n in theirs] == [normalised(n) for n in ours]
     meaningless = any(is_placeholder(n) for n in ours)
-    mapped = isinstance(class_map, Mapping)
-    if class_map == INDEX or (by_index and not mapped) or (equal and not mapped):
+    mapped = class_map if isinstance(class_map, Mapping) else None
+    if class_map == INDEX or (mapped is None and (by_index or equal)):
         if len(theirs) != len(ours):
             raise PairError(
                 f"classes cannot be paired by index: the teacher knows {len(theirs)} ({short(theirs)}), the data set "
@@ -369,8 +374,8 @@ def match(
         by = "index" if class_map == INDEX or by_index else "placeholder" if meaningless else "name"
         return ClassMap(theirs, ours, tuple((i,) for i in range(len(ours))), by)
     pairs = _by_name(theirs, ours)
-    if mapped:
-        pairs |= _resolve(class_map, theirs, ours)
+    if mapped is not None:
+        pairs |= _resolve(mapped, theirs, ours)
     sources = tuple(tuple(t for t in sorted(pairs) if pairs[t] == s) for s in range(len(ours)))
     return ClassMap(theirs, ours, sources)
 

@@ -137,7 +137,7 @@ def extend_head(model: nn.Module, source: nn.Module, names: Sequence[str]) -> No
         PairError: If a tensor has no place in the new head.
     """
     head, trained = head_of(model), head_of(source)
-    theirs = {normalised(str(name)): i for i, name in source.names.items()}  # type: ignore[union-attr, operator]
+    theirs = {normalised(str(name)): i for i, name in source.names.items()}  # type: ignore[operator, union-attr]
     pairs = [(i, theirs[normalised(name)]) for i, name in enumerate(names) if normalised(name) in theirs]
     rows, origins = ([pair[k] for pair in pairs] for k in (0, 1))
     for attribute in BRANCHES:
@@ -159,7 +159,8 @@ def extend_head(model: nn.Module, source: nn.Module, names: Sequence[str]) -> No
 def _place(tensor: Tensor, values: Tensor, rows: Sequence[int]) -> None:
     """Write values into rows of a tensor, into the leading columns of these; their other columns become zero."""
     block = tensor.new_zeros(len(rows), *tensor.shape[1:])
-    block[(slice(None), *(slice(0, n) for n in values.shape[1:]))] = values.to(tensor.dtype)
+    leading = (slice(None), *(slice(0, n) for n in values.shape[1:]))
+    block[leading] = values.to(tensor.dtype)
     tensor[list(rows)] = block
 
 
@@ -175,7 +176,7 @@ def check_extendable(model: nn.Module, source: nn.Module, teacher: Sequence[str]
     Raises:
         PairError: If the student lacks a class of the teacher, or its head cannot be extended.
     """
-    own = {normalised(str(name)) for name in source.names.values()}  # type: ignore[union-attr, operator]
+    own = {normalised(str(name)) for name in source.names.values()}  # type: ignore[operator]
     if lacking := [name for name in teacher if normalised(name) not in own]:
         raise PairError(
             f"keep_classes=teacher keeps the classes that the student knows, but student={file} does not know "
@@ -199,6 +200,5 @@ def check_extendable(model: nn.Module, source: nn.Module, teacher: Sequence[str]
             skip = 1 if name.rpartition(".")[0] in classes else 0
             if any(a > b for a, b in zip(tensor.shape[skip:], new[name].shape[skip:], strict=True)):
                 raise PairError(
-                    f"{refused}: {attribute}.{name} is {tuple(tensor.shape)} and would become "
-                    f"{tuple(new[name].shape)}."
+                    f"{refused}: {attribute}.{name} is {tuple(tensor.shape)} and would become {tuple(new[name].shape)}."
                 )
