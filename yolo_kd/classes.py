@@ -147,8 +147,12 @@ def _read_class_map(value: Any, where: str, problems: list[str]) -> dict[str | i
 
 def normalised(name: str) -> str:
     """Return a class name without case, spaces and punctuation; a name of nothing else keeps its signs."""
-    folded = str(name).strip().casefold()
+    folded = _folded(name)
     return re.sub(r"[\W_]+", "", folded) or folded
+
+
+def _folded(name: str) -> str:
+    return str(name).strip().casefold()
 
 
 def is_placeholder(name: str) -> bool:
@@ -362,7 +366,9 @@ def match(
         PairError: If classes are to be paired by index and the counts differ.
     """
     theirs, ours = (tuple(str(names[i]) for i in sorted(names)) for names in (teacher, student))
-    equal = [normalised(n) for n in theirs] == [normalised(n) for n in ours]
+    spelled = [[_folded(n) for n in names] for names in (theirs, ours)]
+    bare = [[normalised(n) for n in names] for names in (theirs, ours)]
+    equal = spelled[0] == spelled[1] or (bare[0] == bare[1] and len({*bare[0]}) == len(bare[0]))
     meaningless = any(is_placeholder(n) for n in ours)
     mapped = class_map if isinstance(class_map, Mapping) else None
     if class_map == INDEX or (mapped is None and (by_index or equal)):
@@ -383,7 +389,7 @@ def match(
 def _by_name(theirs: Sequence[str], ours: Sequence[str]) -> dict[int, int]:
     """Return the student's class for each class of the teacher whose name it has, and no other class of either."""
     pairs: dict[int, int] = {}
-    for spell in (lambda name: name.strip().casefold(), normalised):
+    for spell in (_folded, normalised):
         left = {i: spell(n) for i, n in enumerate(theirs) if i not in pairs and not is_placeholder(n)}
         right = {i: spell(n) for i, n in enumerate(ours) if i not in pairs.values() and not is_placeholder(n)}
         counts = Counter(left.values()), Counter(right.values())
@@ -418,7 +424,7 @@ def _resolve(class_map: Mapping[str | int, str | int], theirs: Sequence[str], ou
 def _find(word: str | int, side: str, names: Sequence[str], problems: list[str]) -> int | None:
     """Return the index of a class by its name, or by its index where no class is called so."""
     if isinstance(word, str):
-        for spell in (str, lambda name: name.strip().casefold(), normalised):
+        for spell in (str, _folded, normalised):
             if len(found := [i for i, name in enumerate(names) if spell(name) == spell(word)]) == 1:
                 return found[0]
             if found:
