@@ -443,6 +443,12 @@ def _find(word: str | int, side: str, names: Sequence[str], problems: list[str])
     return None
 
 
+def indices_of(names: Sequence[str], among: Sequence[str]) -> list[int] | None:
+    """Return the index of each class among others, None unless every one of them is there by name, and once."""
+    sources = match(dict(enumerate(among)), dict(enumerate(names))).sources
+    return [s[0] for s in sources] if all(len(s) == 1 for s in sources) else None
+
+
 def nothing_matched(classes: ClassMap, data: Any, single: bool = False) -> str:
     """Say that no class of the student is one of the teacher's, and what to write."""
     equal = len(classes.teacher) == len(classes.student)

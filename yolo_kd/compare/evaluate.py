@@ -25,8 +25,10 @@ from ultralytics.utils.ops import scale_boxes
 from ultralytics.utils.torch_utils import get_flops, get_num_params
 
 from yolo_kd.checkpoints import load_checkpoint_file, load_detector, quiet, restricted_loading, sha256
+from yolo_kd.classes import indices_of, short
 from yolo_kd.compare.runs import fingerprint, write_text
 from yolo_kd.compare.sizes import ImageResult, ap_by_size
+from yolo_kd.errors import CheckpointError
 from yolo_kd.taps import strides_of
 
 METRICS = ("mAP50-95", "mAP50", "precision", "recall")
@@ -34,7 +36,7 @@ METRICS = ("mAP50-95", "mAP50", "precision", "recall")
 _SETTINGS = ("imgsz", "batch", "device", "single_cls", "classes", "iou", "max_det", "agnostic_nms", "workers", "nms")
 # latency: seconds for all files, rounds in which each file sees one picture
 _BUDGET, _WARM_UP, _MIN_ROUNDS, _MAX_ROUNDS = 10.0, 5, 15, 500
-_VERSION = 1  # of the files that results are kept in
+_VERSION = 2  # of the files that results are kept in
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,37 @@ def settings_of(keys: Mapping[str, Any], data: Mapping[str, Any], trust: bool) -
 
 
 class Recorder(DetectionValidator):
-    """Ultralytics' validator, which also keeps every prediction and label in pixels of the picture's file."""
+    """Ultralytics' validator, which also keeps every prediction and label in pixels of the picture's file.
+
+    Labels are brought to the classes of the model by name, where it has the data set's classes at other indices: a
+    teacher that knows more, or a student that kept its teacher's.
+    """
 
     images: list[ImageResult]
+    index_of: torch.Tensor | None
 
     def init_metrics(self, model: torch.nn.Module) -> None:
         """Start anew."""
         super().init_metrics(model)
         self.images = []
+        self.index_of = None
+        if self.args.single_cls:
+            return
+        theirs, ours = ([str(names[i]) for i in sorted(names)] for names in (model.names, self.data["names"]))  # type: ignore[index, arg-type]
+        if (found := indices_of(ours, theirs)) is not None:
+            self.index_of = torch.tensor(found)
+        elif len(theirs) != len(ours):
+            raise CheckpointError(
+                f"a model of {len(theirs)} classes ({short(theirs)}) cannot be evaluated on this data set: it does not "
+                f"have the data set's {len(ours)} ({short(ours)})."
+            )
+
+    def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Let labels count in the model's classes."""
+        batch = super().preprocess(batch)
+        if self.index_of is not None:
+            batch["cls"] = self.index_of.to(batch["cls"].device)[batch["cls"].long()].to(batch["cls"].dtype)
+        return batch
 
     def update_metrics(self, preds: list[dict[str, torch.Tensor]], batch: dict[str, Any]) -> None:
         """Keep predictions and labels of a batch, then do as Ultralytics does."""
