@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -109,12 +109,18 @@ class KeptClasses:
         if "scores" not in raw:
             shielded = {name: self.shield(branch, teacher_logits) for name, branch in raw.items()}
         else:
-            columns = torch.zeros(len(self.names), dtype=torch.bool, device=teacher_logits.device)
-            columns[list(self.unlabelled)] = True
-            seen = teacher_logits[..., columns[: self.old]].float().sigmoid().ge(self.confidence).any(-1)
+            columns = _mask(self.unlabelled, len(self.names), teacher_logits.device)
+            old = teacher_logits.masked_fill(~columns[: self.old], ABSENT)
+            seen = old.amax(-1).float().sigmoid() >= self.confidence
             hidden = seen[:, None, :] & columns[None, :, None]  # (B, classes, A), as heads hand out their scores
             shielded = {**raw, "scores": raw["scores"].masked_fill(hidden, ABSENT)}
         return (*predictions[:1], shielded, *predictions[2:]) if isinstance(predictions, tuple) else shielded
+
+
+@lru_cache(maxsize=8)
+def _mask(indices: tuple[int, ...], count: int, device: torch.device) -> Tensor:
+    """Return a mask of `count` classes, made once: a GPU is not to wait for it in every step."""
+    return torch.tensor([i in indices for i in range(count)], device=device)
 
 
 # ------------------------------------------------------------------------------------------------ the student's head
