@@ -68,6 +68,7 @@ TEXTS: dict[str, str] = {
     # experiments
     "cfg_empty.yaml": "",
     "cfg_list.yaml": "- a\n",
+    "cfg_map.yaml": f"{EXPERIMENT}class_map: {{circel: circle}}\n",
     "cfg_key.yaml": f"{EXPERIMENT}epoch: 3\n",
     "cfg_cfg.yaml": f"{EXPERIMENT}cfg: other.yaml\n",
     "cfg_trust.yaml": f"{EXPERIMENT}trust_checkpoints: true\n",
@@ -156,6 +157,9 @@ def _checkpoints_to_resume(folder: Path, good: Path) -> None:
     write("recipe", kd={"recipe": {"losses": {"fdg": {}}}})
     write("part", kd={"teacher": ...})
     write("kind", kd={"teacher": 3})
+    write("classes", kd={"classes": {"teacher": ["a"], "student": ["b"], "sources": [[7]], "by": "name"}})
+    write("renamed", kd={"classes": {"teacher": ["a"], "student": ["b"], "sources": [[0]], "by": "name"}})
+    write("mapping", kd={"class_map": [1]})
     write("teacher", kd={"teacher": str(folder / "no.pt")})
     write("other", kd={"teacher": str(folder / "small.pt")})
     write("endless", kd={"teacher": "/dev/zero"})
@@ -266,7 +270,14 @@ BAD: list[tuple[str, str]] = [
     ("train teacher={tensor.pt}", "is not an Ultralytics checkpoint: it holds no model"),
     ("train teacher={ema.pt}", "is not an Ultralytics checkpoint: it holds no model"),
     ("train teacher={segment.pt}", r"is a model for the task 'segment'; a detector \(task 'detect'\) is needed"),
-    ("train teacher={two.pt}", "knows 2 classes, .* has 3"),
+    ("train teacher={two.pt}", r"none of the 3 classes of .* the teacher's 2 \(a, b\)\. Say which is which, such as"),
+    ("train teacher={two.pt} class_map=index", r"the teacher knows 2 \(a, b\), the data set has 3"),
+    ("train class_map={}", "class_map is empty, so it maps nothing"),
+    ("train class_map=circle", "class_map must be index or a mapping"),
+    ("train cfg={cfg_map.yaml}", r"the teacher has no class 'circel'\. Did you mean 'circle'\?"),
+    ("train keep_classes=yes", "keep_classes must be teacher, received 'yes'"),
+    ("train keep_classes=teacher", "has no class that the teacher does not know"),
+    ("train keep_conf=0.5", "add keep_classes=teacher, or leave keep_conf out"),
     ("train teacher=yolov8s.yaml", "its weights would be random and teach nothing"),
     ("train teacher=yolov8n-p6.yaml random_teacher=true", "levels of stride 8, 16 or 32"),
     ("train teacher=rtdetr-l.yaml random_teacher=true", "it ends in RTDETRDecoder"),
@@ -303,7 +314,7 @@ BAD: list[tuple[str, str]] = [
     ("train data={data_bash.yaml}", r"wants to run a script to fetch its images \('download:'\), which yolo-kd"),
     ("train data={data_bomb.yaml}", "aliases that multiply to more than 200,000 values"),
     ("train data={data_deep.yaml}", "nested more than 50 deep"),
-    ("train data={data_four.yaml}", "knows 3 classes, .* has 4"),
+    ("train data={data_four.yaml}", r"none of the 4 classes of data=.* \(a, b, c, d\) has the name of one of"),
     ("train data={data_channels.yaml}", "teacher=.* takes images of 3 channels, data=.* has 1"),
     ("train data={data_types.yaml}", "'path' must be"),
     ("train data={good.pt}", "cannot be used"),
@@ -332,6 +343,9 @@ BAD: list[tuple[str, str]] = [
     ("train resume={run/weights/recipe.pt}", "unknown loss 'fdg'"),
     ("train resume={run/weights/part.pt}", "record of its distillation lacks 'teacher'"),
     ("train resume={run/weights/kind.pt}", "record of its distillation is damaged"),
+    ("train resume={run/weights/classes.pt}", "record of its distillation is damaged: its class map"),
+    ("train resume={run/weights/renamed.pt}", r"class 0 was 'b' \(of the teacher: a\) and is 'circle'"),
+    ("train resume={run/weights/mapping.pt}", "class_map must be index or a mapping"),
     ("train resume={run/weights/teacher.pt}", "the teacher .*no.pt of this run is gone"),
     ("train resume={run/weights/other.pt}", "is not the file this run began with"),
     ("train resume={run/weights/endless.pt}", "the teacher /dev/zero of this run is gone"),

@@ -129,7 +129,7 @@ def test_everything_wrong_is_found_at_once(shapes: Path, student: Path, tmp_path
     other = narrow_checkpoint("yolov8n-p6", tmp_path, nc=2, names={0: "a", 1: "b"})
     report = check(asked(other, student, shapes, kd="objectness"))
     assert report.verdict == BROKEN
-    assert found(report, "error", "pair", "knows 2 classes", "has 3")
+    assert found(report, "error", "pair", "none of the 3 classes", "the teacher's 2 (a, b)")
     assert found(report, "error", "levels of stride 8, 16 or 32")
     assert report.facts["images"] == {"train": 16, "val": 8}
     assert [row["stride"] for row in report.facts["levels"]] == [8, 16, 32, 64]

@@ -16,10 +16,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("adapters", "archive", "guards", "position", "saving", "schedules", "signals", "speed", "values"),
         *("view_cache", "yaml_lines"),
     ),
-    ("history",),
+    ("history", "classes"),
     ("taps", "checkpoints", "datafiles", "environment", "folders", "parallel"),
-    ("teacher", "inherit", "recipe", "options", "distiller"),
-    ("audit", "batch_probe", "criterion", "durable", "plan", "resume"),
+    ("teacher", "inherit", "keep", "recipe", "options", "distiller"),
+    ("audit", "batch_probe", "criterion", "durable", "matching", "plan", "resume"),
     ("trainer", "parity"),
     ("checks", "compare", "export"),
     ("cli",),
@@ -38,6 +38,7 @@ SAME_FLOOR: frozenset[tuple[str, str]] = frozenset(
         ("losses.parts", "losses.ops"),
         ("batch_probe", "criterion"),
         ("checkpoints", "datafiles"),
+        ("plan", "matching"),
     }
 )
 """Pairs (importer, imported) of one floor that may know each other. Keep it small."""

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from yolo_kd.classes import CLASS_KEYS
 from yolo_kd.errors import ConfigError
 from yolo_kd.options import DEFAULT_RECIPE, OWN_KEYS, TrainOptions, parse_assignments, parse_train, train_options
 from yolo_kd.speed import SPEED_KEYS
@@ -296,6 +297,24 @@ def test_mistakes_in_a_mapping():
     assert line.startswith("kd.objectness.weight: weight of loss 'objectness'")
 
 
+def test_classes_are_read_with_the_other_keys(tmp_path):
+    words = ["teacher=t.pt", "student=s.pt", "data=d.yaml"]
+    found = parse_train([*words, "class_map={car:", "vehicle,", "truck: vehicle}"])
+    assert found.classes == {"class_map": {"car": "vehicle", "truck": "vehicle"}}
+    assert parse_train([*words, "class_map={'car': 'a b'}"]).classes == {"class_map": {"car": "a b"}}
+    file = tmp_path / "experiment.yaml"
+    file.write_text("class_map: {car: vehicle}\n")
+    assert parse_train([*words, f"cfg={file}"]).classes == {"class_map": {"car": "vehicle"}}
+    assert parse_train([*words, f"cfg={file}", "class_map=index"]).classes == {"class_map": "index"}
+    assert parse_train([*words, "keep_classes=teacher"]).classes == {"keep_classes": "teacher", "keep_conf": 0.05}
+    assert parse_train(words).classes == {}
+    file.write_text("class_map: {car: [vehicle]}\nkeep_conf: 3\n")
+    lines = mistakes(parse_train, [*words, f"cfg={file}"])
+    assert [line.partition(" ")[2].split(":")[0].split(" must")[0] for line in lines] == ["class_map", "keep_conf"]
+    assert "experiment.yaml:1" in lines[0]
+    assert "experiment.yaml:2" in lines[1]
+
+
 def test_own_keys_are_documented():
     assert set(OWN_KEYS) == {
         "teacher",
@@ -307,12 +326,26 @@ def test_own_keys_are_documented():
         "inherit",
         "trust_checkpoints",
         "random_teacher",
+        *CLASS_KEYS,
         *SPEED_KEYS,
     }
     assert all(text and "\n" not in text for text in OWN_KEYS.values())
 
 
-_KEYS = ["teacher", "student", "data", "kd", "kd.objectness.weight", "resume", "epochs", "imgsz", "scale", "name", "x"]
+_KEYS = [
+    "class_map",
+    "teacher",
+    "student",
+    "data",
+    "kd",
+    "kd.objectness.weight",
+    "resume",
+    "epochs",
+    "imgsz",
+    "scale",
+    "name",
+    "x",
+]
 _WORD = st.one_of(
     st.text(max_size=8),
     st.builds(

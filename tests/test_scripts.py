@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from ultralytics.models.yolo.detect import DetectionValidator
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, load_script
 from tests.models import narrow_checkpoint
 
 SCRIPTS = sorted(p.name for p in (ROOT / "scripts").glob("*.py"))
@@ -63,3 +66,55 @@ def test_picture_of_masks(shapes: Path, tmp_path: Path) -> None:
     found = run("gallery.py", "--teacher", str(teacher), "--data", str(shapes.parent), "--out", str(out))
     assert found.returncode == 0, found.stderr
     assert out.read_text().startswith("<?xml")
+
+
+def test_hits_are_those_of_ultralytics_validation() -> None:
+    script = load_script("agreement")
+    rng = np.random.default_rng(3)
+    centres, sizes = rng.uniform(20, 80, (40, 2)), rng.uniform(20, 40, (40, 2))
+    boxes = np.concatenate([centres - sizes / 2, centres + sizes / 2], 1)
+    rows = np.concatenate([boxes, np.sort(rng.uniform(size=(40, 1)))[::-1], rng.integers(0, 2, (40, 1))], 1)
+    predicted, labels = rows[:25].astype(np.float32), rows[25:].astype(np.float32)
+    labels[:8, :4] = predicted[:8, :4] + rng.normal(0, 2, (8, 4)).astype(np.float32)
+    labels[:8, 5] = predicted[:8, 5]
+    validator = DetectionValidator.__new__(DetectionValidator)
+    validator.iouv = torch.linspace(0.5, 0.95, 10)
+    iou = script.box_iou(torch.from_numpy(labels[:, :4]), torch.from_numpy(predicted[:, :4]))
+    expected = validator.match_predictions(torch.from_numpy(predicted[:, 5]), torch.from_numpy(labels[:, 5]), iou)
+    found = script.hits(predicted, labels)
+    assert found[:, 0].sum() >= 8
+    assert found.tolist() == expected.tolist()
+    assert script.hits(predicted[:0], labels).shape == (0, 10)
+
+
+@pytest.mark.e2e
+def test_agreement_with_a_teacher(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model agrees with itself, also where its classes stand at other indices; another one agrees less."""
+    script = load_script("agreement")
+    teacher = narrow_checkpoint("yolov8n", tmp_path, seed=1, file="teacher.pt")
+    checkpoint = torch.load(teacher, weights_only=False)
+    for branch in checkpoint["model"].model[-1].cv3:  # a random head sees all classes alike
+        branch[-1].weight.data *= 50
+        branch[-1].bias.data += torch.tensor([0.5, 1.5, 1.0]).half()
+    for branch in checkpoint["model"].model[-1].cv2:  # and makes boxes as large as the image
+        branch[-1].bias.data.view(4, 16)[:, 1] += 10
+    torch.save(checkpoint, teacher)
+    order = [2, 0, 1]
+    for branch in checkpoint["model"].model[-1].cv3:
+        for tensor in (branch[-1].weight, branch[-1].bias):
+            tensor.data = tensor.data[order].clone()
+    checkpoint["model"].names = dict(enumerate(["Triangle", "CIRCLE", "square"]))
+    torch.save(checkpoint, tmp_path / "shuffled.pt")
+    other = narrow_checkpoint("yolov8n", tmp_path, seed=7, file="other.pt")
+    strange = narrow_checkpoint("yolov8n", tmp_path, seed=7, names={0: "a", 1: "b", 2: "c"}, file="strange.pt")
+    words = ["--teacher", str(teacher), "--images", str(shapes.parent / "images" / "val"), "--imgsz", "64"]
+    words += ["--conf", "0.004", "--json", str(tmp_path / "figures.json")]
+    students = [str(teacher), str(tmp_path / "shuffled.pt"), str(other)]
+    assert script.main([*words, *students]) == 0
+    assert "| of the first |" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "figures.json").read_text())["students"]
+    assert rows[students[0]]["map"] > 0.9
+    assert rows[students[1]]["of_first"] == pytest.approx(1, abs=0.02)
+    assert rows[students[2]]["of_first"] < 0.7
+    assert script.main([*words, str(strange)]) == 2
+    assert "has none of the teacher's classes (circle, square, triangle)" in capsys.readouterr().err

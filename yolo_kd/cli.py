@@ -39,6 +39,8 @@ Keys of train besides Ultralytics' own:
   cfg=                     experiment file: any of these keys in YAML
   inherit=true             start the student's neck and head from the teacher's where shapes agree
   trust_checkpoints=true   load files that ask for more than weights; they can run code
+  class_map=               which teacher class is which of the student: '{{car: vehicle, truck: vehicle}}', or index
+  keep_classes=teacher     keep the teacher's classes and learn the data set's beside them; keep_conf= (0.05)
   random_teacher=true      allow a model YAML as teacher
   teacher_precision=       auto, fp32, bf16 or fp16
   teacher_channels_last=   auto, true or false; so are teacher_compile= and teacher_stream=
@@ -130,7 +132,7 @@ def _train(arguments: list[str]) -> int:
         "resume": options.resume,
     }
     overrides |= {k: v for k, v in own.items() if v is not None}
-    overrides |= options.speed
+    overrides |= options.speed | options.classes
     overrides |= {f"kd.{k}": v for k, v in options.kd_overrides.items()}
     trainer = DistillationTrainer(overrides=overrides)
     trainer.train()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from yolo_kd.audit import AuditRow, audit, balance
 from yolo_kd.distiller import Distiller
 from yolo_kd.guards import FiniteGuard, tensors_of
+from yolo_kd.keep import KeptClasses
 from yolo_kd.parallel import touch
 from yolo_kd.taps import AssignmentTap, LayerTap, targets_of, view_of
 from yolo_kd.views import View
@@ -47,6 +48,7 @@ class DistillationCriterion:
         self._on_audit = on_audit
         self._guard = guard
         self.layers: LayerTap | None = None  # student layers besides the neck; hung up while training only
+        self.kept: KeptClasses | None = None  # old classes that the labels must not deny
         self.whole_graph = False  # every output is to take part in the loss, also where a batch has no objects
         self.progress = 0.0
         self.close_mosaic = 1.0
@@ -73,7 +75,7 @@ class DistillationCriterion:
 
     def __call__(self, predictions: Any, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss vector, times the batch size as Ultralytics wants it, and the logged items, per image."""
-        loss, items = self.native(predictions, batch)
+        loss, items = self.native(self.shielded(predictions, batch), batch)
         if self.whole_graph:
             loss = touch(loss, predictions)
         teacher = batch[TEACHER_VIEW]
@@ -90,7 +92,8 @@ class DistillationCriterion:
         if auto is not None and torch.is_grad_enabled() and auto.tick():
             balance(loss.sum() / batch_size, student, self._distiller, steps, self.close_mosaic)
         # a term that acts near objects has nothing to show on a batch without any: then the next batch is audited
-        silent = bool(reads & {"targets", "assignment"}) and not len(batch["bboxes"])
+        objects = next(iter(steps.values())).targets  # of the classes that both models have
+        silent = objects is not None and not len(objects.boxes)
         if self._on_audit is not None and torch.is_grad_enabled() and not silent and loss.isfinite().all():
             self._on_audit(audit(loss.sum() / batch_size, student, self._distiller, steps))
             self._on_audit = None
@@ -101,6 +104,14 @@ class DistillationCriterion:
         if self._guard is not None and vector.requires_grad:
             vector, items = self._guard.screen(vector, items, tensors_of([predictions, layers]), teacher)
         return vector, {**items, **self._distiller.weights()}
+
+    def shielded(self, predictions: Any, batch: Mapping[str, Any]) -> Any:
+        """Return the predictions as the native loss is to see them: without old classes that the teacher sees."""
+        if self.kept is None:
+            return predictions
+        teacher = batch[TEACHER_VIEW]
+        teacher = teacher if isinstance(teacher, View) else teacher.take()
+        return self.kept.shield(predictions, teacher.scores)
 
     def forget(self) -> None:
         """Let go of what an interrupted step left in the taps."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from yolo_kd.adapters import build_adapters
+from yolo_kd.classes import ClassMap, MappedTail
 from yolo_kd.errors import PairError
 from yolo_kd.losses.base import Loss, find
 from yolo_kd.recipe import Recipe, TermSpec
@@ -47,14 +48,16 @@ class Distiller(nn.Module):
 
     Args:
         recipe: What to distil.
-        pair: Facts about both models.
+        pair: Facts about both models; its classes are the matched ones.
+        classes: Which class of the student is which of the teacher, None where they are the same.
 
     Raises:
         PairError: If a loss cannot serve this pair.
     """
 
-    def __init__(self, recipe: Recipe, pair: Pair):
+    def __init__(self, recipe: Recipe, pair: Pair, classes: ClassMap | None = None):
         super().__init__()
+        self.classes = classes
         self.pair = pair
         self.losses = nn.ModuleDict()
         self.terms: dict[str, Term] = {}
@@ -106,6 +109,8 @@ class Distiller(nn.Module):
 
     def attach_teacher_head(self, tails: Sequence[tuple[nn.Module, nn.Module]]) -> None:
         """Hand the end of the teacher's head to the losses that ask for it."""
+        if self.classes is not None:
+            tails = [(MappedTail(cls, self.classes), box) for cls, box in tails]
         for term in self.terms.values():
             if term.loss.head_split:
                 term.loss.attach_teacher_head(tails)
@@ -113,7 +118,13 @@ class Distiller(nn.Module):
     def steps(
         self, student: View, teacher: View, targets: Targets | None = None, progress: float = 0.0
     ) -> dict[str, Step]:
-        """Return the step that each term sees, by the term's name; terms of one site share one."""
+        """Return the step that each term sees, by the term's name; terms of one site share one.
+
+        The views hold all classes of their models, the steps those that both have.
+        """
+        if self.classes is not None:
+            student, teacher = self.classes.student_view(student), self.classes.teacher_view(teacher)
+            targets = None if targets is None else self.classes.targets(targets)
         made: dict[str, Step] = {}
         for term in self.terms.values():
             if term.site not in made:

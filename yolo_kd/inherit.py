@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from yolo_kd.taps import neck_and_head
+from yolo_kd.taps import head_of, neck_and_head
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Inheritance:
 
 
 @torch.no_grad()
-def inherit(student: nn.Module, teacher: nn.Module) -> Inheritance:
+def inherit(student: nn.Module, teacher: nn.Module, same_classes: bool = True) -> Inheritance:
     """Copy the teacher's neck and head into the student's, tensor by tensor, where name, layer and shape agree.
 
     Layers are paired by their distance from the head, so that two models of one family agree whatever their scale;
@@ -54,6 +54,7 @@ def inherit(student: nn.Module, teacher: nn.Module) -> Inheritance:
     Args:
         student: The student, changed in place.
         teacher: The teacher.
+        same_classes: Class i is class i on both sides; otherwise the rows of classes stay the student's.
 
     Returns:
         What was copied and what was not.
@@ -62,6 +63,9 @@ def inherit(student: nn.Module, teacher: nn.Module) -> Inheritance:
     kept: dict[str, str] = {}
     copied = total = 0
     theirs = dict(neck_and_head(teacher))
+    head = head_of(student)
+    branches = [(name, getattr(head, name, None) or ()) for name in ("cv3", "one2one_cv3")]
+    rows = tuple(f"{name}.{i}.{len(branch) - 1}." for name, levels in branches for i, branch in enumerate(levels))
     for place, (index, layer) in neck_and_head(student):
         partner = theirs.get(place)
         same = partner is not None and type(partner[1]) is type(layer)
@@ -72,6 +76,8 @@ def inherit(student: nn.Module, teacher: nn.Module) -> Inheritance:
             if not same:
                 found = type(partner[1]).__name__ if partner is not None else "nothing"
                 kept[full] = f"the layer is {type(layer).__name__} here and {found} in the teacher"
+            elif place == 0 and not same_classes and name.startswith(rows):
+                kept[full] = "the classes are others, or in another order"
             elif name not in state:
                 kept[full] = "the teacher has no such tensor"
             elif state[name].shape != tensor.shape:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from yolo_kd.classes import CLASS_KEYS, read_choice
 from yolo_kd.errors import did_you_mean
 from yolo_kd.recipe import read_plugins, read_recipe, split_names
 from yolo_kd.speed import SPEED_KEYS, mistake
@@ -28,6 +29,7 @@ OWN_KEYS: dict[str, str] = {
     "trust_checkpoints": "load checkpoints that hold more than tensors and known classes, which can run code (false)",
     "inherit": "start the student's neck and head from the teacher's where shapes agree (false)",
     "random_teacher": "allow a teacher that was never trained, to try things out (false)",
+    **CLASS_KEYS,
     **SPEED_KEYS,
 }
 
@@ -42,7 +44,7 @@ _REPLACED = {
 }
 _FIXED = {"task": "detect", "mode": "train"}
 # text as it stands: a run named 007 is not run 7
-_VERBATIM = frozenset({"teacher", "student", "kd", "cfg", "data", "name", "project", "plugins"})
+_VERBATIM = frozenset({"teacher", "student", "kd", "cfg", "data", "name", "project", "plugins", "class_map"})
 _FOLDERS = ("project", "name", "save_dir")  # they say where files are written
 _BRACKETS = {"[": "]", "(": ")", "{": "}"}
 
@@ -62,6 +64,7 @@ class TrainOptions:
         random_teacher: Allow a teacher that was never trained.
         inherit: Start the student's neck and head from the teacher's where shapes agree.
         speed: Keys of `yolo_kd.speed` that were given.
+        classes: Keys of `yolo_kd.classes` that were given.
         ultralytics: Every other key, as Ultralytics takes it. Never holds model, task, mode, resume or cfg.
     """
 
@@ -75,6 +78,7 @@ class TrainOptions:
     random_teacher: bool = False
     inherit: bool = False
     speed: dict[str, Any] = field(default_factory=dict)
+    classes: dict[str, Any] = field(default_factory=dict)
     ultralytics: dict[str, Any] = field(default_factory=dict)
 
 
@@ -228,6 +232,12 @@ def _resolve(items: dict[str, Item], problems: list[str]) -> TrainOptions:
     switches = {key: _switch(key, items.get(key), problems) for key in _SWITCHES}
     speed = {key: items[key] for key in SPEED_KEYS if _given(items, key)}
     problems += [problem(item.where, text) for key, item in speed.items() if (text := mistake(key, item.value))]
+    classes = {key: items[key] for key in CLASS_KEYS if _given(items, key)}
+    choice = read_choice(
+        {key: item.plain() for key, item in classes.items()},
+        problems,
+        {key: item.where for key, item in classes.items()},
+    ).to_keys()
     kd = items.get("kd")
     if _given(items, "kd") and resuming:
         kd = items["kd"] if items["kd"].value == NO_RECIPE else None
@@ -255,6 +265,7 @@ def _resolve(items: dict[str, Item], problems: list[str]) -> TrainOptions:
         plugins=modules,
         resume=resume,
         speed={key: item.value for key, item in speed.items()},
+        classes=choice,
         ultralytics=ultralytics,
         **switches,
     )
@@ -367,6 +378,10 @@ def _check_together(
             if _given(items, key) and items[key].value != NO_RECIPE:  # kd=none: the run that goes on has no teacher
                 sentence = f"{key} cannot be given with resume: the checkpoint knows it. Leave out {key}."
                 problems.append(problem(items[key].where, sentence))
+        for key in CLASS_KEYS:
+            if _given(items, key):
+                sentence = f"{key} cannot be given with resume: the checkpoint knows the classes. Leave out {key}."
+                problems.append(problem(items[key].where, sentence))
         for key, item in overrides.items():
             sentence = f"kd.{key} cannot be given with resume: the checkpoint knows the recipe. Leave it out."
             problems.append(problem("" if item.where.startswith("kd.") else item.where, sentence))
@@ -387,6 +402,11 @@ def _check_together(
                 f"kd is given but no teacher. Add teacher=<model.pt>, or write kd={NO_RECIPE} for the student alone.",
             )
         )
+    if not _given(items, "teacher") and (about := [key for key in CLASS_KEYS if _given(items, key)]):
+        sentence = (
+            f"{about[0]} is about a teacher's classes, but none is given. Add teacher=<model.pt>, or leave it out."
+        )
+        problems.append(problem(items[about[0]].where, sentence))
     if overrides and not alone and not _given(items, "teacher") and not _given(items, "kd"):
         sentence = f"kd.{next(iter(overrides))} is given but no teacher. Add teacher=<model.pt>, or leave it out."
         problems.append(sentence)

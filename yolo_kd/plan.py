@@ -13,13 +13,16 @@ from ultralytics.utils import LOGGER
 
 from yolo_kd import __version__
 from yolo_kd.checkpoints import LoadedDetector, load_detector, sha256
+from yolo_kd.classes import ClassChoice, ClassMap
 from yolo_kd.datafiles import restricted_data
 from yolo_kd.errors import CheckpointError, ConfigError, DataError, PairError
+from yolo_kd.losses.base import find
+from yolo_kd.matching import kept_problems, match_classes
 from yolo_kd.options import DEFAULT_RECIPE, NO_RECIPE
 from yolo_kd.position import Position
 from yolo_kd.recipe import Recipe, import_plugins, load_recipe
 from yolo_kd.speed import Speed
-from yolo_kd.taps import check_class_names, check_levels
+from yolo_kd.taps import check_levels
 from yolo_kd.values import wrong_values
 
 
@@ -34,6 +37,8 @@ class Plan:
     random_teacher: bool = False
     inherit: bool = False
     speed: Speed = field(default_factory=Speed)
+    choice: ClassChoice = field(default_factory=ClassChoice)
+    classes: ClassMap | None = None  # what came of the choice, None until both models are known
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types only."""
@@ -46,6 +51,8 @@ class Plan:
             "random_teacher": self.random_teacher,
             "inherit": self.inherit,
             "speed": self.speed.to_keys(),
+            **self.choice.to_keys(),
+            "classes": None if self.classes is None else self.classes.to_dict(),
             "version": __version__,
         }
 
@@ -74,7 +81,17 @@ class Plan:
             raise CheckpointError("the checkpoint's record of its distillation is damaged: it holds no recipe.")
         name, teacher, digest = texts
         trust, random, inherit = switches
-        return cls(load_recipe(recipe, name=name), teacher, digest, trust, random, inherit, Speed.of(speed))
+        return cls(
+            load_recipe(recipe, name=name),
+            teacher,
+            digest,
+            trust,
+            random,
+            inherit,
+            Speed.of(speed),
+            ClassChoice.of(state),
+            None if state.get("classes") is None else ClassMap.from_dict(state["classes"]),
+        )
 
 
 def is_resolved(kd: Any) -> bool:
@@ -87,7 +104,7 @@ def make_plan(own: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Plan 
 
     Args:
         own: This package's keys of a training: `teacher`, `kd`, `plugins`, `inherit`, `trust_checkpoints`,
-            `random_teacher` and those of `yolo_kd.speed`.
+            `random_teacher` and those of `yolo_kd.speed` and `yolo_kd.classes`.
         changes: Changes to the recipe, by `loss.key`.
 
     Returns:
@@ -100,11 +117,14 @@ def make_plan(own: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Plan 
     source, teacher = own.get("kd"), own.get("teacher")
     if isinstance(source, Mapping) and is_resolved(source):
         return Plan.from_dict(source), None
+    choice = ClassChoice.of(own)
     if source is None and teacher is None:
         raise ConfigError("no teacher: add teacher=<checkpoint>, or kd=none to train the student alone.")
     if source == NO_RECIPE:
         if teacher is not None or changes or own.get("inherit"):
             raise ConfigError("kd=none trains the student alone and takes no teacher, no inherit and no kd. keys.")
+        if choice != ClassChoice():
+            raise ConfigError("kd=none trains the student alone, so class_map and keep_classes have no teacher.")
         return None, None
     if teacher is None:
         raise ConfigError(f"kd={source} needs a teacher: add teacher=<checkpoint>.")
@@ -113,15 +133,17 @@ def make_plan(own: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Plan 
     recipe = load_recipe(DEFAULT_RECIPE if source is None else source, changes)
     recipe = replace(recipe, plugins=tuple(dict.fromkeys((*plugins, *recipe.plugins))))
     trust, random, inherit = (bool(own.get(k, False)) for k in ("trust_checkpoints", "random_teacher", "inherit"))
+    if inherit and choice.keep_classes:
+        raise ConfigError("inherit cannot be combined with keep_classes, where the head starts from the student's own.")
     if str(teacher).lower().endswith((".yaml", ".yml")):
         if not random:
             raise ConfigError(
                 f"teacher={teacher} is a model YAML, so its weights would be random and teach nothing. Name a trained "
                 "checkpoint, or add random_teacher=true if that is what you want."
             )
-        return Plan(recipe, str(teacher), "", trust, random, inherit, speed), None
+        return Plan(recipe, str(teacher), "", trust, random, inherit, speed, choice), None
     detector = load_detector(teacher, role="teacher", trust=trust)
-    return Plan(recipe, str(detector.path.resolve()), detector.sha256, trust, random, inherit, speed), detector
+    return Plan(recipe, str(detector.path.resolve()), detector.sha256, trust, random, inherit, speed, choice), detector
 
 
 def check_models(
@@ -178,21 +200,18 @@ def pair_problems(
     Returns:
         A sentence for each thing that keeps them from being trained together, and one for each that is worth a warning.
     """
-    problems, warnings = [], []
-    nc = 1 if keys.get("single_cls") else data["nc"]
-    names = teacher.model.names
-    if len(names) != nc:
-        problems.append(
-            f"teacher={plan.teacher} knows {len(names)} classes, data={keys.get('data')} has {nc}. "
-            "Distillation needs the same classes: train the teacher on this data set first "
-            f"(yolo-kd train kd=none student={Path(plan.teacher).name} data={keys.get('data')})."
+    problems: list[str] = []
+    warnings: list[str] = []
+    try:
+        classes, warnings = match_classes(plan.choice, plan.recipe, teacher, data, keys)
+        problems += kept_problems(plan.recipe, classes, student, data, keys) if plan.choice.keep_classes else []
+    except (PairError, ConfigError) as error:
+        problems += str(error).splitlines()
+    if plan.choice.keep_classes and not any(find(term.name).teaches_classes for term in plan.recipe.terms):
+        warnings.append(
+            f"keep_classes: no term of kd={plan.recipe.name} compares class scores, so nothing but their start keeps "
+            "the old classes. Add one, such as objectness."
         )
-    elif not teacher.random and not keys.get("single_cls"):
-        try:
-            if warning := check_class_names(names, data["names"]):
-                warnings.append(warning)
-        except PairError as error:
-            problems.append(str(error))
     if not student.random and student.sha256 == teacher.sha256:
         warnings.append(f"teacher and student are the same file {student.path}: this is self-distillation.")
     try:

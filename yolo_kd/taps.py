@@ -59,6 +59,7 @@ def pair_of(
     teacher: nn.Module,
     student_taps: Mapping[str, nn.Module] | None = None,
     teacher_taps: Mapping[str, nn.Module] | None = None,
+    nc: int | None = None,
 ) -> Pair:
     """Collect what the losses need to know about a teacher and a student.
 
@@ -67,15 +68,15 @@ def pair_of(
         teacher: The teacher.
         student_taps: Other layers of the student that the recipe reads, by name.
         teacher_taps: Other layers of the teacher that the recipe reads, by name.
+        nc: Number of matched classes; without one, both must have as many.
 
     Raises:
-        PairError: If class counts or head levels differ.
+        PairError: If head levels differ, or class counts where no classes were matched.
     """
     s_nc, t_nc = head_of(student).nc, head_of(teacher).nc
-    if s_nc != t_nc:
+    if nc is None and s_nc != t_nc:
         raise PairError(
-            f"the teacher was trained on {t_nc} classes, the student has {s_nc}. Distillation needs the same classes: "
-            f"train the teacher on this data set first (yolo-kd train kd=none student=<teacher model> data=...)."
+            f"the teacher was trained on {t_nc} classes, the student has {s_nc}, and nobody said which is which."
         )
     check_levels(student, teacher)
     s_strides = strides_of(student)
@@ -84,7 +85,7 @@ def pair_of(
         channels_of(student),
         channels_of(teacher),
         s_strides,
-        s_nc,
+        s_nc if nc is None else nc,
         bins_of(student),
         bins_of(teacher),
         student_layer_channels={name: c for name, (c, _) in s_layers.items()},
@@ -224,29 +225,6 @@ class LayerTap:
             handle.remove()
         self._handles.clear()
         self._captured.clear()
-
-
-def check_class_names(teacher: Mapping[int, str], data: Mapping[int, str]) -> str | None:
-    """Compare the teacher's class names with the data set's, which have equal length.
-
-    Returns:
-        A warning if names differ, None if all is well.
-
-    Raises:
-        PairError: If it is the same set of names in another order, which would distil wrong classes silently.
-    """
-    ours = [str(data[i]).strip().lower() for i in sorted(data)]
-    theirs = [str(teacher[i]).strip().lower() for i in sorted(teacher)]
-    if ours == theirs:
-        return None
-    if sorted(ours) == sorted(theirs):
-        raise PairError(
-            f"the teacher has the data set's classes in another order: {listed(theirs)} against {listed(ours)}. "
-            "Reorder the names and labels of the data set to the teacher's order."
-        )
-    differing = [f"{i}: '{a}' / '{b}'" for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b]
-    more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
-    return f"class names of teacher and data set differ ({', '.join(differing[:4])}{more}); they are paired by index."
 
 
 def view_of(predictions: Any, model: nn.Module, layers: Mapping[str, Tensor] | None = None) -> View:

@@ -20,6 +20,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 from yolo_kd.audit import AuditRow, table
 from yolo_kd.batch_probe import BatchProbe
 from yolo_kd.checkpoints import LoadedDetector, load_checkpoint_file, load_detector, restricted_loading
+from yolo_kd.classes import CLASS_KEYS
 from yolo_kd.criterion import TEACHER_VIEW, DistillationCriterion
 from yolo_kd.distiller import Distiller
 from yolo_kd.durable import DurableTrainer
@@ -28,7 +29,9 @@ from yolo_kd.errors import AuditError, ConfigError
 from yolo_kd.folders import exclusive_run_folder, shared_data
 from yolo_kd.guards import FiniteGuard
 from yolo_kd.inherit import inherit
+from yolo_kd.keep import KeptClasses, extend_head
 from yolo_kd.losses.base import find
+from yolo_kd.matching import check_same_classes, kept_classes, match_classes
 from yolo_kd.parallel import reaches_every_parameter, without_search
 from yolo_kd.plan import Plan, check_models, check_resumable, check_teacher_file, is_resolved, make_plan, read_dataset
 from yolo_kd.recipe import import_plugins
@@ -48,7 +51,7 @@ from yolo_kd.view_cache import ViewCache, check_cacheable
 from yolo_kd.views import View
 
 ADAPTER_STATE = "yolo_kd"  # key of the adapters' state inside the optimiser's state dict
-OWN_KEYS = ("teacher", "kd", "plugins", "inherit", "trust_checkpoints", "random_teacher", *SPEED_KEYS)
+OWN_KEYS = ("teacher", "kd", "plugins", "inherit", "trust_checkpoints", "random_teacher", *SPEED_KEYS, *CLASS_KEYS)
 
 
 class DistillationTrainer(DurableTrainer):
@@ -65,7 +68,7 @@ class DistillationTrainer(DurableTrainer):
         cfg: Ultralytics' defaults.
         overrides: Ultralytics' training keys and ours: `teacher` (checkpoint, or with `random_teacher` a model YAML),
             `kd` (recipe name, YAML file or mapping), `kd.<loss>.<key>` (changes to it), `trust_checkpoints`, and those
-            of `yolo_kd.speed`.
+            of `yolo_kd.speed` and `yolo_kd.classes`.
         _callbacks: Ultralytics' callbacks.
 
     Raises:
@@ -75,6 +78,7 @@ class DistillationTrainer(DurableTrainer):
     def __init__(self, cfg: Any = DEFAULT_CFG, overrides: dict | None = None, _callbacks: dict | None = None):
         overrides = dict(overrides or {})
         self.args: Any
+        self.data: dict[str, Any]
         self.model: Any
         self.loss: Any
         own = {key: overrides.pop(key) for key in OWN_KEYS if key in overrides}
@@ -91,6 +95,8 @@ class DistillationTrainer(DurableTrainer):
         self._student_taps: dict[str, nn.Module] = {}
         self._views: ViewCache | None = None
         self._detector: LoadedDetector | None = None
+        self._kept: KeptClasses | None = None
+        self._data_of_labels: dict[str, Any] = {}  # the data set with its own classes, where the run has more
         self._batch_in_epoch = (-1, 0)  # epoch, batches seen in it
         self._own = own
         told = own["kd"] if is_resolved(own.get("kd")) else own
@@ -125,7 +131,7 @@ class DistillationTrainer(DurableTrainer):
             found = usable(path)  # the file before it, where it is damaged
             checkpoint, _ = load_checkpoint_file(found, role="resume", trust=self.trust_checkpoints)
             check_resumable(checkpoint, found, alone=self._own.get("kd") == "none")
-            read_dataset(*check_arguments(checkpoint, found, {**overrides, **self._own}))
+            data: dict[str, Any] = read_dataset(*check_arguments(checkpoint, found, {**overrides, **self._own}))
             if not is_resolved(self._own.get("kd")):  # otherwise the parent of this process has seen to it
                 plugins = import_plugins(self._own.get("plugins"))
                 check_plugins((checkpoint.get("train_args") or {}).get("kd"), plugins, found)
@@ -147,6 +153,10 @@ class DistillationTrainer(DurableTrainer):
         # what the file says of trust does not count: whoever made it must not decide what may run here
         self.plan = replace(plan, trust_checkpoints=self.trust_checkpoints, speed=self.speed)
         check_teacher_file(self.plan)
+        self._detector = self._load_teacher(data)
+        if self.plan.classes is not None:
+            found_now, _ = match_classes(self.plan.choice, self.plan.recipe, self._detector, data, vars(self.args))
+            check_same_classes(self.plan.classes, found_now)
 
     # ---------------------------------------------------------------------------------------------- set-up
 
@@ -166,23 +176,21 @@ class DistillationTrainer(DurableTrainer):
         super().set_model_attributes()
         if self.plan is None:
             return
-        detector = self._detector or load_detector(
-            self.plan.teacher,
-            role="teacher",
-            trust=self.trust_checkpoints,
-            nc=self.data["nc"],
-            channels=self.data["channels"],
-        )
+        data = self._data_of_labels or self.data
+        detector = self._detector or self._load_teacher(data)
         self._detector = None
+        classes, _ = match_classes(self.plan.choice, self.plan.recipe, detector, data, vars(self.args))
+        self.plan = replace(self.plan, classes=classes)
+        self.args.kd = {**self.args.kd, "classes": classes.to_dict()}
         student = unwrap_model(self.model)
         if self.plan.inherit and not self.resume:
-            report = inherit(student, detector.model).report()
+            report = inherit(student, detector.model, classes.is_identity).report()
             if RANK in {-1, 0}:
                 LOGGER.info(report)
         terms = self.plan.recipe.terms
         split = any(find(term.name).head_split for term in terms)
         layers = _names(term.teacher_layers for term in terms)
-        reads = frozenset().union(*(find(term.name).reads for term in terms))
+        reads = frozenset({"scores"} if self._kept else ()).union(*(find(term.name).reads for term in terms))
         speed = self.speed
         if speed.teacher_compile == AUTO:
             speed = replace(speed, teacher_compile=bool(self.args.compile) and self.device.type == "cuda")
@@ -197,17 +205,57 @@ class DistillationTrainer(DurableTrainer):
                 "compile= cannot be combined with a recipe that reads layers inside the student "
                 f"({', '.join([*self._student_taps][:3])}, ...). Add compile=False."
             )
-        pair = pair_of(student, detector.model, self._student_taps, teacher_taps)
-        self.distiller = Distiller(self.plan.recipe, pair).to(self.device).train()
+        pair = pair_of(student, detector.model, self._student_taps, teacher_taps, len(classes.matched))
+        self.distiller = Distiller(self.plan.recipe, pair, classes).to(self.device).train()
         if dist.is_initialized():
             for tensor in self.distiller.state_dict().values():  # ranks draw different random numbers
                 if isinstance(tensor, torch.Tensor):
                     dist.broadcast(tensor, 0)
         self.guard = FiniteGuard(self.distiller.trained_parameters())
         student.criterion = DistillationCriterion(student, self.distiller, on_audit=self._log_audit, guard=self.guard)
+        student.criterion.kept = self._kept
         if RANK in {-1, 0}:
+            LOGGER.info(classes.table())
             origin = "random weights" if detector.random else f"sha256 {detector.sha256[:12]}"
             LOGGER.info(f"Distilling {', '.join(self.distiller.terms)} from {detector.path} ({origin}, frozen)")
+
+    def _load_teacher(self, data: Mapping[str, Any]) -> LoadedDetector:
+        assert self.plan is not None
+        nc = 1 if self.args.single_cls else data["nc"]
+        return load_detector(
+            self.plan.teacher, role="teacher", trust=self.trust_checkpoints, nc=nc, channels=data["channels"]
+        )
+
+    def get_dataset(self) -> dict[str, Any]:
+        """Put the teacher's classes before the data set's where they are kept."""
+        data = super().get_dataset()
+        if self.plan is None or not self.plan.choice.keep_classes:
+            return data
+        assert self._detector is not None
+        self._kept = kept_classes(self.plan.choice, self._detector, data, vars(self.args))
+        self._data_of_labels = data
+        return {**data, "names": self._kept.by_index, "nc": len(self._kept.names)}
+
+    def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> Any:
+        """Read labels in the data set's own classes, as its label cache holds them, then count as the run does."""
+        if self._kept is None:
+            return super().build_dataset(img_path, mode, batch)
+        run = self.data
+        self.data = self._data_of_labels
+        try:
+            dataset = super().build_dataset(img_path, mode, batch)
+        finally:
+            self.data = run
+        dataset.data = run
+        self._kept.renumber(dataset.labels)
+        return dataset
+
+    def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
+        """Let old classes start from the student's own where they are kept; a resumed run has them already."""
+        model = super().get_model(cfg, weights, verbose)
+        if self._kept is not None and not self.resume:
+            extend_head(model, weights, self._kept.names)
+        return model
 
     def _teacher_settled(self, sentence: str) -> None:
         """Log how the teacher runs, and hand the end of its head to the losses that ask for it."""
@@ -293,6 +341,7 @@ class DistillationTrainer(DurableTrainer):
             student.criterion = DistillationCriterion(
                 student, self.distiller, native=student.criterion, on_audit=self._log_audit, guard=self.guard
             )
+            student.criterion.kept = self._kept
             student.criterion.whole_graph = getattr(self.model, "find_unused_parameters", True) is False
 
     def auto_batch(self) -> int:

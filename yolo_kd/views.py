@@ -113,7 +113,7 @@ class Pair:
         student_channels: Channels of the student's features per level.
         teacher_channels: Channels of the teacher's features per level.
         strides: Strides of the levels that both have, in pixels.
-        nc: Number of classes.
+        nc: Number of classes that both have; scores and labels of a step count these.
         student_reg_max: Bins of the student's distance distribution, 1 for none.
         teacher_reg_max: Bins of the teacher's distance distribution, 1 for none.
         student_layer_channels: Channels of other student layers that the recipe names, by layer name.

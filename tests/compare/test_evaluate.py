@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from ultralytics import YOLO
 
@@ -23,6 +24,7 @@ from yolo_kd.compare.evaluate import (
     settings_of,
 )
 from yolo_kd.compare.sizes import ImageResult
+from yolo_kd.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +113,28 @@ def test_latency_is_taken_in_turns(tmp_path: Path, model: Path) -> None:
 
 def test_a_checkpoint_without_an_audit(model: Path) -> None:
     assert audit_of(model, trust=False) == []
+
+
+@pytest.mark.slow
+def test_a_model_with_more_classes_counts_in_those_of_the_data(tmp_path: Path, shapes: Path, model: Path) -> None:
+    """The same detector with its classes at other indices, and one more that it never sees, has the same numbers."""
+    checkpoint = torch.load(model, weights_only=False)
+    wide = narrow_checkpoint("yolov8n", tmp_path, nc=4, names={0: "x", 1: "Square", 2: "circle", 3: "TRIANGLE"})
+    other = torch.load(wide, weights_only=False)
+    state = other["model"].state_dict()
+    for name, tensor in checkpoint["model"].state_dict().items():
+        if tensor.shape == state[name].shape:
+            state[name].copy_(tensor)
+        else:
+            state[name][[2, 1, 3]] = tensor
+            state[name][0] = 0 if name.endswith("weight") else -20
+    torch.save(other, wide)
+    settings = Settings(str(shapes), ("val",), {"imgsz": 96, "batch": 4, "device": "cpu"})
+    plain, found = (evaluate(file, settings, tmp_path / "cache")["splits"]["val"] for file in (model, wide))
+    assert list(found["classes"]) == ["circle", "Square", "TRIANGLE"]
+    assert list(found["classes"].values()) == pytest.approx(list(plain["classes"].values()), abs=1e-6)
+    assert found["metrics"] == pytest.approx(plain["metrics"], abs=1e-6)
+    assert found["sizes"] == plain["sizes"]
+    strange = narrow_checkpoint("yolov8n", tmp_path / "s", nc=2, names={0: "a", 1: "b"})
+    with pytest.raises(CheckpointError, match=r"a model of 2 classes \(a, b\) cannot be evaluated on this data set"):
+        evaluate(strange, settings, tmp_path / "cache")

@@ -17,8 +17,10 @@ from yolo_kd.checks.dryrun import Trace, nothing_written
 from yolo_kd.checks.models import check_quality, describe_files, describe_levels, devices_of
 from yolo_kd.checks.report import Report, plain
 from yolo_kd.checks.terms import check_terms, usable_terms
+from yolo_kd.classes import ClassMap
 from yolo_kd.environment import check_torchvision
 from yolo_kd.errors import ConfigError, YoloKDError
+from yolo_kd.matching import match_classes
 from yolo_kd.options import NO_RECIPE, TrainOptions
 from yolo_kd.plan import Plan, make_plan, pair_problems, read_dataset
 
@@ -79,7 +81,7 @@ class _Check:
         describe_files(report, detectors)
         if plan is not None:
             describe_levels(report, plan, detectors)
-        fits = False
+        fits, classes = False, None
         if plan is not None and data is not None and len(detectors) == 2:
             problems, warnings = pair_problems(plan, detectors["teacher"], detectors["student"], data, keys)
             for text in problems:
@@ -87,14 +89,15 @@ class _Check:
             for text in warnings:
                 report.add("warning", "pair", text)
             fits = not problems
+            classes = self.attempt("pair", lambda: self.classes(plan, detectors["teacher"], data))
         if data is not None and "val" in sets and detectors:
             self.say("both models on validation images")
             self.guarded(
-                "quality", lambda: check_quality(report, detectors, sets["val"], data, keys, self.trace.folder)
+                "quality", lambda: check_quality(report, detectors, sets["val"], data, keys, self.trace.folder, classes)
             )
-        if fits and plan is not None and data is not None and len(sets) == 2:
+        if fits and plan is not None and classes is not None and len(sets) == 2:
             self.say("gradients and cost of the terms")
-            self.guarded("terms", lambda: self.terms(plan, detectors))
+            self.guarded("terms", lambda: self.terms(plan, detectors, classes))
         known = {finding.text for finding in report.findings}
         for text in dict.fromkeys(self.trace.warnings):
             if text not in known:
@@ -122,6 +125,7 @@ class _Check:
             "inherit": options.inherit,
             "trust_checkpoints": options.trust_checkpoints,
             "random_teacher": options.random_teacher,
+            **options.classes,
         }
         made = self.attempt("files", lambda: make_plan(own, options.kd_overrides))
         plan, teacher = made or (None, None)
@@ -138,9 +142,17 @@ class _Check:
             detectors["student"] = student
         return plan, detectors
 
-    def terms(self, plan: Plan, detectors: dict[str, LoadedDetector]) -> None:
+    def classes(self, plan: Plan, teacher: LoadedDetector, data: dict[str, Any]) -> ClassMap:
+        """Show which class is which."""
+        classes, _ = match_classes(plan.choice, plan.recipe, teacher, data, self.keys)
+        self.report.facts["class_map"] = classes.to_dict()
+        if not classes.is_identity:
+            self.report.tables["classes of student and teacher"] = classes.rows()
+        return classes
+
+    def terms(self, plan: Plan, detectors: dict[str, LoadedDetector], classes: ClassMap) -> None:
         """Measure the terms that this pair can serve."""
-        terms = usable_terms(self.report, plan, detectors["student"].model, detectors["teacher"].model)
+        terms = usable_terms(self.report, plan, detectors["student"].model, detectors["teacher"].model, classes)
         if any(term.weight for term in terms):
             check_terms(self.report, plan, terms, self.keys, self.trace.folder)
 

@@ -16,6 +16,7 @@ from ultralytics.utils.torch_utils import select_device
 
 from yolo_kd.checkpoints import LoadedDetector
 from yolo_kd.checks.report import Report, number, some
+from yolo_kd.classes import ClassMap
 from yolo_kd.losses.base import find
 from yolo_kd.plan import Plan
 from yolo_kd.taps import bins_of, channels_of, head_of, neck_layers, strides_of
@@ -96,6 +97,7 @@ def check_quality(
     data: Mapping[str, Any],
     keys: Mapping[str, Any],
     folder: Path,
+    classes: ClassMap | None = None,
 ) -> None:
     """Try teacher and student on the same few validation images.
 
@@ -105,7 +107,10 @@ def check_quality(
     tried: dict[str, LoadedDetector] = {}
     for role, detector in detectors.items():
         own = [str(detector.model.names[i]).strip().lower() for i in sorted(detector.model.names)]
-        same_names = own == names or (len(own) == len(names) and (role == "teacher" or keys.get("single_cls")))
+        same_names = own == names or (
+            len(own) == len(names)
+            and ((role == "teacher" and (classes is None or classes.is_identity)) or keys.get("single_cls"))
+        )
         if detector.random:
             level = "warning" if role == "teacher" else "note"
             advice = "It teaches noise; use it to try things out only." if role == "teacher" else ""

@@ -20,6 +20,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 from yolo_kd.audit import AuditRow, balance, measure
 from yolo_kd.checks.models import devices_of
 from yolo_kd.checks.report import Report, number
+from yolo_kd.classes import ClassMap
 from yolo_kd.criterion import TEACHER_VIEW, DistillationCriterion
 from yolo_kd.distiller import Distiller
 from yolo_kd.errors import YoloKDError
@@ -40,22 +41,23 @@ FAINT, LOUD = 0.01, 3.0
 """Shares of the task's gradient below which a term does nothing and above which it drowns the task."""
 
 
-def usable_terms(report: Report, plan: Plan, student: Any, teacher: Any) -> tuple[TermSpec, ...]:
+def usable_terms(report: Report, plan: Plan, student: Any, teacher: Any, classes: ClassMap) -> tuple[TermSpec, ...]:
     """Return the terms that this pair can serve; each of the others becomes a finding."""
     usable = []
-    nc = head_of(teacher).nc
+    nc = len(classes.student)
     if head_of(student).nc != nc:  # training gives it a head for these classes
         student = DetectionModel(deepcopy(student.yaml), ch=teacher.yaml.get("channels", 3), nc=nc, verbose=False)
     for term in plan.recipe.terms:
         split = find(term.name).head_split
         try:
-            taps = []
+            taps: list[dict[str, Any]] = []
             for model, names, role in (
                 (student, term.student_layers, "student"),
                 (teacher, term.teacher_layers, "teacher"),
             ):
                 taps.append(find_layers(model, names, role) | (head_split_points(model) if split else {}))
-            Distiller(Recipe(plan.recipe.name, (term,)), pair_of(student, teacher, *taps))
+            pair = pair_of(student, teacher, taps[0], taps[1], len(classes.matched))
+            Distiller(Recipe(plan.recipe.name, (term,)), pair, classes)
         except YoloKDError as error:
             report.add("error", "terms", str(error), f"Change or remove the term '{term.name}'.")
         else:
@@ -122,6 +124,7 @@ def _trainer(
         "trust_checkpoints": plan.trust_checkpoints,
         "random_teacher": plan.random_teacher,
         "inherit": plan.inherit,
+        **plan.choice.to_keys(),
     }
     return DistillationTrainer(overrides=overrides)
 
@@ -164,7 +167,7 @@ def _measure(
         with _precision(trainer):
             batch = trainer.preprocess_batch(next(batches))
             predictions = student(batch["img"])
-            loss, _ = criterion.native(predictions, batch)
+            loss, _ = criterion.native(criterion.shielded(predictions, batch), batch)
             view = view_of(predictions, student, criterion.layers.take() if criterion.layers else None)
             targets = targets_of(batch, tap.take() if tap else None)
             steps = distiller.steps(view, batch[TEACHER_VIEW].take(), targets)

@@ -25,8 +25,10 @@ from ultralytics.utils.ops import scale_boxes
 from ultralytics.utils.torch_utils import get_flops, get_num_params
 
 from yolo_kd.checkpoints import load_checkpoint_file, load_detector, quiet, restricted_loading, sha256
+from yolo_kd.classes import indices_of, short
 from yolo_kd.compare.runs import fingerprint, write_text
 from yolo_kd.compare.sizes import ImageResult, ap_by_size
+from yolo_kd.errors import CheckpointError
 from yolo_kd.taps import strides_of
 
 METRICS = ("mAP50-95", "mAP50", "precision", "recall")
@@ -34,7 +36,7 @@ METRICS = ("mAP50-95", "mAP50", "precision", "recall")
 _SETTINGS = ("imgsz", "batch", "device", "single_cls", "classes", "iou", "max_det", "agnostic_nms", "workers", "nms")
 # latency: seconds for all files, rounds in which each file sees one picture
 _BUDGET, _WARM_UP, _MIN_ROUNDS, _MAX_ROUNDS = 10.0, 5, 15, 500
-_VERSION = 1  # of the files that results are kept in
+_VERSION = 2  # of the files that results are kept in
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,37 @@ def settings_of(keys: Mapping[str, Any], data: Mapping[str, Any], trust: bool) -
 
 
 class Recorder(DetectionValidator):
-    """Ultralytics' validator, which also keeps every prediction and label in pixels of the picture's file."""
+    """Ultralytics' validator, which also keeps every prediction and label in pixels of the picture's file.
+
+    Where a model has the data set's classes at other indices (a teacher that knows more, or a student that kept its
+    teacher's), labels are brought to its classes by name, and what is kept counts in the data set's.
+    """
 
     images: list[ImageResult]
+    index_of: list[int]  # of each class of the data set, its index in the model
 
     def init_metrics(self, model: torch.nn.Module) -> None:
         """Start anew."""
         super().init_metrics(model)
         self.images = []
+        self.index_of = [*range(len(model.names))]  # type: ignore[arg-type]
+        if self.args.single_cls:
+            return
+        theirs, ours = ([str(names[i]) for i in sorted(names)] for names in (model.names, self.data["names"]))  # type: ignore[index, arg-type]
+        if (found := indices_of(ours, theirs)) is not None:
+            self.index_of = found
+        elif len(theirs) != len(ours):
+            raise CheckpointError(
+                f"a model of {len(theirs)} classes ({short(theirs)}) cannot be evaluated on this data set: it does not "
+                f"have the data set's {len(ours)} ({short(ours)})."
+            )
+
+    def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Let labels count in the model's classes."""
+        batch = super().preprocess(batch)
+        table = torch.tensor(self.index_of, dtype=batch["cls"].dtype, device=batch["cls"].device)
+        batch["cls"] = table[batch["cls"].long()]
+        return batch
 
     def update_metrics(self, preds: list[dict[str, torch.Tensor]], batch: dict[str, Any]) -> None:
         """Keep predictions and labels of a batch, then do as Ultralytics does."""
@@ -89,16 +114,18 @@ class Recorder(DetectionValidator):
                 else np.zeros((0, 4), np.float32)
                 for boxes in (pred["bboxes"], label["bboxes"])
             ]
-            classes = pred["cls"] * 0 if self.args.single_cls else pred["cls"]
+            classes = (pred["cls"] * 0 if self.args.single_cls else pred["cls"]).cpu().numpy().astype(int)
+            ours = {c: i for i, c in enumerate(self.index_of)}
+            known = np.array([c in ours for c in classes.tolist()], dtype=bool)
             self.images.append(
                 ImageResult(
                     str(label["im_file"]),
                     (shape[0], shape[1]),
-                    scaled[0],
-                    pred["conf"].float().cpu().numpy(),
-                    classes.cpu().numpy().astype(int),
+                    scaled[0][known],
+                    pred["conf"].float().cpu().numpy()[known],
+                    np.array([ours[c] for c in classes[known].tolist()], dtype=int),
                     scaled[1],
-                    label["cls"].cpu().numpy().astype(int),
+                    np.array([ours[c] for c in label["cls"].int().tolist()], dtype=int),
                 )
             )
         super().update_metrics(preds, batch)
@@ -158,14 +185,17 @@ def _validate(checkpoint: Path, settings: Settings, split: str) -> tuple[dict[st
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     images = made[0].images
-    names: dict[int, str] = metrics.names
+    names: list[str] = [metrics.names[c] for c in made[0].index_of]
     present = {int(c): i for i, c in enumerate(metrics.box.ap_class_index)}
     values = (metrics.box.map, metrics.box.map50, metrics.box.mp, metrics.box.mr)
     return {
         "images": len(images),
         "metrics": {name: round(float(value), 6) for name, value in zip(METRICS, values, strict=True)},
-        "classes": {names[c]: round(float(metrics.box.maps[c]), 6) if c in present else None for c in sorted(names)},
-        "sizes": ap_by_size(images, sorted(names)),
+        "classes": {
+            name: round(float(metrics.box.maps[c]), 6) if c in present else None
+            for name, c in zip(names, made[0].index_of, strict=True)
+        },
+        "sizes": ap_by_size(images, range(len(names))),
     }, images
 
 

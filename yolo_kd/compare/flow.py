@@ -118,6 +118,7 @@ def _check(arm: Arm) -> None:
         "inherit": options.inherit,
         "trust_checkpoints": options.trust_checkpoints,
         "random_teacher": options.random_teacher,
+        **options.classes,
     }
     plan, detector = make_plan(own, options.kd_overrides)
     with restricted_loading(options.trust_checkpoints):

@@ -202,6 +202,7 @@ def keys_of(arm: Arm) -> dict[str, Any]:
         own: dict[str, Any] = {"teacher": options.teacher, "student": options.student, "kd": options.kd}
         switches = ("inherit", "trust_checkpoints", "random_teacher")
         own |= {key: True for key in switches if getattr(options, key)}
+        own |= options.classes
         own |= {f"kd.{key}": value for key, value in options.kd_overrides.items()}
         keys = {**{k: v for k, v in own.items() if v is not None}, **keys}
     for key in _PATHS:  # so that a comparison can be continued from another folder

@@ -35,6 +35,7 @@ class Loss(nn.Module):
         needs_bins: True when both heads must predict distance distributions with equal bins.
         instead: Name of the loss that serves where `needs_bins` cannot be met.
         cost: What it adds to a step of YOLOv8n under YOLOv8s (scripts/bench_step.py); empty if not measured.
+        teaches_classes: True when it compares class scores, so that the student learns classes from it.
         head_split: True when the loss reads the features inside the head, before the activation of the second
             convolution: `step.student.layers` and `step.teacher.layers` hold `cls0`, `box0`, `cls1`, ... per level.
     """
@@ -46,6 +47,7 @@ class Loss(nn.Module):
     paper: ClassVar[str] = ""
     needs_bins: ClassVar[bool] = False
     instead: ClassVar[str] = ""
+    teaches_classes: ClassVar[bool] = False
     head_split: ClassVar[bool] = False
     cost: ClassVar[str] = ""
 

@@ -49,6 +49,7 @@ class BCKD(Loss):
     name = "bckd"
     columns = ("kbcls_loss", "kbloc_loss")
     reads = frozenset({"scores", "boxes", "assignment"})
+    teaches_classes = True
     paper = "Yang et al. 2023, arXiv 2308.14286"
     cost = "2 %"
 

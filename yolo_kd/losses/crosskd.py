@@ -131,6 +131,7 @@ class CrossKD(Loss):
     name = "crosskd"
     columns = ("xcls_loss", "xbox_loss")
     reads = frozenset({"scores", "boxes", "assignment"})
+    teaches_classes = True
     paper = "Wang et al. 2024, arXiv 2306.11369"
     cost = "17 %"
     head_split: ClassVar[bool] = True

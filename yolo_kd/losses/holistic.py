@@ -230,6 +230,7 @@ class Holistic(Loss):
     name = "holistic"
     columns = ("kholi_loss",)
     reads = frozenset({"scores"})
+    teaches_classes = True
     paper = "Liu et al. 2019, arXiv 1903.04197"
     cost = "155 %"
 

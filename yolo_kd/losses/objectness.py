@@ -112,6 +112,7 @@ class Objectness(Loss):
     name = "objectness"
     columns = ("kcls_loss", "kbox_loss")
     reads = frozenset({"scores", "boxes"})
+    teaches_classes = True
     paper = "Mehta & Öztürk 2018, arXiv 1805.06361"
     cost = "2 %"
 

@@ -61,6 +61,7 @@ class ObjectnessL2(Loss):
     name = "objectness_l2"
     columns = ("kobj2_loss",)
     reads = frozenset({"scores", "boxes"})
+    teaches_classes = True
     paper = "Mehta & Öztürk 2018, arXiv 1805.06361, as reimplemented with raw logits"
     cost = "under 1 %"
 

@@ -156,6 +156,7 @@ class Structured(Loss):
     name = "structured"
     columns = ("kpix_loss", "kpair_loss")
     reads = frozenset({"features", "scores"})
+    teaches_classes = True
     paper = "Liu et al. 2019, arXiv 1903.04197"
     cost = "4 %"
 
