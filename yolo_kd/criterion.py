@@ -13,7 +13,7 @@ from yolo_kd.distiller import Distiller
 from yolo_kd.guards import FiniteGuard, tensors_of
 from yolo_kd.parallel import touch
 from yolo_kd.taps import AssignmentTap, LayerTap, targets_of, view_of
-from yolo_kd.views import View
+from yolo_kd.views import Step, View
 
 TEACHER_VIEW = "teacher_view"  # key under which the teacher's view rides in the batch
 
@@ -86,14 +86,7 @@ class DistillationCriterion:
             targets = targets_of(batch, self._tap.take() if self._tap else None)
         steps = self._distiller.steps(student, teacher, targets, self.progress)
         batch_size = student.scores.shape[0]
-        auto = self._distiller.auto
-        if auto is not None and torch.is_grad_enabled() and auto.tick():
-            balance(loss.sum() / batch_size, student, self._distiller, steps, self.close_mosaic)
-        # a term that acts near objects has nothing to show on a batch without any: then the next batch is audited
-        silent = bool(reads & {"targets", "assignment"}) and not len(batch["bboxes"])
-        if self._on_audit is not None and torch.is_grad_enabled() and not silent and loss.isfinite().all():
-            self._on_audit(audit(loss.sum() / batch_size, student, self._distiller, steps))
-            self._on_audit = None
+        self._look(loss.sum() / batch_size, student, steps, len(batch["bboxes"]))
         terms = self._distiller(steps, self.close_mosaic)
         # native terms come multiplied by the batch size, logged items do not: this is the one place of that factor
         vector = torch.cat([loss, torch.stack(list(terms.values())).to(loss.dtype) * batch_size])
@@ -101,6 +94,17 @@ class DistillationCriterion:
         if self._guard is not None and vector.requires_grad:
             vector, items = self._guard.screen(vector, items, tensors_of([predictions, layers]), teacher)
         return vector, {**items, **self._distiller.weights()}
+
+    def _look(self, task_loss: Tensor, student: View, steps: Mapping[str, Step], objects: int) -> None:
+        """Let weights that set themselves follow, and audit the first batch that can be audited."""
+        distiller = self._distiller
+        if distiller.auto is not None and torch.is_grad_enabled() and distiller.auto.tick():
+            balance(task_loss, student, distiller, steps, self.close_mosaic)
+        # a term that acts near objects has nothing to show on a batch without any: then the next batch is audited
+        silent = bool(distiller.reads & {"targets", "assignment"}) and not objects
+        if self._on_audit is not None and torch.is_grad_enabled() and not silent and task_loss.isfinite():
+            self._on_audit(audit(task_loss, student, distiller, steps))
+            self._on_audit = None
 
     def forget(self) -> None:
         """Let go of what an interrupted step left in the taps."""

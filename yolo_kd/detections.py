@@ -106,7 +106,7 @@ class Pseudo:
     """Detections that serve as labels, and what is neither object nor background.
 
     Attributes:
-        certain: Detections that are at least as probable as the upper threshold.
+        certain: Detections that are more probable than the upper threshold.
         ignored: True for a class at points inside a less probable detection of it and outside every certain one,
             (B, nc, A).
     """
@@ -121,12 +121,12 @@ def pseudo_labels(view: View, low: float, conf: float, iou: float) -> Pseudo:
     Args:
         view: The teacher's view.
         low: Lower end of the band.
-        conf: Upper end of the band: from here on detections are labels.
+        conf: Upper end of the band: detections above it are labels.
         iou: Overlap above which the less probable of two detections of a class is dropped.
     """
     found = detect(view, low, iou)
-    certain = found.where(found.confidence >= conf)
+    certain = found.where(found.confidence > conf)
     centres, _ = points_of(view)
     images, _, classes = view.scores.shape
-    band = inside(found.where(found.confidence < conf), centres, images, classes)
+    band = inside(found.where(found.confidence <= conf), centres, images, classes)
     return Pseudo(certain, band & ~inside(certain, centres, images, classes))

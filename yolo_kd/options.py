@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from yolo_kd.errors import did_you_mean
+from yolo_kd.pool import POOL_KEYS, SOURCE_KEY, mistakes
 from yolo_kd.recipe import read_plugins, read_recipe, split_names
 from yolo_kd.speed import SPEED_KEYS, mistake
 from yolo_kd.values import wrong_value
@@ -29,6 +30,7 @@ OWN_KEYS: dict[str, str] = {
     "inherit": "start the student's neck and head from the teacher's where shapes agree (false)",
     "random_teacher": "allow a teacher that was never trained, to try things out (false)",
     **SPEED_KEYS,
+    **POOL_KEYS,
 }
 
 _SWITCHES = ("trust_checkpoints", "random_teacher", "inherit")
@@ -62,6 +64,7 @@ class TrainOptions:
         random_teacher: Allow a teacher that was never trained.
         inherit: Start the student's neck and head from the teacher's where shapes agree.
         speed: Keys of `yolo_kd.speed` that were given.
+        pool: Keys of `yolo_kd.pool` that were given.
         ultralytics: Every other key, as Ultralytics takes it. Never holds model, task, mode, resume or cfg.
     """
 
@@ -75,6 +78,7 @@ class TrainOptions:
     random_teacher: bool = False
     inherit: bool = False
     speed: dict[str, Any] = field(default_factory=dict)
+    pool: dict[str, Any] = field(default_factory=dict)
     ultralytics: dict[str, Any] = field(default_factory=dict)
 
 
@@ -228,6 +232,10 @@ def _resolve(items: dict[str, Item], problems: list[str]) -> TrainOptions:
     switches = {key: _switch(key, items.get(key), problems) for key in _SWITCHES}
     speed = {key: items[key] for key in SPEED_KEYS if _given(items, key)}
     problems += [problem(item.where, text) for key, item in speed.items() if (text := mistake(key, item.value))]
+    pool = {key: items[key].plain() for key in POOL_KEYS if _given(items, key)}
+    if not resuming:
+        where = items[next(iter(pool))].where if pool else ""
+        problems += [problem(where, text) for text in mistakes(pool)]
     kd = items.get("kd")
     if _given(items, "kd") and resuming:
         kd = items["kd"] if items["kd"].value == NO_RECIPE else None
@@ -255,6 +263,7 @@ def _resolve(items: dict[str, Item], problems: list[str]) -> TrainOptions:
         plugins=modules,
         resume=resume,
         speed={key: item.value for key, item in speed.items()},
+        pool=pool,
         ultralytics=ultralytics,
         **switches,
     )
@@ -363,7 +372,7 @@ def _check_together(
 ) -> None:
     """Report keys that contradict or need each other."""
     if resuming:
-        for key in ("student", "kd"):
+        for key in ("student", "kd", *POOL_KEYS):
             if _given(items, key) and items[key].value != NO_RECIPE:  # kd=none: the run that goes on has no teacher
                 sentence = f"{key} cannot be given with resume: the checkpoint knows it. Leave out {key}."
                 problems.append(problem(items[key].where, sentence))
@@ -387,6 +396,10 @@ def _check_together(
                 f"kd is given but no teacher. Add teacher=<model.pt>, or write kd={NO_RECIPE} for the student alone.",
             )
         )
+    if alone and _given(items, SOURCE_KEY) and not (_given(items, "teacher")):
+        sentence = f"{SOURCE_KEY} needs a teacher that says what is on the images, but kd={NO_RECIPE} has none"
+        fix = f"Add teacher=<model.pt> and a recipe, or leave out {SOURCE_KEY}."
+        problems.append(problem(items[SOURCE_KEY].where, f"{sentence}. {fix}"))
     if overrides and not alone and not _given(items, "teacher") and not _given(items, "kd"):
         sentence = f"kd.{next(iter(overrides))} is given but no teacher. Add teacher=<model.pt>, or leave it out."
         problems.append(sentence)

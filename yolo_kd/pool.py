@@ -16,10 +16,10 @@ DISTILL, PSEUDO, BOTH = MODES = ("distill", "pseudo", "both")
 POOL_KEYS: dict[str, str] = {
     SOURCE_KEY: "images without labels: a folder, a glob, a .txt of paths, a data YAML (its train), or a list of those",
     "unlabeled_ratio": "unlabelled images in a batch for each labelled one (1); 0 is a training without them",
-    "unlabeled_mode": "distill: the recipe's terms act on them; pseudo: the task loss, on the teacher's detections; both",
-    "unlabeled_conf": "class probability from which a detection of the teacher there counts as an object (0.4)",
+    "unlabeled_mode": "distill (the recipe's terms act on them), pseudo (the task loss, on the teacher's boxes) or both",
+    "unlabeled_conf": "class probability above which a detection of the teacher there counts as an object (0.4)",
     "unlabeled_low": "detections between this and unlabeled_conf are neither object nor background (0.1)",
-    "unlabeled_iou": "overlap from which two detections of a class are one (0.7)",
+    "unlabeled_iou": "overlap above which two detections of a class are one (0.7)",
 }
 
 
@@ -31,9 +31,9 @@ class Pool:
         source: Where they are: folders, globs, text files of paths, data YAMLs.
         ratio: Pool images in a batch for each labelled one, above 0.
         mode: `distill`, `pseudo` or `both`.
-        conf: Class probability from which a detection of the teacher counts as an object.
+        conf: Class probability above which a detection of the teacher counts as an object.
         low: Lower end of the band, up to `conf`, in which it is neither object nor background.
-        iou: Overlap from which two detections of one class are one.
+        iou: Overlap above which two detections of one class are one.
     """
 
     source: tuple[str, ...]
@@ -57,13 +57,33 @@ class Pool:
             return None
         source = _sources(given.pop(SOURCE_KEY))
         assert source is not None
-        values = {k.removeprefix("unlabeled_"): v if k == "unlabeled_mode" else float(v) for k, v in given.items()}
+        values: dict[str, Any] = {
+            k.removeprefix("unlabeled_"): v if k == "unlabeled_mode" else float(v) for k, v in given.items()
+        }
         return cls(source, **values)
 
     def to_keys(self) -> dict[str, Any]:
         """Return the mapping that `of` reads, of plain types."""
         values = {f"unlabeled_{k}": v for k, v in asdict(self).items() if k != "source"}
         return {SOURCE_KEY: list(self.source), **values}
+
+    def describe(self, labelled: bool = True) -> str:
+        """Return a sentence for the log about what pool images teach.
+
+        Args:
+            labelled: Whether there are labelled images as well.
+        """
+        certain = f"the teacher's detections above {self.conf:g} (overlap {self.iou:g})"
+        if not self.labels:
+            alone = (
+                ""
+                if labelled
+                else " No image has a label, so there is no task loss: the teacher is all that is learnt."
+            )
+            return f"Pool images have no task loss; terms that read boxes take {certain}.{alone}"
+        band = f"between {self.low:g} and {self.conf:g} they are neither object nor background"
+        terms = "the terms act there as well" if self.distils else "the terms act on labelled images only"
+        return f"On pool images the task loss takes {certain}, weighted by confidence; {band}; {terms}."
 
     @property
     def distils(self) -> bool:
@@ -87,8 +107,8 @@ def mistakes(given: Mapping[str, Any]) -> list[str]:
     low, conf = given.get("unlabeled_low", Pool.low), given.get("unlabeled_conf", Pool.conf)
     if not problems and low >= conf:
         problems.append(
-            f"unlabeled_low={low:g} must lie below unlabeled_conf={conf:g}: between the two, a detection of the teacher "
-            "is neither object nor background."
+            f"unlabeled_low={low:g} must lie below unlabeled_conf={conf:g}: between the two, a detection is neither "
+            "object nor background."
         )
     return problems
 
@@ -100,7 +120,11 @@ def mistake(key: str, value: Any) -> str | None:
             return None
         return f"{key} must be a folder, a glob, a .txt of paths, a data YAML, or a list of those, received {value!r}."
     if key == "unlabeled_mode":
-        return None if value in MODES else f"{key} must be {listed(MODES)}, received {value!r}.{did_you_mean(value, MODES)}"
+        return (
+            None
+            if value in MODES
+            else f"{key} must be {listed(MODES)}, received {value!r}.{did_you_mean(value, MODES)}"
+        )
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if key == "unlabeled_ratio":
         if number and value >= 0:

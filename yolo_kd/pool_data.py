@@ -40,7 +40,7 @@ class PoolDataset(YOLODataset):
 
     def get_labels(self) -> list[dict]:
         """Return a label without boxes for each image."""
-        empty = {"segments": [], "keypoints": None, "normalized": True, "bbox_format": "xywh"}
+        empty: dict[str, Any] = {"segments": [], "keypoints": None, "normalized": True, "bbox_format": "xywh"}
         return [
             {
                 "im_file": file,
@@ -115,8 +115,8 @@ class MixedSampler(Sampler[int]):
         self.batch = max(min(batch, total // world), 1)
         if labelled and self.batch < 2:
             raise ConfigError(
-                f"unlabeled= needs at least two images in a batch of each process, one of each kind; here it is {batch} "
-                f"of {total} images. Use a larger batch=."
+                f"unlabeled= needs two images or more in a batch of each process, one of each kind; here it is {batch} of "
+                f"{total} images. Use a larger batch=."
             )
         pool = share_of_batch(self.batch, ratio) if labelled else self.batch
         self.steps = math.ceil(total / (self.batch * world))
@@ -155,8 +155,8 @@ class MixedSampler(Sampler[int]):
             )
         return (
             f"An epoch is {self.steps} steps of {labelled.size} labelled and {pool.size} pool images"
-            f"{f' in each of {self._world} processes' if self._world > 1 else ''}: each of the {labelled.images} labelled "
-            f"images is seen {seen[0]:.2g} times, each of the {pool.images} pool images {seen[1]:.2g} times."
+            f"{f' in each of {self._world} processes' if self._world > 1 else ''}: each of the {labelled.images} "
+            f"labelled images is seen {seen[0]:.2g} times, each of the {pool.images} pool images {seen[1]:.2g} times."
         )
 
 
@@ -187,7 +187,9 @@ class Stream:
         return self._orders[number]
 
 
-def mixed_loader(dataset: MixedDataset, sampler: MixedSampler, workers: int, device: torch.device) -> InfiniteDataLoader:
+def mixed_loader(
+    dataset: MixedDataset, sampler: MixedSampler, workers: int, device: torch.device
+) -> InfiniteDataLoader:
     """Return Ultralytics' training loader with our order of images; it takes none, so its settings are repeated here.
 
     Args:

@@ -84,7 +84,7 @@ def find_images(places: Sequence[str]) -> tuple[str, ...]:
             raise DataError(f"{SOURCE_KEY}={place} cannot be used: {error}") from error
         if not images:
             raise DataError(
-                f"{SOURCE_KEY}={place} holds no image. Files that end in .jpg, .png, .bmp, .tif or .webp are looked for."
+                f"{SOURCE_KEY}={place} holds no image: no file that ends in .jpg, .png, .bmp, .tif, .webp or the like."
             )
         found |= {str(Path(image).resolve()): image for image in images}
     return tuple(sorted(found.values()))
@@ -108,7 +108,9 @@ def readable_images(files: Sequence[str], place: str) -> PoolImages:
     if not good:
         raise DataError(f"{SOURCE_KEY}={place} holds no readable image: {len(bad)} cannot be opened ({names}).")
     if bad and RANK in {-1, 0}:
-        LOGGER.warning(f"{len(bad)} of {len(files)} images of {SOURCE_KEY}={place} cannot be opened: {names}. Left out.")
+        LOGGER.warning(
+            f"{len(bad)} of {len(files)} images of {SOURCE_KEY}={place} cannot be opened: {names}. Left out."
+        )
     return PoolImages(*(tuple(side) for side in zip(*good, strict=True)))
 
 
@@ -140,8 +142,8 @@ def check_apart(images: PoolImages, validation: Any, place: str) -> int:
             shared += [file for file in ours if sha256(file) in known]
     if len(shared) == len(images.files):
         raise DataError(
-            f"{SOURCE_KEY}={place} are the validation images: all {len(shared)} of them. Results would look better than "
-            "they are. Name other images."
+            f"{SOURCE_KEY}={place} are the validation images, all {len(shared)} of them: results would look better "
+            "than they are. Name other images."
         )
     if shared and RANK in {-1, 0}:
         LOGGER.warning(

@@ -15,12 +15,13 @@ from torch import nn
 from ultralytics.cfg import get_cfg
 from ultralytics.engine import trainer as engine
 from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK
-from ultralytics.utils.torch_utils import unwrap_model
+from ultralytics.utils.torch_utils import torch_distributed_zero_first, unwrap_model
 
 from yolo_kd.audit import AuditRow, table
 from yolo_kd.batch_probe import BatchProbe
 from yolo_kd.checkpoints import LoadedDetector, load_checkpoint_file, load_detector, restricted_loading
 from yolo_kd.criterion import TEACHER_VIEW, DistillationCriterion
+from yolo_kd.datafiles import optional_train
 from yolo_kd.distiller import Distiller
 from yolo_kd.durable import DurableTrainer
 from yolo_kd.environment import check_cpu_bf16, check_torchvision, reused_memory
@@ -30,7 +31,20 @@ from yolo_kd.guards import FiniteGuard
 from yolo_kd.inherit import inherit
 from yolo_kd.losses.base import find
 from yolo_kd.parallel import reaches_every_parameter, without_search
-from yolo_kd.plan import Plan, check_models, check_resumable, check_teacher_file, is_resolved, make_plan, read_dataset
+from yolo_kd.plan import (
+    Plan,
+    check_models,
+    check_pool,
+    check_resumable,
+    check_teacher_file,
+    is_resolved,
+    make_plan,
+    read_dataset,
+)
+from yolo_kd.pool import POOL_KEYS, Pool
+from yolo_kd.pool_criterion import PoolCriterion, is_pool_column, teacher_reads
+from yolo_kd.pool_data import MixedDataset, MixedSampler, mixed_loader, pool_dataset
+from yolo_kd.pool_files import PoolImages
 from yolo_kd.recipe import import_plugins
 from yolo_kd.resume import check_arguments, check_plugins, check_resume_source
 from yolo_kd.saving import restore, usable, write_atomically
@@ -48,7 +62,7 @@ from yolo_kd.view_cache import ViewCache, check_cacheable
 from yolo_kd.views import View
 
 ADAPTER_STATE = "yolo_kd"  # key of the adapters' state inside the optimiser's state dict
-OWN_KEYS = ("teacher", "kd", "plugins", "inherit", "trust_checkpoints", "random_teacher", *SPEED_KEYS)
+OWN_KEYS = ("teacher", "kd", "plugins", "inherit", "trust_checkpoints", "random_teacher", *SPEED_KEYS, *POOL_KEYS)
 
 
 class DistillationTrainer(DurableTrainer):
@@ -65,7 +79,7 @@ class DistillationTrainer(DurableTrainer):
         cfg: Ultralytics' defaults.
         overrides: Ultralytics' training keys and ours: `teacher` (checkpoint, or with `random_teacher` a model YAML),
             `kd` (recipe name, YAML file or mapping), `kd.<loss>.<key>` (changes to it), `trust_checkpoints`, and those
-            of `yolo_kd.speed`.
+            of `yolo_kd.speed` and `yolo_kd.pool`.
         _callbacks: Ultralytics' callbacks.
 
     Raises:
@@ -90,6 +104,8 @@ class DistillationTrainer(DurableTrainer):
         self.audit_rows: list[AuditRow] = []
         self._student_taps: dict[str, nn.Module] = {}
         self._views: ViewCache | None = None
+        self._pool: PoolImages | None = None
+        self._labelled = True  # whether there are labelled images; without any there is a pool
         self._detector: LoadedDetector | None = None
         self._batch_in_epoch = (-1, 0)  # epoch, batches seen in it
         self._own = own
@@ -103,6 +119,8 @@ class DistillationTrainer(DurableTrainer):
             self.speed = self.plan.speed if self.plan else self.speed
             if self.speed.cache:
                 check_cacheable(vars(get_cfg(cfg, overrides)))
+            if self.plan is not None and self.plan.pool is not None:
+                self._pool, self._labelled = check_pool(self.plan, vars(get_cfg(cfg, overrides)))
         if _is_cpu_bf16(overrides):
             check_cpu_bf16()
         with restricted_loading(self.trust_checkpoints), exclusive_run_folder():
@@ -125,7 +143,8 @@ class DistillationTrainer(DurableTrainer):
             found = usable(path)  # the file before it, where it is damaged
             checkpoint, _ = load_checkpoint_file(found, role="resume", trust=self.trust_checkpoints)
             check_resumable(checkpoint, found, alone=self._own.get("kd") == "none")
-            read_dataset(*check_arguments(checkpoint, found, {**overrides, **self._own}))
+            pooled = bool(((checkpoint.get("train_args") or {}).get("kd") or {}).get("pool"))
+            read_dataset(*check_arguments(checkpoint, found, {**overrides, **self._own}), train_optional=pooled)
             if not is_resolved(self._own.get("kd")):  # otherwise the parent of this process has seen to it
                 plugins = import_plugins(self._own.get("plugins"))
                 check_plugins((checkpoint.get("train_args") or {}).get("kd"), plugins, found)
@@ -147,8 +166,56 @@ class DistillationTrainer(DurableTrainer):
         # what the file says of trust does not count: whoever made it must not decide what may run here
         self.plan = replace(plan, trust_checkpoints=self.trust_checkpoints, speed=self.speed)
         check_teacher_file(self.plan)
+        asked = {k: self._own[k] for k in POOL_KEYS if self._own.get(k) is not None}
+        if asked and Pool.of({**(plan.pool.to_keys() if plan.pool else {}), **asked}) != plan.pool:
+            raise ConfigError(
+                f"{', '.join(asked)} cannot be changed on resume: the checkpoint knows the pool. Leave it out."
+            )
+        if plan.pool is not None:
+            self._pool, self._labelled = check_pool(self.plan, vars(self.args))
 
     # ---------------------------------------------------------------------------------------------- set-up
+
+    def get_dataset(self) -> dict[str, Any]:
+        """Read the data YAML, which may name no training images where there is a pool."""
+        with optional_train() if self._pool is not None else nullcontext():
+            return super().get_dataset()
+
+    def build_dataset(self, img_path: Any, mode: str = "train", batch: int | None = None) -> Any:
+        """Put the pool behind the labelled training images."""
+        if mode != "train" or self._pool is None:
+            return super().build_dataset(img_path, mode, batch)
+        stride = max(int(unwrap_model(self.model).stride.max()), 32)
+        labelled = super().build_dataset(img_path, mode, batch) if self._labelled else None
+        return MixedDataset(labelled, pool_dataset(self._pool, self.args, batch or 16, self.data, stride))
+
+    def get_dataloader(self, dataset_path: Any, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
+        """Draw labelled and pool images in the ratio that was asked for."""
+        if mode != "train" or self._pool is None:
+            return super().get_dataloader(dataset_path, batch_size, rank, mode)
+        assert self.plan is not None
+        assert self.plan.pool is not None
+        with torch_distributed_zero_first(rank):
+            dataset = self.build_dataset(dataset_path, mode, batch_size)
+        place = (dist.get_rank(), dist.get_world_size()) if rank != -1 and dist.is_initialized() else (0, 1)
+        counts = dataset.labelled, dataset.unlabelled
+        sampler = MixedSampler(*counts, batch_size, self.plan.pool.ratio, self.args.seed, *place)
+        if RANK in {-1, 0}:
+            LOGGER.info(f"{sampler.describe()} {self.plan.pool.describe(dataset.labelled > 0)}")
+        return mixed_loader(dataset, sampler, self.args.workers, self.device)
+
+    def _begin_epoch(self) -> None:
+        super()._begin_epoch()
+        if isinstance(sampler := self.train_loader.sampler, MixedSampler):
+            sampler.begin(self.epoch, self._skipped)
+
+    def _make_criterion(self, student: Any, native: Any = None) -> DistillationCriterion:
+        assert self.plan is not None
+        assert self.distiller is not None
+        keys = {"native": native, "on_audit": self._log_audit, "guard": self.guard}
+        if self.plan.pool is not None:
+            return PoolCriterion(student, self.distiller, **keys, pool=self.plan.pool)
+        return DistillationCriterion(student, self.distiller, **keys)
 
     def get_validator(self) -> Any:
         """Give the validator Ultralytics' own arguments only; it checks every key."""
@@ -186,6 +253,7 @@ class DistillationTrainer(DurableTrainer):
         speed = self.speed
         if speed.teacher_compile == AUTO:
             speed = replace(speed, teacher_compile=bool(self.args.compile) and self.device.type == "cuda")
+        reads = teacher_reads(self.plan.pool, reads)
         self.teacher = Teacher(detector, self.device, speed, layers, split, reads, self._teacher_settled)
         self._student_taps = find_layers(student, _names(term.student_layers for term in terms), "student")
         teacher_taps = find_layers(detector.model, layers, "teacher")
@@ -204,7 +272,7 @@ class DistillationTrainer(DurableTrainer):
                 if isinstance(tensor, torch.Tensor):
                     dist.broadcast(tensor, 0)
         self.guard = FiniteGuard(self.distiller.trained_parameters())
-        student.criterion = DistillationCriterion(student, self.distiller, on_audit=self._log_audit, guard=self.guard)
+        student.criterion = self._make_criterion(student)
         if RANK in {-1, 0}:
             origin = "random weights" if detector.random else f"sha256 {detector.sha256[:12]}"
             LOGGER.info(f"Distilling {', '.join(self.distiller.terms)} from {detector.path} ({origin}, frozen)")
@@ -264,7 +332,7 @@ class DistillationTrainer(DurableTrainer):
         self._tap_student()
         if self.speed.cache and self.teacher is not None:
             folder = self.save_dir / f"teacher_views{RANK if RANK > 0 else ''}"
-            self._views = ViewCache(folder, self.train_loader.dataset.im_files)
+            self._views = ViewCache(folder, [*dict.fromkeys(self.train_loader.dataset.im_files)])
         if self.plan is not None and RANK in {-1, 0}:
             write_atomically(self.save_dir / "kd.yaml", yaml.safe_dump(self.plan.to_dict(), sort_keys=False).encode())
 
@@ -290,9 +358,7 @@ class DistillationTrainer(DurableTrainer):
             return
         student = unwrap_model(self.model)
         if not isinstance(student.criterion, DistillationCriterion):
-            student.criterion = DistillationCriterion(
-                student, self.distiller, native=student.criterion, on_audit=self._log_audit, guard=self.guard
-            )
+            student.criterion = self._make_criterion(student, native=student.criterion)
             student.criterion.whole_graph = getattr(self.model, "find_unused_parameters", True) is False
 
     def auto_batch(self) -> int:
@@ -459,6 +525,7 @@ class DistillationTrainer(DurableTrainer):
             return labelled
         columns = (*self.distiller.columns, *self.distiller.weight_columns.values())
         own = {f"{prefix}/{column}" for column in columns}
+        own |= {k for k in labelled if is_pool_column(k.removeprefix(f"{prefix}/"))}
         return (
             [k for k in labelled if k not in own]
             if isinstance(labelled, list)
