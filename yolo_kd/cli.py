@@ -46,7 +46,7 @@ Keys of train besides Ultralytics' own:
   kd.cache=disk            keep the teacher's outputs, for trainings without random augmentation
   unlabeled=               images without labels: a folder, a glob, a .txt of paths, a data YAML, or a list of those
   unlabeled_ratio=         how many of them in a batch for each labelled image (1)
-  unlabeled_mode=          distill (the recipe's terms act on them), pseudo (the task loss, on the teacher's detections), both
+  unlabeled_mode=          distill (the terms act on them), pseudo (the task loss does, on the teacher's boxes) or both
   unlabeled_conf=          class probability above which such a detection is an object (0.4)
   unlabeled_low=           between this and unlabeled_conf it is neither object nor background (0.1)
   unlabeled_iou=           overlap above which two of them are one (0.7)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from yolo_kd.datafiles import optional_train, restricted_data
 from yolo_kd.errors import CheckpointError, ConfigError, DataError, PairError
 from yolo_kd.options import DEFAULT_RECIPE, NO_RECIPE
 from yolo_kd.pool import SOURCE_KEY, Pool
-from yolo_kd.pool_files import PoolImages, check_apart, find_images, has_labels, readable_images
+from yolo_kd.pool_files import PoolImages, check_apart, find_images, has_labels, log_warning, readable_images
 from yolo_kd.position import Position
 from yolo_kd.recipe import Recipe, import_plugins, load_recipe
 from yolo_kd.speed import Speed
@@ -179,12 +179,15 @@ def check_models(
     return detector
 
 
-def check_pool(plan: Plan, keys: Mapping[str, Any]) -> tuple[PoolImages, bool]:
+def check_pool(
+    plan: Plan, keys: Mapping[str, Any], warn: Callable[[str], None] = log_warning
+) -> tuple[PoolImages, bool]:
     """Find the images of a plan's pool, and check that a training can use them.
 
     Args:
         plan: The plan, with a pool.
         keys: Ultralytics' keys of the training.
+        warn: Receives what is worth a warning.
 
     Returns:
         The images, and whether there are labelled ones as well.
@@ -201,8 +204,8 @@ def check_pool(plan: Plan, keys: Mapping[str, Any]) -> tuple[PoolImages, bool]:
     split = keys.get("split") or "val"
     data = read_dataset(keys.get("data"), split, train_optional=True)
     place = ",".join(plan.pool.source)
-    images = readable_images(find_images(plan.pool.source), place)
-    check_apart(images, data[split], place)
+    images = readable_images(find_images(plan.pool.source), place, warn)
+    check_apart(images, data[split], place, warn)
     labelled = has_labels(data.get("train"))
     auto = [term.name for term in plan.recipe.terms if term.ratio is not None]
     if labelled and keys.get("batch") == 1:

@@ -14,9 +14,9 @@ SOURCE_KEY = "unlabeled"
 DISTILL, PSEUDO, BOTH = MODES = ("distill", "pseudo", "both")
 
 POOL_KEYS: dict[str, str] = {
-    SOURCE_KEY: "images without labels: a folder, a glob, a .txt of paths, a data YAML (its train), or a list of those",
+    SOURCE_KEY: "images without labels: a folder, glob, .txt of paths, data YAML (its train), or a list of those",
     "unlabeled_ratio": "unlabelled images in a batch for each labelled one (1); 0 is a training without them",
-    "unlabeled_mode": "distill (the recipe's terms act on them), pseudo (the task loss, on the teacher's boxes) or both",
+    "unlabeled_mode": "distill (the terms act on them), pseudo (the task loss does, on the teacher's boxes) or both",
     "unlabeled_conf": "class probability above which a detection of the teacher there counts as an object (0.4)",
     "unlabeled_low": "detections between this and unlabeled_conf are neither object nor background (0.1)",
     "unlabeled_iou": "overlap above which two detections of a class are one (0.7)",

@@ -115,8 +115,8 @@ class MixedSampler(Sampler[int]):
         self.batch = max(min(batch, total // world), 1)
         if labelled and self.batch < 2:
             raise ConfigError(
-                f"unlabeled= needs two images or more in a batch of each process, one of each kind; here it is {batch} of "
-                f"{total} images. Use a larger batch=."
+                f"unlabeled= needs two images or more in a batch of each process, one of each kind; here it is "
+                f"{batch} of {total} images. Use a larger batch=."
             )
         pool = share_of_batch(self.batch, ratio) if labelled else self.batch
         self.steps = math.ceil(total / (self.batch * world))

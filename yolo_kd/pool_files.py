@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,12 +90,19 @@ def find_images(places: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(found.values()))
 
 
-def readable_images(files: Sequence[str], place: str) -> PoolImages:
+def log_warning(sentence: str) -> None:
+    """Log a sentence once, whatever the number of processes."""
+    if RANK in {-1, 0}:
+        LOGGER.warning(sentence)
+
+
+def readable_images(files: Sequence[str], place: str, warn: Callable[[str], None] = log_warning) -> PoolImages:
     """Open every file and leave out those that are no image, with one warning; nothing is written anywhere.
 
     Args:
         files: Paths.
         place: Where they come from, for messages.
+        warn: Receives the sentence.
 
     Raises:
         DataError: If none is left.
@@ -107,25 +114,22 @@ def readable_images(files: Sequence[str], place: str) -> PoolImages:
     names = ", ".join(Path(file).name for file in bad[:3]) + (", ..." if len(bad) > 3 else "")
     if not good:
         raise DataError(f"{SOURCE_KEY}={place} holds no readable image: {len(bad)} cannot be opened ({names}).")
-    if bad and RANK in {-1, 0}:
-        LOGGER.warning(
-            f"{len(bad)} of {len(files)} images of {SOURCE_KEY}={place} cannot be opened: {names}. Left out."
-        )
+    if bad:
+        warn(f"{len(bad)} of {len(files)} images of {SOURCE_KEY}={place} cannot be opened: {names}. Left out.")
     return PoolImages(*(tuple(side) for side in zip(*good, strict=True)))
 
 
-def check_apart(images: PoolImages, validation: Any, place: str) -> int:
+def check_apart(images: PoolImages, validation: Any, place: str, warn: Callable[[str], None] = log_warning) -> None:
     """Check that the pool is not the validation set, which would then measure what was trained on.
 
-    Files are compared by content: sizes first, then hashes of those whose size occurs on both sides.
+    Files are compared by content: sizes first, then hashes of those whose size occurs on both sides. There is a warning
+    where some of the pool images are validation images.
 
     Args:
         images: The pool.
         validation: The validation images of a data YAML: a path or a list of paths.
         place: Where the pool comes from, for messages.
-
-    Returns:
-        The number of pool images that are validation images as well, for which there is a warning.
+        warn: Receives the warning.
 
     Raises:
         DataError: If all of them are.
@@ -145,12 +149,11 @@ def check_apart(images: PoolImages, validation: Any, place: str) -> int:
             f"{SOURCE_KEY}={place} are the validation images, all {len(shared)} of them: results would look better "
             "than they are. Name other images."
         )
-    if shared and RANK in {-1, 0}:
-        LOGGER.warning(
+    if shared:
+        warn(
             f"{len(shared)} of {len(images.files)} images of {SOURCE_KEY}={place} are validation images as well, such "
             f"as {Path(shared[0]).name}: results will look better than they are."
         )
-    return len(shared)
 
 
 def has_labels(train: Any) -> bool:

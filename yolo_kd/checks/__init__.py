@@ -16,11 +16,13 @@ from yolo_kd.checks.dataset import check_dataset
 from yolo_kd.checks.dryrun import Trace, nothing_written
 from yolo_kd.checks.models import check_quality, describe_files, describe_levels, devices_of
 from yolo_kd.checks.report import Report, plain
+from yolo_kd.checks.unlabelled import check_unlabelled
 from yolo_kd.checks.terms import check_terms, usable_terms
 from yolo_kd.environment import check_torchvision
 from yolo_kd.errors import ConfigError, YoloKDError
 from yolo_kd.options import NO_RECIPE, TrainOptions
 from yolo_kd.plan import Plan, make_plan, pair_problems, read_dataset
+from yolo_kd.pool import SOURCE_KEY
 
 __all__ = ["Report", "check"]
 
@@ -72,8 +74,8 @@ class _Check:
         self.attempt("setup", check_torchvision)
         self.choose_device()
         self.say("the data set")
-        data = self.attempt("data", lambda: read_dataset(keys.get("data"), keys.get("split") or "val"))
-        sets = check_dataset(report, self.trace, data, keys) if data else {}
+        data = self.attempt("data", lambda: self.read_dataset())
+        sets = check_dataset(report, self.trace, data, keys, SOURCE_KEY in self.options.pool) if data else {}
         self.say("the models")
         plan, detectors = self.load(data)
         describe_files(report, detectors)
@@ -92,6 +94,9 @@ class _Check:
             self.guarded(
                 "quality", lambda: check_quality(report, detectors, sets["val"], data, keys, self.trace.folder)
             )
+        if plan is not None and plan.pool is not None and data is not None and "teacher" in detectors and sets:
+            self.say("the unlabelled images")
+            self.guarded("pool", lambda: check_unlabelled(report, plan, detectors["teacher"], sets, keys))
         if fits and plan is not None and data is not None and len(sets) == 2:
             self.say("gradients and cost of the terms")
             self.guarded("terms", lambda: self.terms(plan, detectors))
@@ -101,6 +106,11 @@ class _Check:
                 report.add("note", "ultralytics", text[:300])
         report.facts = plain(report.facts)
         return report
+
+    def read_dataset(self) -> dict[str, Any]:
+        """Read the data YAML, which needs no training images where there is a pool."""
+        pooled = SOURCE_KEY in self.options.pool and self.options.pool.get("unlabeled_ratio") != 0
+        return read_dataset(self.keys.get("data"), self.keys.get("split") or "val", train_optional=pooled)
 
     def choose_device(self) -> None:
         """Fall back to the processor where a GPU was asked for that is not there, so that the rest can be looked at."""
@@ -122,6 +132,7 @@ class _Check:
             "inherit": options.inherit,
             "trust_checkpoints": options.trust_checkpoints,
             "random_teacher": options.random_teacher,
+            **options.pool,
         }
         made = self.attempt("files", lambda: make_plan(own, options.kd_overrides))
         plan, teacher = made or (None, None)
