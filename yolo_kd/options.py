@@ -44,7 +44,7 @@ _REPLACED = {
 }
 _FIXED = {"task": "detect", "mode": "train"}
 # text as it stands: a run named 007 is not run 7
-_VERBATIM = frozenset({"teacher", "student", "kd", "cfg", "data", "name", "project", "plugins"})
+_VERBATIM = frozenset({"teacher", "student", "kd", "cfg", "data", "name", "project", "plugins", SOURCE_KEY})
 _FOLDERS = ("project", "name", "save_dir")  # they say where files are written
 _BRACKETS = {"[": "]", "(": ")", "{": "}"}
 
@@ -233,6 +233,8 @@ def _resolve(items: dict[str, Item], problems: list[str]) -> TrainOptions:
     speed = {key: items[key] for key in SPEED_KEYS if _given(items, key)}
     problems += [problem(item.where, text) for key, item in speed.items() if (text := mistake(key, item.value))]
     pool = {key: items[key].plain() for key in POOL_KEYS if _given(items, key)}
+    if str(pool.get(SOURCE_KEY, "")).startswith("["):  # a list on the command line; a path may hold commas
+        pool[SOURCE_KEY] = [name.strip("'\"") for name in split_names(pool[SOURCE_KEY])]
     if not resuming:
         where = items[next(iter(pool))].where if pool else ""
         problems += [problem(where, text) for text in mistakes(pool)]

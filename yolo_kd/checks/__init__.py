@@ -16,8 +16,8 @@ from yolo_kd.checks.dataset import check_dataset
 from yolo_kd.checks.dryrun import Trace, nothing_written
 from yolo_kd.checks.models import check_quality, describe_files, describe_levels, devices_of
 from yolo_kd.checks.report import Report, plain
-from yolo_kd.checks.unlabelled import check_unlabelled
 from yolo_kd.checks.terms import check_terms, usable_terms
+from yolo_kd.checks.unlabelled import check_unlabelled
 from yolo_kd.environment import check_torchvision
 from yolo_kd.errors import ConfigError, YoloKDError
 from yolo_kd.options import NO_RECIPE, TrainOptions
