@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def test_a_sampler_that_is_read_ahead_keeps_its_order() -> None:
     plain, ahead = (MixedSampler(5, 9, 4, 1) for _ in range(2))
     expected = [i for _ in range(4) for i in plain]
 
-    def endless(sampler: MixedSampler):  # noqa: ANN202
+    def endless(sampler: MixedSampler) -> Iterator[int]:
         while True:
             yield from sampler
 
@@ -171,7 +172,7 @@ def test_a_pool_alone(coloured: Path) -> None:
 
 def test_images_in_memory(coloured: Path) -> None:
     dataset = mixed(coloured, cache="ram")
-    assert all(len(part.ims) and part.ims[0] is not None for part in dataset.datasets)
+    assert all(part.ims[0] is not None for part in dataset.datasets)
 
 
 def test_workers_load_the_same_batches(coloured: Path) -> None:
