@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -178,8 +178,11 @@ class DistillationTrainer(DurableTrainer):
 
     def get_dataset(self) -> dict[str, Any]:
         """Read the data YAML, which may name no training images where there is a pool."""
-        with optional_train() if self._pool is not None else nullcontext():
+        with self._lenient_data():
             return super().get_dataset()
+
+    def _lenient_data(self) -> AbstractContextManager[None]:
+        return optional_train() if self._pool is not None else nullcontext()
 
     def build_dataset(self, img_path: Any, mode: str = "train", batch: int | None = None) -> Any:
         """Put the pool behind the labelled training images."""
@@ -400,7 +403,7 @@ class DistillationTrainer(DurableTrainer):
 
     def train(self) -> Any:
         """Train, with every checkpoint load restricted and nothing half-written that another training may read."""
-        with restricted_loading(self.trust_checkpoints), shared_data():
+        with restricted_loading(self.trust_checkpoints), shared_data(), self._lenient_data():
             return super().train()
 
     def _do_train(self) -> None:
