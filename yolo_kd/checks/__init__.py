@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from yolo_kd.checks.models import check_quality, describe_files, describe_levels
 from yolo_kd.checks.report import Report, plain
 from yolo_kd.checks.terms import check_terms, usable_terms
 from yolo_kd.checks.unlabelled import check_unlabelled
+from yolo_kd.datafiles import optional_train
 from yolo_kd.environment import check_torchvision
 from yolo_kd.errors import ConfigError, YoloKDError
 from yolo_kd.options import NO_RECIPE, TrainOptions
@@ -48,8 +50,14 @@ def check(options: TrainOptions) -> Report:
         raise ConfigError("check looks at a training that has not begun: leave out resume.")
     if options.teacher is None or options.kd == NO_RECIPE:
         raise ConfigError("check needs a teacher: add teacher=<checkpoint>.")
-    with nothing_written() as trace, restricted_loading(options.trust_checkpoints):
+    lenient = optional_train() if _pooled(options) else nullcontext()
+    with nothing_written() as trace, restricted_loading(options.trust_checkpoints), lenient:
         return _Check(options, trace).run()
+
+
+def _pooled(options: TrainOptions) -> bool:
+    """Return whether there are unlabelled images to train on."""
+    return SOURCE_KEY in options.pool and options.pool.get("unlabeled_ratio") != 0
 
 
 class _Check:
@@ -74,8 +82,8 @@ class _Check:
         self.attempt("setup", check_torchvision)
         self.choose_device()
         self.say("the data set")
-        data = self.attempt("data", lambda: self.read_dataset())
-        sets = check_dataset(report, self.trace, data, keys, SOURCE_KEY in self.options.pool) if data else {}
+        data = self.attempt("data", self.read_dataset)
+        sets = check_dataset(report, self.trace, data, keys, _pooled(self.options)) if data else {}
         self.say("the models")
         plan, detectors = self.load(data)
         describe_files(report, detectors)
@@ -109,8 +117,8 @@ class _Check:
 
     def read_dataset(self) -> dict[str, Any]:
         """Read the data YAML, which needs no training images where there is a pool."""
-        pooled = SOURCE_KEY in self.options.pool and self.options.pool.get("unlabeled_ratio") != 0
-        return read_dataset(self.keys.get("data"), self.keys.get("split") or "val", train_optional=pooled)
+        keys = self.keys
+        return read_dataset(keys.get("data"), keys.get("split") or "val", train_optional=_pooled(self.options))
 
     def choose_device(self) -> None:
         """Fall back to the processor where a GPU was asked for that is not there, so that the rest can be looked at."""
