@@ -81,16 +81,22 @@ class PoolCriterion(DistillationCriterion):
         """Return the loss vector, times the batch size as Ultralytics wants it, and the logged items, per image."""
         images = len(batch["img"])
         unlabelled = pool_part(batch[POOL_MARK])
-        _ = self.native  # with its tap
+        own, others = slice(0, images - unlabelled), slice(images - unlabelled, images)
+        # pool images have no labels, so all labels of the batch are those of the labelled images
+        labelled = {**batch, "img": batch["img"][own]}
+        native = self.native(part_of(predictions, own), labelled) if unlabelled < images else None
+        assignment = self._tap.take() if self._tap else None
         teacher = batch[TEACHER_VIEW]
-        teacher = teacher if isinstance(teacher, View) else teacher.take()
+        teacher = teacher if isinstance(teacher, View) else teacher.take()  # after the native loss: it may still run
         layers = self.layers.take() if self.layers else {}
         student = view_of(predictions, self._student, layers)
         parts = []
-        if unlabelled < images:
-            parts.append(self._labelled(predictions, batch, student, teacher, images - unlabelled))
+        if native is not None:
+            targets = targets_of(labelled, assignment) if self._reads_boxes else None
+            steps = self._distiller.steps(student.part(own), teacher.part(own), targets, self.progress)
+            parts.append(Part(images - unlabelled, native[0], native[1], steps, len(batch["bboxes"])))
         if unlabelled:
-            parts.append(self._unlabelled(predictions, batch, student, teacher, images - unlabelled))
+            parts.append(self._unlabelled(predictions, batch, student, teacher, others))
         task = self._task(parts, student, images)
         if self.whole_graph:
             task = touch(task, predictions)
@@ -107,34 +113,24 @@ class PoolCriterion(DistillationCriterion):
             for column in self._distiller.columns
         }
         vector = torch.cat([task, torch.stack(list(terms.values())).to(task.dtype) * images])
-        own = parts[0] if unlabelled < images else None
-        pooled = parts[-1] if unlabelled else None
         zero = vector.new_zeros(())
 
         def items_of(part: Part | None) -> dict[str, Tensor]:
-            native = dict.fromkeys(loss_names_of(self.native), zero) | dict(part.items if part else {})
+            task_items = dict.fromkeys(loss_names_of(self.native), zero) | dict(part.items if part else {})
             acted = values.get(id(part), {})
-            return native | {c: acted[c].detach() if acted else zero for c in self._distiller.columns}
+            return task_items | {c: acted[c].detach() if acted else zero for c in self._distiller.columns}
 
-        items = items_of(own)
+        items = items_of(parts[0] if native is not None else None)
         if self._guard is not None and vector.requires_grad:
             vector, items = self._guard.screen(vector, items, tensors_of([predictions, layers]), teacher)
-        about_pool = self._about_pool(items_of(pooled), teacher.part(slice(images - unlabelled, images)))
+        about_pool = self._about_pool(items_of(parts[-1] if unlabelled else None), teacher.part(others))
         return vector, {**items, **self._distiller.weights(), **about_pool}
 
-    def _labelled(self, predictions: Any, batch: Mapping[str, Any], student: View, teacher: View, images: int) -> Part:
-        """Return what the labelled images contribute; pool images have no labels, so all labels are theirs."""
-        chosen = slice(0, images)
-        labelled = {**batch, "img": batch["img"][chosen]}
-        loss, items = self.native(part_of(predictions, chosen), labelled)
-        targets = targets_of(labelled, self._tap.take() if self._tap else None) if self._reads_boxes else None
-        steps = self._distiller.steps(student.part(chosen), teacher.part(chosen), targets, self.progress)
-        return Part(images, loss, items, steps, len(batch["bboxes"]))
-
-    def _unlabelled(self, predictions: Any, batch: Mapping[str, Any], student: View, teacher: View, first: int) -> Part:
-        """Return what the pool images contribute, which begin at index `first`."""
+    def _unlabelled(
+        self, predictions: Any, batch: Mapping[str, Any], student: View, teacher: View, chosen: slice
+    ) -> Part:
+        """Return what the pool images contribute."""
         pool = self._pool
-        chosen = slice(first, len(batch["img"]))
         images = batch["img"][chosen]
         raw, seen = part_of(predictions, chosen), teacher.part(chosen)
         reads = self._distiller.reads if pool.distils else frozenset()
@@ -157,7 +153,9 @@ class PoolCriterion(DistillationCriterion):
         steps = {}
         if pool.distils:
             targets = targets_of(labels, assignment) if found is not None and self._reads_boxes else None
-            steps = self._distiller.steps(student.part(chosen), seen, targets, self.progress, continues=first > 0)
+            steps = self._distiller.steps(
+                student.part(chosen), seen, targets, self.progress, continues=chosen.start > 0
+            )
         return Part(len(images), loss, items, steps, 0 if found is None else len(found))
 
     @property
