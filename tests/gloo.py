@@ -287,7 +287,27 @@ def train(rank: int, file: str, data: str, student: str, teacher: str) -> None:
     Path(f"{file}.{rank}").write_text(json.dumps(seen))
 
 
-JOBS: dict[str, Callable[..., None]] = {"losses": losses, "train": train}
+def pool(rank: int, file: str, data: str, student: str, teacher: str, images: str) -> None:
+    """Train with images that nobody labelled, and note which ones each process sees."""
+    seen: dict[str, Any] = {"images": {}}
+    keys = {"imgsz": 64, "batch": 8, "nbs": 8, "epochs": 2, "workers": 0, "plots": False, "optimizer": "AdamW"}
+    own = {"teacher": teacher, "kd": "objectness", "unlabeled": images, "unlabeled_mode": "both"}
+    place = {"save_dir": str(Path(file).parent / "run"), "device": "cpu", "data": data, "model": student}
+    trainer = GlooTrainer(overrides={**keys, **own, **place})
+    preprocess = trainer.preprocess_batch
+
+    def noted(batch: dict) -> dict:
+        seen["images"].setdefault(str(trainer.epoch), []).extend(Path(f).name for f in batch["im_file"])
+        return preprocess(batch)
+
+    trainer.preprocess_batch = noted  # type: ignore[method-assign]
+    with patch.object(nn.parallel, "DistributedDataParallel", OnCPU):
+        trainer.train()
+    seen["weights"] = total(dict(unwrap_model(trainer.model).named_parameters()))
+    Path(f"{file}.{rank}").write_text(json.dumps(seen))
+
+
+JOBS: dict[str, Callable[..., None]] = {"losses": losses, "train": train, "pool": pool}
 
 
 def main() -> None:

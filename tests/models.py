@@ -37,6 +37,36 @@ def narrow_model(family: str, folder: Path, width: float = 0.125, nc: int = 3, s
     return DetectionModel(str(narrow_yaml(family, folder, width, nc)), nc=nc, verbose=False)
 
 
+def make_sure(model: DetectionModel) -> DetectionModel:
+    """Let a random detector find objects with probabilities from 0 to 1, where it would find none.
+
+    Its normalisation layers take the statistics of noise, its logits get a spread of 1 around -1 there,
+    and its boxes reach a stride or two from their points.
+    """
+    noise = torch.rand(4, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    with torch.no_grad():
+        for norm in norms:
+            norm.momentum = 1.0
+        model.train()(noise)
+        for norm in norms:
+            norm.momentum = 0.03
+        raw = model.eval()(noise)[1]
+        features = raw.get("one2many", raw)["feats"]
+        for branches in (getattr(model.model[-1], name, None) or [] for name in ("cv3", "one2one_cv3")):
+            for branch, feature in zip(branches, features, strict=False):  # only end-to-end heads have the second
+                logits = branch(feature)
+                scale, mean = 1 / logits.std((0, 2, 3)), logits.mean((0, 2, 3))
+                branch[-1].weight.mul_(scale[:, None, None, None])
+                branch[-1].bias.copy_((branch[-1].bias - mean) * scale - 1)
+        bins = model.model[-1].reg_max
+        for branches in (getattr(model.model[-1], name, None) or [] for name in ("cv2", "one2one_cv2")):
+            for branch in branches:
+                branch[-1].weight.mul_(0.1)
+                branch[-1].bias.copy_(1.5 if bins == 1 else -1.0 * torch.arange(bins).repeat(4))
+    return model.train()
+
+
 def narrow_checkpoint(
     family: str,
     folder: Path,
@@ -45,9 +75,11 @@ def narrow_checkpoint(
     seed: int = 0,
     names: dict[int, str] | None = None,
     file: str = "model.pt",
+    sure: bool = False,
 ) -> Path:
     """Save a random detector of that family as Ultralytics saves a finished training."""
     model = narrow_model(family, folder, width, nc, seed)
+    model = make_sure(model) if sure else model
     model.names = names or {0: "circle", 1: "square", 2: "triangle"}
     model.args = dict(DEFAULT_CFG_DICT)
     path = folder / file

@@ -90,6 +90,7 @@ TEXTS: dict[str, str] = {
     "model.onnx": "",
     "text.pt": "not a pickle",
     "page.pt": "<!DOCTYPE html><html>Not found</html>",
+    "pool_list.txt": "./pool_good/nothing.jpg\n./neither.jpg\n",
     "pointer.pt": "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 6\n",
     "empty.pt": "",
 }  # fmt: skip
@@ -118,6 +119,10 @@ def bad_files(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
     (folder / "folder.pt").mkdir()
     (folder / "empty_folder").mkdir()
     os.mkfifo(folder / "pipe.pt")
+    (folder / "pool_broken").mkdir()
+    (folder / "pool_broken" / "a.jpg").write_text("no image")
+    (folder / "pool_broken" / "b.png").write_bytes(b"")
+    shutil.copytree(folder / "shapes" / "images" / "test", folder / "pool_good")
     _checkpoints_to_resume(folder, good)
     return folder
 
@@ -407,6 +412,33 @@ BAD: list[tuple[str, str]] = [
     ("train teacher_channels_last=no", "teacher_channels_last must be"),
     ("train threads=0", "threads must be auto or a whole number of at least 1, received 0"),
     ("train kd.cache=ram", "kd.cache must be disk or false, received 'ram'"),
+    # -------------------------------------------------------------------------------------------- the pool
+    ("train unlabeled=nowhere", "unlabeled=nowhere cannot be used: nowhere does not exist"),
+    ("train unlabeled=no/*.jpg", r"unlabeled=no/\*\.jpg cannot be used: no/\*\.jpg matches no file"),
+    ("train unlabeled={empty_folder}", "unlabeled=empty_folder holds no image"),
+    ("train unlabeled={pool_broken}", r"holds no readable image: 2 cannot be opened \(a.jpg, b.png\)"),
+    ("train unlabeled={pool_list.txt}", r"pool_list\.txt names .*nothing\.jpg and 1 more, which does not exist"),
+    ("train unlabeled={data_notrain.yaml}", r"data_notrain\.yaml names no images in train:"),
+    ("train unlabeled={data_bomb.yaml}", "data_bomb.yaml has aliases that multiply"),
+    ("train unlabeled={kd_list.yaml}", "names no images in train:"),
+    ("train unlabeled=[{pool_good},nowhere]", "unlabeled=nowhere cannot be used: nowhere does not exist"),
+    ("train unlabeled=shapes/images/val", "are the validation images, all 8 of them"),
+    ("train unlabeled={pool_good} unlabeled_ratio=-1", "unlabeled_ratio must be .* at least 0, .* received -1"),
+    ("train unlabeled={pool_good} unlabeled_ratio=many", "unlabeled_ratio must be a number .* received 'many'"),
+    ("train unlabeled={pool_good} unlabeled_mode=distil", "unlabeled_mode must be distill, .*Did you mean 'distill'"),
+    ("train unlabeled={pool_good} unlabeled_conf=1.5", "unlabeled_conf must be a number between 0 and 1, received 1.5"),
+    ("train unlabeled={pool_good} unlabeled_low=0", "unlabeled_low must be a number between 0 and 1, received 0"),
+    ("train unlabeled={pool_good} unlabeled_iou=[1]", "unlabeled_iou must be a number between 0 and 1"),
+    ("train unlabeled={pool_good} unlabeled_low=0.5", "unlabeled_low=0.5 must lie below unlabeled_conf=0.4"),
+    ("train unlabeled_ratio=2", "unlabeled_ratio is given but no images: add unlabeled="),
+    ("train unlabeled=3.5", "unlabeled=3.5 cannot be used: 3.5 does not exist"),
+    ("train unlabeled={pool_good} kd=none teacher=none", "unlabeled needs a teacher .* kd=none has none"),
+    ("train unlabeled={pool_good} batch=1", "batch=1 has no room for a labelled and an unlabelled image"),
+    ("train unlabeled={pool_good} rect=true", "rect=True orders images by their shape"),
+    ("train data=data_notrain.yaml unlabeled={pool_good} unlabeled_mode=pseudo", "unlabeled_mode=both or distill"),
+    ("train data=data_notrain.yaml unlabeled={pool_good} kd.objectness.weight=auto", "follows the task loss, but"),
+    ("train data=data_gone_train.yaml unlabeled={pool_good}", "training images were not found, missing path"),
+    ("train resume={good.pt} unlabeled={pool_good}", "unlabeled cannot be given with resume"),
     ("train kd.cache=disk", "these keys change images at random: mosaic=1"),
 ]  # fmt: skip
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from yolo_kd.classes import CLASS_KEYS
 from yolo_kd.errors import ConfigError
 from yolo_kd.options import DEFAULT_RECIPE, OWN_KEYS, TrainOptions, parse_assignments, parse_train, train_options
+from yolo_kd.pool import POOL_KEYS
 from yolo_kd.speed import SPEED_KEYS
 
 BASE = {"student": "s.pt", "data": "d.yaml"}
@@ -328,6 +329,7 @@ def test_own_keys_are_documented():
         "random_teacher",
         *CLASS_KEYS,
         *SPEED_KEYS,
+        *POOL_KEYS,
     }
     assert all(text and "\n" not in text for text in OWN_KEYS.values())
 

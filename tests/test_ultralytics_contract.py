@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from ultralytics.data import build_dataloader
 from ultralytics.data import dataset as ultralytics_dataset
 from ultralytics.data import utils as data_utils
+from ultralytics.data.base import BaseDataset
+from ultralytics.data.dataset import YOLODataset
 from ultralytics.engine import trainer as engine
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.engine.validator import BaseValidator
@@ -57,6 +60,13 @@ def parameters(function: Callable) -> list[str]:
         (engine.autocast, ["enabled", "device"]),
         (tasks.torch_safe_load, ["weight", "safe_only"]),
         (Detect.forward_head, ["self", "x", "box_head", "cls_head"]),
+        (v8DetectionLoss.loss, ["self", "preds", "batch"]),
+        (BaseTrainer.get_dataset, ["self"]),
+        (DetectionTrainer.build_dataset, ["self", "img_path", "mode", "batch"]),
+        (DetectionTrainer.get_dataloader, ["self", "dataset_path", "batch_size", "rank", "mode"]),
+        (BaseDataset.get_img_files, ["self", "img_path"]),
+        (YOLODataset.get_labels, ["self"]),
+        (YOLODataset.close_mosaic, ["self", "hyp"]),
     ],
     ids=lambda value: getattr(value, "__qualname__", ""),
 )
@@ -77,6 +87,32 @@ def test_order_of_the_set_up() -> None:
     steps = ["self.setup_model()", ".to(self.device)", "set_model_attributes()", "_build_train_pipeline()", "ModelEMA("]
     found = [source.index(step) for step in [*steps, "resume_training(ckpt)"]]
     assert found == sorted(found), "the order of BaseTrainer._setup_train has changed"
+
+
+def test_the_native_loss_is_made_of_branches() -> None:
+    """taps.weighted_by replaces a branch's `loss` and weights what its assigner answers."""
+    said(E2ELoss.__call__, "self.one2many.loss(one2many, batch)", "self.one2one.loss(one2one, batch)")
+    said(v8DetectionLoss.__call__, "self.loss(self.parse_output(preds), batch)")
+    said(
+        v8DetectionLoss.get_assigned_targets_and_loss,
+        "_, target_bboxes, target_scores, fg_mask, target_gt_idx = self.assigner(",
+        "target_scores_sum = target_scores.sum().clamp_(min=1)",
+    )
+    said(v8DetectionLoss.preprocess, "torch.arange(nl, device=self.device) - offsets[batch_idx]")
+
+
+def test_the_loader_of_a_training() -> None:
+    """pool_data.py repeats how Ultralytics makes it, and serves what is asked of loader, sampler and data set."""
+    said(BaseTrainer._build_train_pipeline, "len(self.train_loader.sampler) % self.train_loader.batch_size")
+    said(BaseTrainer._do_train, "self.train_loader.sampler.set_epoch(epoch)")
+    said(DetectionTrainer.get_class_counts, "self.train_loader.dataset.labels")
+    said(
+        build_dataloader,
+        "nw = min(os.cpu_count() // max(nd, 1), workers, 0 if batches <= 1 else batches)",
+        "generator.manual_seed((6148914691236517205 + RANK + seed) % (1 << 64))",
+        "prefetch_factor=(4 if shuffle else 2) if nw > 0 else None",
+        "worker_init_fn=seed_worker",
+    )
 
 
 def test_the_loop() -> None:

@@ -242,6 +242,20 @@ class ClassMap:
             return logits
         return logits.index_select(-1, _index(self.matched, logits.device))
 
+    def student_labels(self, labels: Tensor) -> Tensor:
+        """Return the student's numbers of classes that count the matched ones, of any shape."""
+        if len(self.matched) == len(self.student):
+            return labels
+        return _index(self.matched, labels.device)[labels]
+
+    def student_mask(self, mask: Tensor) -> Tensor:
+        """Return a (B, matched, A) mask for all classes of the student, (B, classes, A), true where none matches."""
+        if len(self.matched) == len(self.student):
+            return mask
+        whole = mask.new_ones(len(mask), len(self.student), mask.shape[-1])
+        whole[:, _index(self.matched, mask.device)] = mask
+        return whole
+
     def student_view(self, view: View) -> View:
         """Return the student's view with the matched classes only."""
         if len(self.matched) == len(self.student):

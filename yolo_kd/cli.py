@@ -46,6 +46,12 @@ Keys of train besides Ultralytics' own:
   teacher_channels_last=   auto, true or false; so are teacher_compile= and teacher_stream=
   threads=                 auto or a number, on a CPU
   kd.cache=disk            keep the teacher's outputs, for trainings without random augmentation
+  unlabeled=               images without labels: a folder, a glob, a .txt of paths, a data YAML, or a list of those
+  unlabeled_ratio=         how many of them in a batch for each labelled image (1)
+  unlabeled_mode=          distill (the terms act on them), pseudo (the task loss does, on the teacher's boxes) or both
+  unlabeled_conf=          class probability above which such a detection is an object (0.4)
+  unlabeled_low=           between this and unlabeled_conf it is neither object nor background (0.1)
+  unlabeled_iou=           overlap above which two of them are one (0.7)
   --debug                  show the traceback of an error
 
 Keys of compare besides those of train; project= and name= say where it writes (runs/compare/<cfg's name>):
@@ -132,7 +138,7 @@ def _train(arguments: list[str]) -> int:
         "resume": options.resume,
     }
     overrides |= {k: v for k, v in own.items() if v is not None}
-    overrides |= options.speed | options.classes
+    overrides |= options.speed | options.classes | options.pool
     overrides |= {f"kd.{k}": v for k, v in options.kd_overrides.items()}
     trainer = DistillationTrainer(overrides=overrides)
     trainer.train()

@@ -14,7 +14,7 @@ from yolo_kd.guards import FiniteGuard, tensors_of
 from yolo_kd.keep import KeptClasses
 from yolo_kd.parallel import touch
 from yolo_kd.taps import AssignmentTap, LayerTap, targets_of, view_of
-from yolo_kd.views import View
+from yolo_kd.views import Step, View
 
 TEACHER_VIEW = "teacher_view"  # key under which the teacher's view rides in the batch
 
@@ -88,15 +88,7 @@ class DistillationCriterion:
             targets = targets_of(batch, self._tap.take() if self._tap else None)
         steps = self._distiller.steps(student, teacher, targets, self.progress)
         batch_size = student.scores.shape[0]
-        auto = self._distiller.auto
-        if auto is not None and torch.is_grad_enabled() and auto.tick():
-            balance(loss.sum() / batch_size, student, self._distiller, steps, self.close_mosaic)
-        # a term that acts near objects has nothing to show on a batch without any: then the next batch is audited
-        objects = next(iter(steps.values())).targets  # of the classes that both models have
-        silent = objects is not None and not len(objects.boxes)
-        if self._on_audit is not None and torch.is_grad_enabled() and not silent and loss.isfinite().all():
-            self._on_audit(audit(loss.sum() / batch_size, student, self._distiller, steps))
-            self._on_audit = None
+        self._look(loss.sum() / batch_size, student, steps)
         terms = self._distiller(steps, self.close_mosaic)
         # native terms come multiplied by the batch size, logged items do not: this is the one place of that factor
         vector = torch.cat([loss, torch.stack(list(terms.values())).to(loss.dtype) * batch_size])
@@ -112,6 +104,18 @@ class DistillationCriterion:
         teacher = batch[TEACHER_VIEW]
         teacher = teacher if isinstance(teacher, View) else teacher.take()
         return self.kept.shield(predictions, teacher.scores)
+
+    def _look(self, task_loss: Tensor, student: View, steps: Mapping[str, Step]) -> None:
+        """Let weights that set themselves follow, and audit the first batch that can be audited."""
+        distiller = self._distiller
+        if distiller.auto is not None and torch.is_grad_enabled() and distiller.auto.tick():
+            balance(task_loss, student, distiller, steps, self.close_mosaic)
+        # a term that acts near objects has nothing to show on a batch without any: then the next batch is audited
+        objects = next(iter(steps.values())).targets  # of the classes that both models have
+        silent = objects is not None and not len(objects.boxes)
+        if self._on_audit is not None and torch.is_grad_enabled() and not silent and task_loss.isfinite():
+            self._on_audit(audit(task_loss, student, distiller, steps))
+            self._on_audit = None
 
     def forget(self) -> None:
         """Let go of what an interrupted step left in the taps."""

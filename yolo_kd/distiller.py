@@ -116,7 +116,12 @@ class Distiller(nn.Module):
                 term.loss.attach_teacher_head(tails)
 
     def steps(
-        self, student: View, teacher: View, targets: Targets | None = None, progress: float = 0.0
+        self,
+        student: View,
+        teacher: View,
+        targets: Targets | None = None,
+        progress: float = 0.0,
+        continues: bool = False,
     ) -> dict[str, Step]:
         """Return the step that each term sees, by the term's name; terms of one site share one.
 
@@ -128,10 +133,12 @@ class Distiller(nn.Module):
         made: dict[str, Step] = {}
         for term in self.terms.values():
             if term.site not in made:
-                made[term.site] = self._step(term, student, teacher, targets, progress)
+                made[term.site] = self._step(term, student, teacher, targets, progress, continues)
         return {name: made[term.site] for name, term in self.terms.items()}
 
-    def _step(self, term: Term, student: View, teacher: View, targets: Targets | None, progress: float) -> Step:
+    def _step(
+        self, term: Term, student: View, teacher: View, targets: Targets | None, progress: float, continues: bool
+    ) -> Step:
         strides = self._strides[term.site]
         student = _view_at(student, term.student_layers, strides)
         teacher = _view_at(teacher, term.teacher_layers, strides)
@@ -148,7 +155,7 @@ class Distiller(nn.Module):
             with precision():
                 return self.adapters[f"{kind}@{site}"][level](student.features[level])  # type: ignore[index]
 
-        return Step(student, teacher, targets, progress, align, precision)
+        return Step(student, teacher, targets, progress, align, precision, continues)
 
     def unweighted(self, name: str, step: Step) -> dict[str, Tensor]:
         """Return the columns of one term before weight and schedule; its arithmetic runs in float32."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from yolo_kd.classes import CLASS_KEYS, read_choice
 from yolo_kd.errors import did_you_mean
+from yolo_kd.pool import POOL_KEYS, SOURCE_KEY, mistakes
 from yolo_kd.recipe import read_plugins, read_recipe, split_names
 from yolo_kd.speed import SPEED_KEYS, mistake
 from yolo_kd.values import wrong_value
@@ -31,6 +32,7 @@ OWN_KEYS: dict[str, str] = {
     "random_teacher": "allow a teacher that was never trained, to try things out (false)",
     **CLASS_KEYS,
     **SPEED_KEYS,
+    **POOL_KEYS,
 }
 
 _SWITCHES = ("trust_checkpoints", "random_teacher", "inherit")
@@ -44,7 +46,9 @@ _REPLACED = {
 }
 _FIXED = {"task": "detect", "mode": "train"}
 # text as it stands: a run named 007 is not run 7
-_VERBATIM = frozenset({"teacher", "student", "kd", "cfg", "data", "name", "project", "plugins", "class_map"})
+_VERBATIM = frozenset(
+    {"teacher", "student", "kd", "cfg", "data", "name", "project", "plugins", "class_map", SOURCE_KEY}
+)
 _FOLDERS = ("project", "name", "save_dir")  # they say where files are written
 _BRACKETS = {"[": "]", "(": ")", "{": "}"}
 
@@ -65,6 +69,7 @@ class TrainOptions:
         inherit: Start the student's neck and head from the teacher's where shapes agree.
         speed: Keys of `yolo_kd.speed` that were given.
         classes: Keys of `yolo_kd.classes` that were given.
+        pool: Keys of `yolo_kd.pool` that were given.
         ultralytics: Every other key, as Ultralytics takes it. Never holds model, task, mode, resume or cfg.
     """
 
@@ -79,6 +84,7 @@ class TrainOptions:
     inherit: bool = False
     speed: dict[str, Any] = field(default_factory=dict)
     classes: dict[str, Any] = field(default_factory=dict)
+    pool: dict[str, Any] = field(default_factory=dict)
     ultralytics: dict[str, Any] = field(default_factory=dict)
 
 
@@ -238,6 +244,12 @@ def _resolve(items: dict[str, Item], problems: list[str]) -> TrainOptions:
         problems,
         {key: item.where for key, item in classes.items()},
     ).to_keys()
+    pool = {key: items[key].plain() for key in POOL_KEYS if _given(items, key)}
+    if str(pool.get(SOURCE_KEY, "")).startswith("["):  # a list on the command line; a path may hold commas
+        pool[SOURCE_KEY] = [name.strip("'\"") for name in split_names(pool[SOURCE_KEY])]
+    if not resuming:
+        where = items[next(iter(pool))].where if pool else ""
+        problems += [problem(where, text) for text in mistakes(pool)]
     kd = items.get("kd")
     if _given(items, "kd") and resuming:
         kd = items["kd"] if items["kd"].value == NO_RECIPE else None
@@ -266,6 +278,7 @@ def _resolve(items: dict[str, Item], problems: list[str]) -> TrainOptions:
         resume=resume,
         speed={key: item.value for key, item in speed.items()},
         classes=choice,
+        pool=pool,
         ultralytics=ultralytics,
         **switches,
     )
@@ -374,7 +387,7 @@ def _check_together(
 ) -> None:
     """Report keys that contradict or need each other."""
     if resuming:
-        for key in ("student", "kd"):
+        for key in ("student", "kd", *POOL_KEYS):
             if _given(items, key) and items[key].value != NO_RECIPE:  # kd=none: the run that goes on has no teacher
                 sentence = f"{key} cannot be given with resume: the checkpoint knows it. Leave out {key}."
                 problems.append(problem(items[key].where, sentence))
@@ -407,6 +420,10 @@ def _check_together(
             f"{about[0]} is about a teacher's classes, but none is given. Add teacher=<model.pt>, or leave it out."
         )
         problems.append(problem(items[about[0]].where, sentence))
+    if alone and _given(items, SOURCE_KEY) and not (_given(items, "teacher")):
+        sentence = f"{SOURCE_KEY} needs a teacher that says what is on the images, but kd={NO_RECIPE} has none"
+        fix = f"Add teacher=<model.pt> and a recipe, or leave out {SOURCE_KEY}."
+        problems.append(problem(items[SOURCE_KEY].where, f"{sentence}. {fix}"))
     if overrides and not alone and not _given(items, "teacher") and not _given(items, "kd"):
         sentence = f"kd.{next(iter(overrides))} is given but no teacher. Add teacher=<model.pt>, or leave it out."
         problems.append(sentence)

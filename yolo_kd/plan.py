@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from ultralytics.utils import LOGGER
 from yolo_kd import __version__
 from yolo_kd.checkpoints import LoadedDetector, load_detector, sha256
 from yolo_kd.classes import ClassChoice, ClassMap
-from yolo_kd.datafiles import restricted_data
+from yolo_kd.datafiles import optional_train, restricted_data
 from yolo_kd.errors import CheckpointError, ConfigError, DataError, PairError
 from yolo_kd.losses.base import find
 from yolo_kd.matching import kept_problems, match_classes
 from yolo_kd.options import DEFAULT_RECIPE, NO_RECIPE
+from yolo_kd.pool import SOURCE_KEY, Pool
+from yolo_kd.pool_files import PoolImages, check_apart, find_images, has_labels, log_warning, readable_images
 from yolo_kd.position import Position
 from yolo_kd.recipe import Recipe, import_plugins, load_recipe
 from yolo_kd.speed import Speed
@@ -39,6 +42,7 @@ class Plan:
     speed: Speed = field(default_factory=Speed)
     choice: ClassChoice = field(default_factory=ClassChoice)
     classes: ClassMap | None = None  # what came of the choice, None until both models are known
+    pool: Pool | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types only."""
@@ -53,6 +57,7 @@ class Plan:
             "speed": self.speed.to_keys(),
             **self.choice.to_keys(),
             "classes": None if self.classes is None else self.classes.to_dict(),
+            "pool": None if self.pool is None else self.pool.to_keys(),
             "version": __version__,
         }
 
@@ -77,6 +82,9 @@ class Plan:
         speed = state.get("speed") or {}
         if not isinstance(speed, Mapping):
             raise CheckpointError("the checkpoint's record of its distillation is damaged: speed is no mapping.")
+        pool = state.get("pool") or {}
+        if not isinstance(pool, Mapping):
+            raise CheckpointError("the checkpoint's record of its distillation is damaged: pool is no mapping.")
         if not isinstance(recipe, Mapping):
             raise CheckpointError("the checkpoint's record of its distillation is damaged: it holds no recipe.")
         name, teacher, digest = texts
@@ -91,6 +99,7 @@ class Plan:
             Speed.of(speed),
             ClassChoice.of(state),
             None if state.get("classes") is None else ClassMap.from_dict(state["classes"]),
+            Pool.of(pool),
         )
 
 
@@ -104,7 +113,7 @@ def make_plan(own: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Plan 
 
     Args:
         own: This package's keys of a training: `teacher`, `kd`, `plugins`, `inherit`, `trust_checkpoints`,
-            `random_teacher` and those of `yolo_kd.speed` and `yolo_kd.classes`.
+            `random_teacher` and those of `yolo_kd.speed`, `yolo_kd.classes` and `yolo_kd.pool`.
         changes: Changes to the recipe, by `loss.key`.
 
     Returns:
@@ -120,7 +129,13 @@ def make_plan(own: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Plan 
     choice = ClassChoice.of(own)
     if source is None and teacher is None:
         raise ConfigError("no teacher: add teacher=<checkpoint>, or kd=none to train the student alone.")
+    pool = Pool.of(own)
     if source == NO_RECIPE:
+        if own.get(SOURCE_KEY) is not None:
+            raise ConfigError(
+                f"{SOURCE_KEY}= needs a teacher that says what is on the images, but kd=none has none: add "
+                f"teacher=<checkpoint> and a recipe, or leave out {SOURCE_KEY}."
+            )
         if teacher is not None or changes or own.get("inherit"):
             raise ConfigError("kd=none trains the student alone and takes no teacher, no inherit and no kd. keys.")
         if choice != ClassChoice():
@@ -141,9 +156,10 @@ def make_plan(own: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Plan 
                 f"teacher={teacher} is a model YAML, so its weights would be random and teach nothing. Name a trained "
                 "checkpoint, or add random_teacher=true if that is what you want."
             )
-        return Plan(recipe, str(teacher), "", trust, random, inherit, speed, choice), None
+        return Plan(recipe, str(teacher), "", trust, random, inherit, speed, choice, pool=pool), None
     detector = load_detector(teacher, role="teacher", trust=trust)
-    return Plan(recipe, str(detector.path.resolve()), detector.sha256, trust, random, inherit, speed, choice), detector
+    file, digest = str(detector.path.resolve()), detector.sha256
+    return Plan(recipe, file, digest, trust, random, inherit, speed, choice, pool=pool), detector
 
 
 def check_models(
@@ -168,7 +184,8 @@ def check_models(
     """
     if wrong := wrong_values(keys):
         raise ConfigError(wrong)
-    data = read_dataset(keys.get("data"), keys.get("split") or "val")
+    pool = plan is not None and plan.pool is not None
+    data = read_dataset(keys.get("data"), keys.get("split") or "val", train_optional=pool)
     nc = 1 if keys.get("single_cls") else data["nc"]
     channels = data["channels"]
     student = load_detector(keys.get("model") or "", role="student", trust=trust, nc=nc, channels=channels)
@@ -183,6 +200,50 @@ def check_models(
     for warning in warnings:
         LOGGER.warning(warning)
     return detector
+
+
+def check_pool(
+    plan: Plan, keys: Mapping[str, Any], warn: Callable[[str], None] = log_warning
+) -> tuple[PoolImages, bool]:
+    """Find the images of a plan's pool, and check that a training can use them.
+
+    Args:
+        plan: The plan, with a pool.
+        keys: Ultralytics' keys of the training.
+        warn: Receives what is worth a warning.
+
+    Returns:
+        The images, and whether there are labelled ones as well.
+
+    Raises:
+        ConfigError: If keys do not go together.
+        DataError: If the images cannot be used.
+    """
+    assert plan.pool is not None
+    if keys.get("rect"):
+        raise ConfigError(
+            f"rect=True orders images by their shape, {SOURCE_KEY}= draws them in an order of its own. Leave one out."
+        )
+    split = keys.get("split") or "val"
+    data = read_dataset(keys.get("data"), split, train_optional=True)
+    place = ",".join(plan.pool.source)
+    images = readable_images(find_images(plan.pool.source), place, warn)
+    check_apart(images, data[split], place, warn)
+    labelled = has_labels(data.get("train"))
+    auto = [term.name for term in plan.recipe.terms if term.ratio is not None]
+    if labelled and keys.get("batch") == 1:
+        raise ConfigError(f"batch=1 has no room for a labelled and an unlabelled image ({SOURCE_KEY}=). Use batch=2.")
+    if not labelled and not plan.pool.distils:
+        raise ConfigError(
+            f"data={keys.get('data')} has no labelled training images, and with unlabeled_mode={plan.pool.mode} the "
+            "terms of the recipe act on those only. Write unlabeled_mode=both or distill."
+        )
+    if not labelled and not plan.pool.labels and auto:
+        raise ConfigError(
+            f"weight: auto (here: {', '.join(auto)}) follows the task loss, but there is none: data={keys.get('data')} "
+            "has no labelled training images. Give a number as weight, or write unlabeled_mode=both."
+        )
+    return images, labelled
 
 
 def pair_problems(
@@ -278,25 +339,28 @@ def check_resumable(checkpoint: Mapping[str, Any], path: Any, alone: bool) -> No
         )
 
 
-def read_dataset(data: Any, split: str) -> dict[str, Any]:
+def read_dataset(data: Any, split: str, train_optional: bool = False) -> dict[str, Any]:
     """Read a data YAML as Ultralytics does.
 
     Args:
         data: The data YAML, or a name that Ultralytics knows.
         split: The split that training validates on.
+        train_optional: It may name no training images, since there is a pool; `train` is then None.
 
     Raises:
         DataError: If it is missing or lacks what training needs.
     """
     if not data:
         raise DataError("no data set: add data=<data yaml>.")
-    with restricted_data() as scripts:
+    with restricted_data() as scripts, optional_train() if train_optional else nullcontext():
         try:
             found = check_det_dataset(str(data), split=split)
         except Exception as error:
             text = scripts[0] if scripts else _sentence(error).removeprefix(f"{data} ")
             raise DataError(f"data={data} cannot be used: {text or type(error).__name__}") from error
     train = found.get("train")
+    if not train and train_optional:
+        return found
     if missing := [path for path in (train if isinstance(train, list) else [train]) if not Path(str(path)).exists()]:
         raise DataError(f"data={data} cannot be used: its training images were not found, missing path '{missing[0]}'")
     return found

@@ -6,7 +6,8 @@ assignment of the native loss. Nothing here is hard-coded to a family: layers, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from ultralytics.nn.modules.head import Detect
-from ultralytics.utils.ops import xywh2xyxy
+from ultralytics.utils.ops import xywh2xyxy, xyxy2xywh
 
+from yolo_kd.detections import Detections
 from yolo_kd.errors import ConfigError, PairError, did_you_mean, listed
 from yolo_kd.views import Assignment, Pair, Targets, View
 
@@ -374,6 +376,105 @@ def targets_of(batch: Mapping[str, Any], assignment: Assignment | None = None) -
         batch_size=int(batch["img"].shape[0]),
         assignment=assignment,
     )
+
+
+def labels_of(detections: Detections, image_size: Sequence[int]) -> dict[str, Tensor]:
+    """Turn detections into the entries of a batch that hold labels, the inverse of what `targets_of` does.
+
+    Args:
+        detections: Boxes in pixels; what is beyond the image's border is cut off.
+        image_size: Height and width of the images in pixels.
+    """
+    height, width = image_size
+    size = detections.boxes.new_tensor([width, height, width, height])
+    boxes = torch.minimum(detections.boxes.clamp(min=0), size)
+    return {
+        "bboxes": xyxy2xywh(boxes) / size,
+        "cls": detections.labels[:, None].float(),
+        "batch_idx": detections.image_index.float(),
+    }
+
+
+def part_of(predictions: Any, images: slice) -> Any:
+    """Return raw training outputs of some of the images of a batch; they are slices, not copies."""
+    if isinstance(predictions, Mapping):
+        return {name: part_of(value, images) for name, value in predictions.items()}
+    if isinstance(predictions, list | tuple):
+        return [part_of(value, images) for value in predictions]
+    return predictions[images] if isinstance(predictions, Tensor) else predictions
+
+
+def branches_of(native: Any) -> list[Any]:
+    """Return the parts of a native loss that assign labels: one, or for an end-to-end head two."""
+    return [native.one2many, native.one2one] if hasattr(native, "one2many") else [native]
+
+
+def loss_names_of(native: Any) -> tuple[str, ...]:
+    """Return the names of the items that a native loss logs."""
+    return tuple(branches_of(native)[-1].loss_names)
+
+
+def without_classes(predictions: Mapping[str, Any], mask: Tensor) -> dict[str, Any]:
+    """Return raw training outputs whose score for some classes at some points takes no part in the task loss.
+
+    There a logit is replaced by -10^4. As a negative it costs nothing, log(1 + e^-10000) = 0, it gets no gradient, and
+    its alignment with any object, p^alpha * IoU^beta, is 0.
+
+    Args:
+        predictions: A dictionary of raw outputs, or of one such dictionary for each branch.
+        mask: True where a score is to be left out, (B, nc, A).
+    """
+    if "scores" in predictions:
+        return {**predictions, "scores": predictions["scores"].masked_fill(mask, -1e4)}
+    return {name: without_classes(branch, mask) for name, branch in predictions.items()}
+
+
+@contextmanager
+def weighted_by(native: Any, confidence: Tensor) -> Iterator[None]:
+    """Weight the native loss's objects by how sure their labels are, for the duration.
+
+    The assigner gives point a the target score t_a for the object that it made a responsible for; with that object's
+    confidence c_a it becomes c_a * t_a, both as the target of the class loss and as the weight of the box losses. The
+    native loss divides by N' = max(1, sum of c_a * t_a). It is multiplied by N' / N with N = max(1, sum of t_a), so
+    that the weights do not cancel where all labels are unsure alike. Each branch of an end-to-end head has its own N.
+
+    Args:
+        native: The loss.
+        confidence: Confidence of each object, (B, N), in the order in which an image's labels come.
+    """
+    with ExitStack() as stack:
+        for branch in branches_of(native):
+            stack.enter_context(_weighted(branch, confidence))
+        yield
+
+
+@contextmanager
+def _weighted(branch: Any, confidence: Tensor) -> Iterator[None]:
+    ratio = confidence.new_ones(())
+
+    def weigh(_module: nn.Module, _inputs: Any, output: Sequence[Tensor]) -> Sequence[Tensor]:
+        nonlocal ratio
+        if not confidence.shape[1]:
+            return output
+        labels, boxes, scores, foreground, index = output
+        sure = confidence.gather(1, index.long().clamp(max=confidence.shape[1] - 1))
+        weighted = scores * sure[..., None].to(scores.dtype)
+        ratio = weighted.sum().clamp(min=1) / scores.sum().clamp(min=1)
+        return labels, boxes, weighted, foreground, index
+
+    unweighted = branch.loss
+
+    def loss(predictions: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        vector, items = unweighted(predictions, batch)
+        return vector * ratio, {name: value * ratio for name, value in items.items()}
+
+    handle = branch.assigner.register_forward_hook(weigh)
+    branch.loss = loss
+    try:
+        yield
+    finally:
+        handle.remove()
+        del branch.loss  # the class's own again
 
 
 class OptimizerScope(nn.Module):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ from torch import nn
 from ultralytics.cfg import get_cfg
 from ultralytics.engine import trainer as engine
 from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK
-from ultralytics.utils.torch_utils import unwrap_model
+from ultralytics.utils.torch_utils import torch_distributed_zero_first, unwrap_model
 
 from yolo_kd.audit import AuditRow, table
 from yolo_kd.batch_probe import BatchProbe
 from yolo_kd.checkpoints import LoadedDetector, load_checkpoint_file, load_detector, restricted_loading
 from yolo_kd.classes import CLASS_KEYS
 from yolo_kd.criterion import TEACHER_VIEW, DistillationCriterion
+from yolo_kd.datafiles import optional_train
 from yolo_kd.distiller import Distiller
 from yolo_kd.durable import DurableTrainer
 from yolo_kd.environment import check_cpu_bf16, check_torchvision, reused_memory
@@ -33,7 +35,20 @@ from yolo_kd.keep import KeptClasses, extend_head
 from yolo_kd.losses.base import find
 from yolo_kd.matching import check_same_classes, kept_classes, match_classes
 from yolo_kd.parallel import reaches_every_parameter, without_search
-from yolo_kd.plan import Plan, check_models, check_resumable, check_teacher_file, is_resolved, make_plan, read_dataset
+from yolo_kd.plan import (
+    Plan,
+    check_models,
+    check_pool,
+    check_resumable,
+    check_teacher_file,
+    is_resolved,
+    make_plan,
+    read_dataset,
+)
+from yolo_kd.pool import POOL_KEYS, Pool
+from yolo_kd.pool_criterion import PoolCriterion, is_pool_column, teacher_reads
+from yolo_kd.pool_data import MixedDataset, MixedSampler, mixed_loader, pool_dataset
+from yolo_kd.pool_files import PoolImages
 from yolo_kd.recipe import import_plugins
 from yolo_kd.resume import check_arguments, check_plugins, check_resume_source
 from yolo_kd.saving import restore, usable, write_atomically
@@ -51,7 +66,8 @@ from yolo_kd.view_cache import ViewCache, check_cacheable
 from yolo_kd.views import View
 
 ADAPTER_STATE = "yolo_kd"  # key of the adapters' state inside the optimiser's state dict
-OWN_KEYS = ("teacher", "kd", "plugins", "inherit", "trust_checkpoints", "random_teacher", *SPEED_KEYS, *CLASS_KEYS)
+_BASIC = ("teacher", "kd", "plugins", "inherit", "trust_checkpoints", "random_teacher")
+OWN_KEYS = (*_BASIC, *SPEED_KEYS, *CLASS_KEYS, *POOL_KEYS)
 
 
 class DistillationTrainer(DurableTrainer):
@@ -68,7 +84,7 @@ class DistillationTrainer(DurableTrainer):
         cfg: Ultralytics' defaults.
         overrides: Ultralytics' training keys and ours: `teacher` (checkpoint, or with `random_teacher` a model YAML),
             `kd` (recipe name, YAML file or mapping), `kd.<loss>.<key>` (changes to it), `trust_checkpoints`, and those
-            of `yolo_kd.speed` and `yolo_kd.classes`.
+            of `yolo_kd.speed`, `yolo_kd.classes` and `yolo_kd.pool`.
         _callbacks: Ultralytics' callbacks.
 
     Raises:
@@ -94,6 +110,8 @@ class DistillationTrainer(DurableTrainer):
         self.audit_rows: list[AuditRow] = []
         self._student_taps: dict[str, nn.Module] = {}
         self._views: ViewCache | None = None
+        self._pool: PoolImages | None = None
+        self._labelled = True  # whether there are labelled images; without any there is a pool
         self._detector: LoadedDetector | None = None
         self._kept: KeptClasses | None = None
         self._data_of_labels: dict[str, Any] = {}  # the data set with its own classes, where the run has more
@@ -109,6 +127,8 @@ class DistillationTrainer(DurableTrainer):
             self.speed = self.plan.speed if self.plan else self.speed
             if self.speed.cache:
                 check_cacheable(vars(get_cfg(cfg, overrides)))
+            if self.plan is not None and self.plan.pool is not None:
+                self._pool, self._labelled = check_pool(self.plan, vars(get_cfg(cfg, overrides)))
         if _is_cpu_bf16(overrides):
             check_cpu_bf16()
         with restricted_loading(self.trust_checkpoints), exclusive_run_folder():
@@ -131,7 +151,9 @@ class DistillationTrainer(DurableTrainer):
             found = usable(path)  # the file before it, where it is damaged
             checkpoint, _ = load_checkpoint_file(found, role="resume", trust=self.trust_checkpoints)
             check_resumable(checkpoint, found, alone=self._own.get("kd") == "none")
-            data: dict[str, Any] = read_dataset(*check_arguments(checkpoint, found, {**overrides, **self._own}))
+            pooled = bool(((checkpoint.get("train_args") or {}).get("kd") or {}).get("pool"))
+            arguments = check_arguments(checkpoint, found, {**overrides, **self._own})
+            data: dict[str, Any] = read_dataset(*arguments, train_optional=pooled)
             if not is_resolved(self._own.get("kd")):  # otherwise the parent of this process has seen to it
                 plugins = import_plugins(self._own.get("plugins"))
                 check_plugins((checkpoint.get("train_args") or {}).get("kd"), plugins, found)
@@ -153,12 +175,88 @@ class DistillationTrainer(DurableTrainer):
         # what the file says of trust does not count: whoever made it must not decide what may run here
         self.plan = replace(plan, trust_checkpoints=self.trust_checkpoints, speed=self.speed)
         check_teacher_file(self.plan)
+        asked = {k: self._own[k] for k in POOL_KEYS if self._own.get(k) is not None}
+        if asked and Pool.of({**(plan.pool.to_keys() if plan.pool else {}), **asked}) != plan.pool:
+            raise ConfigError(
+                f"{', '.join(asked)} cannot be changed on resume: the checkpoint knows the pool. Leave it out."
+            )
+        if plan.pool is not None:
+            self._pool, self._labelled = check_pool(self.plan, vars(self.args))
         self._detector = self._load_teacher(data)
         if self.plan.classes is not None:
             found_now, _ = match_classes(self.plan.choice, self.plan.recipe, self._detector, data, vars(self.args))
             check_same_classes(self.plan.classes, found_now)
 
     # ---------------------------------------------------------------------------------------------- set-up
+
+    def get_dataset(self) -> dict[str, Any]:
+        """Read the data YAML, and put the teacher's classes before the data set's where they are kept.
+
+        It may name no training images where there is a pool.
+        """
+        with self._lenient_data():
+            data = super().get_dataset()
+        if self.plan is None or not self.plan.choice.keep_classes:
+            return data
+        assert self._detector is not None
+        self._kept = kept_classes(self.plan.choice, self._detector, data, vars(self.args))
+        self._data_of_labels = data
+        return {**data, "names": self._kept.by_index, "nc": len(self._kept.names)}
+
+    def _lenient_data(self) -> AbstractContextManager[None]:
+        return optional_train() if self._pool is not None else nullcontext()
+
+    def build_dataset(self, img_path: Any, mode: str = "train", batch: int | None = None) -> Any:
+        """Put the pool behind the labelled training images."""
+        if mode != "train" or self._pool is None:
+            return self._labelled_dataset(img_path, mode, batch)
+        stride = max(int(unwrap_model(self.model).stride.max()), 32)
+        labelled = self._labelled_dataset(img_path, mode, batch) if self._labelled else None
+        return MixedDataset(labelled, pool_dataset(self._pool, self.args, batch or 16, self.data, stride))
+
+    def _labelled_dataset(self, img_path: Any, mode: str, batch: int | None) -> Any:
+        """Read labels in the data set's own classes, as its label cache holds them, then count as the run does."""
+        if self._kept is None:
+            return super().build_dataset(img_path, mode, batch)
+        run = self.data
+        self.data = self._data_of_labels
+        try:
+            dataset = super().build_dataset(img_path, mode, batch)
+        finally:
+            self.data = run
+        dataset.data = run
+        self._kept.renumber(dataset.labels)
+        return dataset
+
+    def get_dataloader(self, dataset_path: Any, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
+        """Draw labelled and pool images in the ratio that was asked for."""
+        if mode != "train" or self._pool is None:
+            return super().get_dataloader(dataset_path, batch_size, rank, mode)
+        assert self.plan is not None
+        assert self.plan.pool is not None
+        with torch_distributed_zero_first(rank):
+            dataset = self.build_dataset(dataset_path, mode, batch_size)
+        place = (dist.get_rank(), dist.get_world_size()) if rank != -1 and dist.is_initialized() else (0, 1)
+        counts = dataset.labelled, dataset.unlabelled
+        sampler = MixedSampler(*counts, batch_size, self.plan.pool.ratio, self.args.seed, *place)
+        if RANK in {-1, 0}:
+            LOGGER.info(f"{sampler.describe()} {self.plan.pool.describe(dataset.labelled > 0)}")
+        return mixed_loader(dataset, sampler, self.args.workers, self.device)
+
+    def _begin_epoch(self) -> None:
+        super()._begin_epoch()
+        if isinstance(sampler := self.train_loader.sampler, MixedSampler):
+            sampler.begin(self.epoch, self._skipped)
+
+    def _make_criterion(self, student: Any, native: Any = None) -> DistillationCriterion:
+        assert self.plan is not None
+        assert self.distiller is not None
+        keys = {"native": native, "on_audit": self._log_audit, "guard": self.guard}
+        pool = self.plan.pool
+        make = DistillationCriterion if pool is None else partial(PoolCriterion, pool=pool)
+        criterion = make(student, self.distiller, **keys)
+        criterion.kept = self._kept
+        return criterion
 
     def get_validator(self) -> Any:
         """Give the validator Ultralytics' own arguments only; it checks every key."""
@@ -194,6 +292,7 @@ class DistillationTrainer(DurableTrainer):
         speed = self.speed
         if speed.teacher_compile == AUTO:
             speed = replace(speed, teacher_compile=bool(self.args.compile) and self.device.type == "cuda")
+        reads = teacher_reads(self.plan.pool, reads)
         self.teacher = Teacher(detector, self.device, speed, layers, split, reads, self._teacher_settled)
         self._student_taps = find_layers(student, _names(term.student_layers for term in terms), "student")
         teacher_taps = find_layers(detector.model, layers, "teacher")
@@ -212,8 +311,7 @@ class DistillationTrainer(DurableTrainer):
                 if isinstance(tensor, torch.Tensor):
                     dist.broadcast(tensor, 0)
         self.guard = FiniteGuard(self.distiller.trained_parameters())
-        student.criterion = DistillationCriterion(student, self.distiller, on_audit=self._log_audit, guard=self.guard)
-        student.criterion.kept = self._kept
+        student.criterion = self._make_criterion(student)
         if RANK in {-1, 0}:
             LOGGER.info(classes.table())
             origin = "random weights" if detector.random else f"sha256 {detector.sha256[:12]}"
@@ -225,30 +323,6 @@ class DistillationTrainer(DurableTrainer):
         return load_detector(
             self.plan.teacher, role="teacher", trust=self.trust_checkpoints, nc=nc, channels=data["channels"]
         )
-
-    def get_dataset(self) -> dict[str, Any]:
-        """Put the teacher's classes before the data set's where they are kept."""
-        data = super().get_dataset()
-        if self.plan is None or not self.plan.choice.keep_classes:
-            return data
-        assert self._detector is not None
-        self._kept = kept_classes(self.plan.choice, self._detector, data, vars(self.args))
-        self._data_of_labels = data
-        return {**data, "names": self._kept.by_index, "nc": len(self._kept.names)}
-
-    def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> Any:
-        """Read labels in the data set's own classes, as its label cache holds them, then count as the run does."""
-        if self._kept is None:
-            return super().build_dataset(img_path, mode, batch)
-        run = self.data
-        self.data = self._data_of_labels
-        try:
-            dataset = super().build_dataset(img_path, mode, batch)
-        finally:
-            self.data = run
-        dataset.data = run
-        self._kept.renumber(dataset.labels)
-        return dataset
 
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
         """Let old classes start from the student's own where they are kept; a resumed run has them already."""
@@ -312,7 +386,7 @@ class DistillationTrainer(DurableTrainer):
         self._tap_student()
         if self.speed.cache and self.teacher is not None:
             folder = self.save_dir / f"teacher_views{RANK if RANK > 0 else ''}"
-            self._views = ViewCache(folder, self.train_loader.dataset.im_files)
+            self._views = ViewCache(folder, [*dict.fromkeys(self.train_loader.dataset.im_files)])
         if self.plan is not None and RANK in {-1, 0}:
             write_atomically(self.save_dir / "kd.yaml", yaml.safe_dump(self.plan.to_dict(), sort_keys=False).encode())
 
@@ -338,10 +412,7 @@ class DistillationTrainer(DurableTrainer):
             return
         student = unwrap_model(self.model)
         if not isinstance(student.criterion, DistillationCriterion):
-            student.criterion = DistillationCriterion(
-                student, self.distiller, native=student.criterion, on_audit=self._log_audit, guard=self.guard
-            )
-            student.criterion.kept = self._kept
+            student.criterion = self._make_criterion(student, native=student.criterion)
             student.criterion.whole_graph = getattr(self.model, "find_unused_parameters", True) is False
 
     def auto_batch(self) -> int:
@@ -383,7 +454,7 @@ class DistillationTrainer(DurableTrainer):
 
     def train(self) -> Any:
         """Train, with every checkpoint load restricted and nothing half-written that another training may read."""
-        with restricted_loading(self.trust_checkpoints), shared_data():
+        with restricted_loading(self.trust_checkpoints), shared_data(), self._lenient_data():
             return super().train()
 
     def _do_train(self) -> None:
@@ -508,6 +579,7 @@ class DistillationTrainer(DurableTrainer):
             return labelled
         columns = (*self.distiller.columns, *self.distiller.weight_columns.values())
         own = {f"{prefix}/{column}" for column in columns}
+        own |= {k for k in labelled if is_pool_column(k.removeprefix(f"{prefix}/"))}
         return (
             [k for k in labelled if k not in own]
             if isinstance(labelled, list)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -56,6 +56,17 @@ class View:
         Heads since YOLOv8 have no objectness output; this is what takes its place throughout the package.
         """
         return self.scores.detach().amax(-1).float().sigmoid()
+
+    def part(self, images: slice) -> View:
+        """Return what the view shows of some of the images of the batch."""
+        return replace(
+            self,
+            features=tuple(f[images] for f in self.features),
+            scores=self.scores[images],
+            boxes=self.boxes[images],
+            one2one_scores=None if self.one2one_scores is None else self.one2one_scores[images],
+            layers={name: layer[images] for name, layer in self.layers.items()},
+        )
 
     def per_level(self, points: Tensor) -> tuple[Tensor, ...]:
         """Split a (B, A, ...) tensor into one (B, H * W, ...) tensor per level."""
@@ -155,6 +166,7 @@ class Step:
         align: Function of (adapter kind, level index) that returns the student's features brought to the teacher's
             channels. The distiller supplies it; without one, features must agree already.
         precision: Context in which learned layers run, as the student's do; float32 without one.
+        continues: True for the second part of a batch that the losses see in parts.
     """
 
     def __init__(
@@ -165,11 +177,13 @@ class Step:
         progress: float = 0.0,
         align: Callable[[str, int], Tensor] | None = None,
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        continues: bool = False,
     ):
         self.student = student
         self.teacher = teacher
         self.targets = targets
         self.progress = progress
+        self.continues = continues
         self._align = align
         self._precision = precision
         self._memo: dict[Hashable, Any] = {}

@@ -8,6 +8,7 @@ import pytest
 from filelock import FileLock
 
 from tests.compare.fakes import fake_comparison, finish
+from yolo_kd.compare.arms import parse_compare
 from yolo_kd.compare.runs import FINISHED, WAITING, Run, keys_of, locked, plan_runs
 from yolo_kd.errors import ConfigError
 
@@ -122,3 +123,19 @@ def test_an_epoch_that_was_repeated_counts_once(tmp_path: Path) -> None:
     (run.folder / "results.csv").write_text("epoch,time\n1,10\n2,21\n2,12\n3,20\n")
     assert [row["epoch"] for row in run.rows()] == [1, 2, 3]
     assert run.seconds() == pytest.approx(10 + 12 + 8)
+
+
+def test_a_pool_and_keys_of_speed_reach_the_arms_that_take_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["teacher=t.pt", "student=s.pt", "data=d.yaml", "arms=baseline,distill_model,objectness", "threads=2"]
+    arms = parse_compare([*words, "unlabeled=pool", "unlabeled_mode=both"]).arms
+    baseline, upstream, distilled = (keys_of(arm) for arm in arms)
+    assert not any(key.startswith("unlabeled") for key in {**baseline, **upstream})
+    assert distilled["unlabeled"] == [str(tmp_path / "pool")]
+    assert distilled["unlabeled_mode"] == "both"
+    assert baseline["threads"] == distilled["threads"] == 2
+    Path("arms.yaml").write_text("baseline:\nup: {kd: distill_model, unlabeled: pool}\n")
+    with pytest.raises(ConfigError, match="unlabeled has no meaning for Ultralytics' own trainer"):
+        parse_compare([*words[:3], "arms=arms.yaml"])

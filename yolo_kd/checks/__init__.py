@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -17,12 +18,15 @@ from yolo_kd.checks.dryrun import Trace, nothing_written
 from yolo_kd.checks.models import check_quality, describe_files, describe_levels, devices_of
 from yolo_kd.checks.report import Report, plain
 from yolo_kd.checks.terms import check_terms, usable_terms
+from yolo_kd.checks.unlabelled import check_unlabelled
 from yolo_kd.classes import ClassMap
+from yolo_kd.datafiles import optional_train
 from yolo_kd.environment import check_torchvision
 from yolo_kd.errors import ConfigError, YoloKDError
 from yolo_kd.matching import match_classes
 from yolo_kd.options import NO_RECIPE, TrainOptions
 from yolo_kd.plan import Plan, make_plan, pair_problems, read_dataset
+from yolo_kd.pool import SOURCE_KEY
 
 __all__ = ["Report", "check"]
 
@@ -48,8 +52,14 @@ def check(options: TrainOptions) -> Report:
         raise ConfigError("check looks at a training that has not begun: leave out resume.")
     if options.teacher is None or options.kd == NO_RECIPE:
         raise ConfigError("check needs a teacher: add teacher=<checkpoint>.")
-    with nothing_written() as trace, restricted_loading(options.trust_checkpoints):
+    lenient = optional_train() if _pooled(options) else nullcontext()
+    with nothing_written() as trace, restricted_loading(options.trust_checkpoints), lenient:
         return _Check(options, trace).run()
+
+
+def _pooled(options: TrainOptions) -> bool:
+    """Return whether there are unlabelled images to train on."""
+    return SOURCE_KEY in options.pool and options.pool.get("unlabeled_ratio") != 0
 
 
 class _Check:
@@ -74,8 +84,8 @@ class _Check:
         self.attempt("setup", check_torchvision)
         self.choose_device()
         self.say("the data set")
-        data = self.attempt("data", lambda: read_dataset(keys.get("data"), keys.get("split") or "val"))
-        sets = check_dataset(report, self.trace, data, keys) if data else {}
+        data = self.attempt("data", self.read_dataset)
+        sets = check_dataset(report, self.trace, data, keys, _pooled(self.options)) if data else {}
         self.say("the models")
         plan, detectors = self.load(data)
         describe_files(report, detectors)
@@ -95,6 +105,9 @@ class _Check:
             self.guarded(
                 "quality", lambda: check_quality(report, detectors, sets["val"], data, keys, self.trace.folder, classes)
             )
+        if plan is not None and plan.pool is not None and data is not None and "teacher" in detectors and sets:
+            self.say("the unlabelled images")
+            self.guarded("pool", lambda: check_unlabelled(report, plan, detectors["teacher"], sets, keys))
         if fits and plan is not None and classes is not None and len(sets) == 2:
             self.say("gradients and cost of the terms")
             self.guarded("terms", lambda: self.terms(plan, detectors, classes))
@@ -104,6 +117,11 @@ class _Check:
                 report.add("note", "ultralytics", text[:300])
         report.facts = plain(report.facts)
         return report
+
+    def read_dataset(self) -> dict[str, Any]:
+        """Read the data YAML, which needs no training images where there is a pool."""
+        keys = self.keys
+        return read_dataset(keys.get("data"), keys.get("split") or "val", train_optional=_pooled(self.options))
 
     def choose_device(self) -> None:
         """Fall back to the processor where a GPU was asked for that is not there, so that the rest can be looked at."""
@@ -126,6 +144,7 @@ class _Check:
             "trust_checkpoints": options.trust_checkpoints,
             "random_teacher": options.random_teacher,
             **options.classes,
+            **options.pool,
         }
         made = self.attempt("files", lambda: make_plan(own, options.kd_overrides))
         plan, teacher = made or (None, None)

@@ -15,13 +15,16 @@ from ultralytics.data import build_yolo_dataset
 from yolo_kd.checkpoints import sha256
 from yolo_kd.checks.dryrun import ImageRecord, Trace
 from yolo_kd.checks.report import Report, percent, some
+from yolo_kd.pool_files import has_labels
 
 TINY = 4.0
 """Pixels: an object whose shorter side is below this at the training's image size leaves next to nothing to learn."""
 PIECE = 1 << 16
 
 
-def check_dataset(report: Report, trace: Trace, data: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
+def check_dataset(
+    report: Report, trace: Trace, data: Mapping[str, Any], keys: Mapping[str, Any], pooled: bool = False
+) -> dict[str, Any]:
     """Scan the training and validation images as a training would, and report what is wrong with them.
 
     Args:
@@ -29,6 +32,7 @@ def check_dataset(report: Report, trace: Trace, data: Mapping[str, Any], keys: M
         trace: The present dry run.
         data: What `plan.read_dataset` returned.
         keys: Ultralytics' keys of the training.
+        pooled: There is a pool of unlabelled images, so training images need no labels.
 
     Returns:
         Ultralytics' data set by split, `train` and `val`, without those that cannot be used.
@@ -38,6 +42,9 @@ def check_dataset(report: Report, trace: Trace, data: Mapping[str, Any], keys: M
     validation = keys.get("split") or "val"
     sets = {}
     for split, paths in (("train", data["train"]), ("val", data[validation])):
+        if split == "train" and pooled and not has_labels(paths):
+            report.add("note", "data", "no training image has labels: training sees unlabelled images only.")
+            continue
         trace.split = split
         try:
             sets[split] = build_yolo_dataset(cfg, paths, 16, data, mode=split, stride=32)

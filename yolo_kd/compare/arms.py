@@ -13,6 +13,7 @@ from yolo_kd.classes import CLASS_KEYS
 from yolo_kd.errors import ConfigError, did_you_mean, listed
 from yolo_kd.options import DEFAULT_RECIPE, NO_RECIPE, TrainOptions, parse_assignments, read_items, resolve_items
 from yolo_kd.options import OWN_KEYS as TRAIN_KEYS
+from yolo_kd.pool import POOL_KEYS
 from yolo_kd.recipe import shipped_recipes
 from yolo_kd.yaml_lines import Item, problem, raise_if, read_yaml, shown
 
@@ -283,7 +284,7 @@ def _arm(name: str, keys: dict[str, Item], common: Mapping[str, Item], problems:
     merged = {**common, **keys}
     extra = {}
     if kind == ALONE:
-        for key in ("teacher", "inherit", "random_teacher", *CLASS_KEYS):
+        for key in ("teacher", "inherit", "random_teacher", *CLASS_KEYS, *POOL_KEYS):
             if key not in keys:
                 merged.pop(key, None)
     if kind == UPSTREAM:
@@ -292,7 +293,9 @@ def _arm(name: str, keys: dict[str, Item], common: Mapping[str, Item], problems:
         for key in _UPSTREAM_KEYS:
             if key in merged:
                 extra[key] = merged.pop(key)
-        for key in [k for k in merged if k.startswith("kd.") or k in ("inherit", "random_teacher", *CLASS_KEYS)]:
+        merged = {k: item for k, item in merged.items() if k not in POOL_KEYS or k in keys}
+        ours = ("inherit", "random_teacher", *CLASS_KEYS, *POOL_KEYS)
+        for key in [k for k in merged if k.startswith("kd.") or k in ours]:
             problems.append(problem(merged.pop(key).where, f"{key} has no meaning for Ultralytics' own trainer."))
     for key, item in extra.items():
         number = isinstance(item.value, int | float) and not isinstance(item.value, bool) and item.value > 0

@@ -22,7 +22,7 @@ from yolo_kd.compare.runs import FAILED, FINISHED, Run, keys_of, locked, plan_ru
 from yolo_kd.compare.training import train_all
 from yolo_kd.environment import check_cpu_bf16, check_torchvision
 from yolo_kd.errors import ConfigError, YoloKDError
-from yolo_kd.plan import check_models, make_plan, read_dataset
+from yolo_kd.plan import check_models, check_pool, make_plan, read_dataset
 
 
 def compare(arguments: Sequence[str]) -> int:
@@ -119,10 +119,13 @@ def _check(arm: Arm) -> None:
         "trust_checkpoints": options.trust_checkpoints,
         "random_teacher": options.random_teacher,
         **options.classes,
+        **options.pool,
     }
     plan, detector = make_plan(own, options.kd_overrides)
     with restricted_loading(options.trust_checkpoints):
         check_models(plan, detector, keys, options.trust_checkpoints)
+        if plan is not None and plan.pool is not None:
+            check_pool(plan, keys)
 
 
 def measure(comparison: Comparison, runs: Sequence[Run], data: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -21,6 +21,7 @@ from yolo_kd import __version__
 from yolo_kd.checkpoints import sha256
 from yolo_kd.compare.arms import DISTILLED, UPSTREAM, Arm, Comparison
 from yolo_kd.errors import ConfigError
+from yolo_kd.pool import SOURCE_KEY
 from yolo_kd.recipe import load_recipe
 
 FINISHED, FAILED, RUNNING, WAITING = "finished", "failed", "running", "waiting"
@@ -203,12 +204,21 @@ def keys_of(arm: Arm) -> dict[str, Any]:
         switches = ("inherit", "trust_checkpoints", "random_teacher")
         own |= {key: True for key in switches if getattr(options, key)}
         own |= options.classes
+        own |= options.speed | _anywhere(options.pool)
         own |= {f"kd.{key}": value for key, value in options.kd_overrides.items()}
         keys = {**{k: v for k, v in own.items() if v is not None}, **keys}
     for key in _PATHS:  # so that a comparison can be continued from another folder
         if isinstance(keys.get(key), str) and os.path.isfile(keys[key]):
             keys[key] = os.path.abspath(keys[key])
     return {k: list(v) if isinstance(v, tuple) else v for k, v in keys.items()}
+
+
+def _anywhere(pool: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a pool with paths that do not depend on the current folder."""
+    if SOURCE_KEY not in pool:
+        return dict(pool)
+    source = pool[SOURCE_KEY] if isinstance(pool[SOURCE_KEY], list | tuple) else [pool[SOURCE_KEY]]
+    return {**pool, SOURCE_KEY: [os.path.abspath(place) for place in source]}
 
 
 def _state(run: Run) -> dict[str, Any] | None:

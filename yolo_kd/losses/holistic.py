@@ -144,7 +144,7 @@ class Adversary(nn.Module):
         for i, parameter in enumerate(self.critic.parameters()):
             self.register_buffer(f"momentum_{i}", torch.zeros_like(parameter))
         self.lr, self.form = lr, form
-        self._seen: tuple[Tensor, Tensor, float] | None = None
+        self._seen: list[tuple[Tensor, Tensor, float]] = []
         self._optimiser: torch.optim.SGD | None = None
 
     def answer(self, maps: Tensor) -> Tensor:
@@ -156,15 +156,17 @@ class Adversary(nn.Module):
         finally:
             self.critic.requires_grad_(True)
 
-    def watch(self, student: Tensor, teacher: Tensor, progress: float) -> None:
-        """Remember the maps that the next `step` learns from."""
-        self._seen = student.detach(), teacher.detach(), progress
+    def watch(self, student: Tensor, teacher: Tensor, progress: float, continues: bool = False) -> None:
+        """Remember the maps that the next `step` learns from, with those of the batch's first part if it continues."""
+        self._seen = [*(self._seen if continues else []), (student.detach(), teacher.detach(), progress)]
 
     def step(self) -> None:
         """Train the critic once on the maps seen last; nothing without any."""
-        if self._seen is None:
+        if not self._seen:
             return
-        (student, teacher, progress), self._seen = self._seen, None
+        students, teachers, (progress, *_) = zip(*self._seen, strict=True)
+        student, teacher = torch.cat(students), torch.cat(teachers)
+        self._seen = []
         self.critic.train()
         with torch.enable_grad():
             loss = critic_loss(self.critic(student), self.critic(teacher), self.form)
@@ -263,5 +265,5 @@ class Holistic(Loss):
             teacher = score_maps(step.teacher, self.levels)
             reference = adversarial_loss(step.layer(self.adversary.answer, teacher))
         if student.requires_grad:
-            self.adversary.watch(student, teacher, step.progress)
+            self.adversary.watch(student, teacher, step.progress, step.continues)
         return {"kholi_loss": STRENGTH * (adversarial_loss(step.layer(self.adversary.answer, student)) - reference)}

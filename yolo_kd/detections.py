@@ -1,0 +1,132 @@
+"""What a teacher detects on images that nobody labelled: objects, and places where it is not sure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.ops import batched_nms
+
+from yolo_kd.losses.ops import corners
+from yolo_kd.views import View
+
+MOST = 300  # detections of an image, as in Ultralytics
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Boxes on the images of a batch, by image, the most confident of an image first.
+
+    Attributes:
+        boxes: In pixels, xyxy, (M, 4).
+        labels: Class of each, (M,), int64.
+        confidence: Probability of that class, (M,).
+        image_index: Image of each, (M,), int64, ascending.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    confidence: Tensor
+    image_index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def where(self, mask: Tensor) -> Detections:
+        """Return the detections at which a (M,) mask is true."""
+        return Detections(self.boxes[mask], self.labels[mask], self.confidence[mask], self.image_index[mask])
+
+    def padded_confidence(self, images: int) -> Tensor:
+        """Return the confidences as (images, N), N being the most that one image has, in their order, 0 behind them."""
+        counts = self.image_index.bincount(minlength=images)
+        table = self.confidence.new_zeros(images, int(counts.max()) if len(self) else 0)
+        place = torch.arange(len(self), device=table.device) - (counts.cumsum(0) - counts)[self.image_index]
+        table[self.image_index, place] = self.confidence
+        return table
+
+
+def points_of(view: View) -> tuple[Tensor, Tensor]:
+    """Return the centre of each point in pixels, (A, 2) as x and y, and its stride, (A, 1)."""
+    centres, strides = [], []
+    for (height, width), stride in zip(view.shapes, view.strides, strict=True):
+        y, x = (torch.arange(n, device=view.scores.device, dtype=torch.float32) + 0.5 for n in (height, width))
+        grid = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flip(-1).reshape(-1, 2)
+        centres.append(grid * stride)
+        strides.append(torch.full((len(grid), 1), float(stride), device=grid.device))
+    return torch.cat(centres), torch.cat(strides)
+
+
+@torch.no_grad()
+def detect(view: View, conf: float, iou: float) -> Detections:
+    """Return what a detector sees, from its raw outputs, by suppression of what overlaps within a class.
+
+    A point is of the class that it finds most probable, as in Ultralytics' prediction; the suppression runs once for
+    all images.
+
+    Args:
+        view: The detector's view; both branches of its head must have been computed.
+        conf: Detections are more probable than this.
+        iou: Overlap above which the less probable of two detections of a class is dropped.
+    """
+    probability, label = view.scores.float().sigmoid().max(-1)
+    image, point = (probability > conf).nonzero(as_tuple=True)
+    centres, strides = points_of(view)
+    raw = view.boxes[image, point].float()
+    boxes = corners(raw[:, None], view.reg_max)[:, 0] * strides[point] + centres[point].repeat(1, 2)
+    confidence, labels = probability[image, point], label[image, point]
+    kept = batched_nms(boxes, confidence, image * view.scores.shape[-1] + labels, iou)  # the most confident first
+    kept = kept[image[kept].sort(stable=True).indices]
+    found = Detections(boxes[kept], labels[kept], confidence[kept], image[kept])
+    counts = found.image_index.bincount(minlength=len(view.scores))
+    place = torch.arange(len(found), device=counts.device) - (counts.cumsum(0) - counts)[found.image_index]
+    return found.where(place < MOST)
+
+
+@torch.no_grad()
+def inside(detections: Detections, centres: Tensor, images: int, classes: int) -> Tensor:
+    """Return at which points a detection of which class lies: (images, classes, A), bool.
+
+    Args:
+        detections: The detections.
+        centres: Centres of the points in pixels, (A, 2).
+        images: Number of images.
+        classes: Number of classes.
+    """
+    x, y = centres.unbind(-1)
+    x1, y1, x2, y2 = detections.boxes[..., None].unbind(1)
+    covered = (x > x1) & (x < x2) & (y > y1) & (y < y2)
+    counts = torch.zeros(images * classes, len(centres), device=centres.device)
+    counts.index_add_(0, detections.image_index * classes + detections.labels, covered.to(counts))
+    return (counts > 0).view(images, classes, -1)
+
+
+@dataclass(frozen=True)
+class Pseudo:
+    """Detections that serve as labels, and what is neither object nor background.
+
+    Attributes:
+        certain: Detections that are more probable than the upper threshold.
+        ignored: True for a class at points inside a less probable detection of it and outside every certain one,
+            (B, nc, A).
+    """
+
+    certain: Detections
+    ignored: Tensor
+
+
+def pseudo_labels(view: View, low: float, conf: float, iou: float) -> Pseudo:
+    """Split a teacher's detections into labels and the band in which it is not sure.
+
+    Args:
+        view: The teacher's view.
+        low: Lower end of the band.
+        conf: Upper end of the band: detections above it are labels.
+        iou: Overlap above which the less probable of two detections of a class is dropped.
+    """
+    found = detect(view, low, iou)
+    certain = found.where(found.confidence > conf)
+    centres, _ = points_of(view)
+    images, _, classes = view.scores.shape
+    band = inside(found.where(found.confidence <= conf), centres, images, classes)
+    return Pseudo(certain, band & ~inside(certain, centres, images, classes))
