@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from ultralytics.nn.tasks import DetectionModel
 
 from tests.models import make_sure, narrow_model
 from yolo_kd.checkpoints import LoadedDetector
+from yolo_kd.classes import ClassMap
 from yolo_kd.criterion import TEACHER_VIEW, DistillationCriterion
 from yolo_kd.detections import detect, pseudo_labels
 from yolo_kd.distiller import Distiller
 from yolo_kd.guards import FiniteGuard
+from yolo_kd.keep import KeptClasses
 from yolo_kd.pool import Pool
 from yolo_kd.pool_criterion import PoolCriterion, is_pool_column, teacher_reads
 from yolo_kd.recipe import load_recipe
@@ -366,3 +369,61 @@ def test_every_output_takes_part_where_processes_expect_it(models: dict) -> None
     loss, _ = s.run()
     gradients = torch.autograd.grad(loss[:3].sum(), s.outputs)
     assert all((g[s.others] == 0).all() for g in gradients)
+
+
+MERGED = ClassMap(("a", "b", "c"), ("new", "a or b", "c"), ((), (0, 1), (2,)))
+"""The student's first class is not the teacher's, and its second is two of them."""
+
+
+def mapped(models: dict, mode: str) -> Setting:
+    s = Setting(models["yolov8n"], mode)
+    pair = pair_of(s.student, models["yolov8n"][1], nc=len(MERGED.matched))
+    s.distiller = Distiller(load_recipe(TERMS), pair, MERGED)
+    s.criterion = PoolCriterion(s.student, s.distiller, pool=s.pool)
+    return s
+
+
+@pytest.mark.parametrize("mode", ["distill", "pseudo"])
+def test_detections_count_in_the_students_classes(mode: str, models: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    s = mapped(models, mode)
+    s.batch["cls"][:] = 1.0  # the labelled objects are of a class that both have
+    handed: list = []
+    real = labels_of
+    monkeypatch.setattr(
+        "yolo_kd.pool_criterion.labels_of", lambda found, size: handed.append(found) or real(found, size)
+    )
+    items = s.run()[1]
+    known = MERGED.teacher_view(s.batch[TEACHER_VIEW].part(s.others))
+    plain = detect(known, 0.5, 0.7) if mode == "distill" else pseudo_labels(known, 0.2, 0.5, 0.7).certain
+    assert handed[0].labels.tolist() == [MERGED.matched[i] for i in plain.labels.tolist()]
+    assert torch.equal(handed[0].boxes, plain.boxes)
+    assert set(handed[0].labels.tolist()) == {1, 2}
+    assert items["pool_obj"] == pytest.approx(known.objectness.amax(1).mean().item())
+
+
+def test_the_pool_says_nothing_of_a_class_that_the_teacher_does_not_know(models: dict) -> None:
+    s = mapped(models, "both")
+    loss, _ = s.run()
+    (gradient,) = torch.autograd.grad(loss.sum(), s.predictions["scores"])
+    assert (gradient[s.others][:, 0] == 0).all()
+    assert (gradient[s.others][:, 1:] != 0).any()
+    assert (gradient[s.own][:, 0] != 0).any()
+
+
+def test_old_classes_are_shielded_on_labelled_images(models: dict) -> None:
+    s = Setting(models["yolov8n"])
+    s.batch["cls"][:] = 2.0
+    kept = KeptClasses(("a", "b", "new"), 2, (2,), 0.05)
+    s.distiller = Distiller(load_recipe(TERMS), pair_of(s.student, models["yolov8n"][1], nc=2), kept.classes)
+    teacher = s.batch[TEACHER_VIEW]
+    s.batch[TEACHER_VIEW] = replace(teacher, scores=teacher.scores[..., :2])
+    s.criterion = PoolCriterion(s.student, s.distiller, pool=s.pool)
+    s.criterion.kept = kept
+    loss, _ = s.run()
+    (gradient,) = torch.autograd.grad(loss[:3].sum(), s.predictions["scores"])
+    seen = (teacher.scores[s.own, :, :2].sigmoid() >= 0.05).any(-1)
+    assert 0 < seen.float().mean() < 1
+    old = gradient[s.own][:, :2].transpose(1, 2)
+    assert (old[seen] == 0).all()
+    assert (old[~seen] != 0).all()
+    assert (gradient[s.others] == 0).all()

@@ -118,3 +118,25 @@ def test_agreement_with_a_teacher(shapes: Path, tmp_path: Path, capsys: pytest.C
     assert rows[students[2]]["of_first"] < 0.7
     assert script.main([*words, str(strange)]) == 2
     assert "has none of the teacher's classes (circle, square, triangle)" in capsys.readouterr().err
+
+
+@pytest.mark.e2e
+def test_few_labels_and_a_pool(shapes: Path, tmp_path: Path) -> None:
+    teacher = narrow_checkpoint("yolov8n", tmp_path, sure=True)
+    stems = sorted(image.stem for image in (shapes.parent / "images" / "train").iterdir())
+    (tmp_path / "few.txt").write_text("".join(f"{stem}\n" for stem in stems[:3]))
+    words = ["--data", str(shapes.parent), "--labels", str(tmp_path / "few.txt"), "--teacher", str(teacher)]
+    words += ["--student", str(teacher), "--kd", "objectness", "--seeds", "1", "--out", str(tmp_path / "out")]
+    arms = ["few", "hard", "both", "all", "none_distill"]
+    words += ["--arms", *arms, "--", "epochs=1", "imgsz=64", "batch=8", "workers=0"]
+    found = run("few_labels.py", *words)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert [line.split("`")[1] for line in found.stdout.splitlines() if line.startswith("| `")] == arms
+    labels = list((tmp_path / "out" / "data" / "hard" / "labels").iterdir())
+    assert len(labels) == len(stems) - 3
+    assert any(path.read_text() for path in labels)
+    steps = {len((tmp_path / "out" / "data" / f"{name}.txt").read_text().split()) for name in ("few", "all", "hard")}
+    assert steps == {len(stems)}
+    again = run("few_labels.py", *words)
+    assert "starts" not in again.stdout
+    assert again.stdout.splitlines()[-len(arms) :] == found.stdout.splitlines()[-len(arms) :]
