@@ -186,7 +186,7 @@ def test_everything_is_checked_before_the_first_training(
     assert "teacher=" in text
     assert "cannot be used" in problems(data=tmp_path / "no.yaml")
     two = narrow_checkpoint("yolov8n", tmp_path, nc=2, names={0: "a", 1: "b"}, file="two.pt")
-    assert "knows 2 classes" in problems(teacher=two)
+    assert "none of the 3 classes" in problems(teacher=two)
     assert not (tmp_path / "c" / "runs").exists()
 
 
