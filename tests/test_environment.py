@@ -53,10 +53,8 @@ def test_bfloat16_needs_a_processor_that_has_it(monkeypatch: pytest.MonkeyPatch)
     environment.check_cpu_bf16()
 
 
-@pytest.mark.skipif(_of_libc("mallopt") is None, reason="needs glibc")
 FAULTS = """
-import subprocess
-import sys
+import resource
 import torch
 from yolo_kd.environment import reused_memory
 
@@ -74,6 +72,7 @@ print(outside, inside, faults())
 """
 
 
+@pytest.mark.skipif(_of_libc("mallopt") is None, reason="needs glibc")
 def test_memory_is_used_again_for_the_duration() -> None:
     """A buffer that is freed and allocated again costs page faults, but not inside.
 
