@@ -16,7 +16,8 @@ from ultralytics.nn.tasks import DetectionModel
 
 from tests.models import narrow_model, narrow_yaml
 from yolo_kd.errors import PairError
-from yolo_kd.keep import ABSENT, KeptClasses, check_extendable, extend_head
+from yolo_kd.keep import KeptClasses, check_extendable, extend_head
+from yolo_kd.taps import ABSENT
 
 OLD = {0: "cat", 1: "Traffic Light", 2: "dog"}
 

@@ -19,10 +19,9 @@ from ultralytics.nn.modules.head import Detect
 
 from yolo_kd.classes import ClassMap, is_placeholder, normalised, short
 from yolo_kd.errors import PairError
-from yolo_kd.taps import head_of
+from yolo_kd.taps import ABSENT, head_of, without_classes
 
 BRANCHES = ("cv3", "one2one_cv3")  # the class branches of a head; the second where it is end-to-end
-ABSENT = -1e4  # a logit whose loss as background, and whose sigmoid, are exactly zero, also in half precision
 
 
 @dataclass(frozen=True)
@@ -105,16 +104,12 @@ class KeptClasses:
             predictions: What the student's head returned; both branches of an end-to-end head are shielded.
             teacher_logits: The teacher's own class logits, (B, A, old).
         """
-        raw = predictions[1] if isinstance(predictions, tuple) else predictions
-        if "scores" not in raw:
-            shielded = {name: self.shield(branch, teacher_logits) for name, branch in raw.items()}
-        else:
-            columns = _mask(self.unlabelled, len(self.names), teacher_logits.device)
-            old = teacher_logits.masked_fill(~columns[: self.old], ABSENT)
-            seen = old.amax(-1).float().sigmoid() >= self.confidence
-            hidden = seen[:, None, :] & columns[None, :, None]  # (B, classes, A), as heads hand out their scores
-            shielded = {**raw, "scores": raw["scores"].masked_fill(hidden, ABSENT)}
-        return (*predictions[:1], shielded, *predictions[2:]) if isinstance(predictions, tuple) else shielded
+        columns = _mask(self.unlabelled, len(self.names), teacher_logits.device)
+        old = teacher_logits.masked_fill(~columns[: self.old], ABSENT)
+        seen = old.amax(-1).float().sigmoid() >= self.confidence
+        return without_classes(
+            predictions, seen[:, None, :] & columns[None, :, None]
+        )  # (B, classes, A), as heads put it
 
 
 @lru_cache(maxsize=8)

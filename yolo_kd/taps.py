@@ -21,6 +21,8 @@ from yolo_kd.detections import Detections
 from yolo_kd.errors import ConfigError, PairError, did_you_mean, listed
 from yolo_kd.views import Assignment, Pair, Targets, View
 
+ABSENT = -1e4  # a logit whose loss as background, and whose sigmoid, are exactly zero, also in half precision
+
 
 def head_of(model: nn.Module) -> Detect:
     """Return the detection head of an Ultralytics detector."""
@@ -414,18 +416,21 @@ def loss_names_of(native: Any) -> tuple[str, ...]:
     return tuple(branches_of(native)[-1].loss_names)
 
 
-def without_classes(predictions: Mapping[str, Any], mask: Tensor) -> dict[str, Any]:
+def without_classes(predictions: Any, mask: Tensor) -> Any:
     """Return raw training outputs whose score for some classes at some points takes no part in the task loss.
 
-    There a logit is replaced by -10^4. As a negative it costs nothing, log(1 + e^-10000) = 0, it gets no gradient, and
-    its alignment with any object, p^alpha * IoU^beta, is 0.
+    There a logit is replaced by `ABSENT`. As a negative it costs nothing, log(1 + e^-10000) = 0, it gets no gradient,
+    and its alignment with any object, p^alpha * IoU^beta, is 0.
 
     Args:
-        predictions: A dictionary of raw outputs, or of one such dictionary for each branch.
+        predictions: What the head returned: raw outputs, or those of each branch, or in eval mode a tuple that holds
+            one of these.
         mask: True where a score is to be left out, (B, nc, A).
     """
+    if isinstance(predictions, tuple):
+        return (*predictions[:1], without_classes(predictions[1], mask), *predictions[2:])
     if "scores" in predictions:
-        return {**predictions, "scores": predictions["scores"].masked_fill(mask, -1e4)}
+        return {**predictions, "scores": predictions["scores"].masked_fill(mask, ABSENT)}
     return {name: without_classes(branch, mask) for name, branch in predictions.items()}
 
 
