@@ -35,6 +35,7 @@ from typing import Any
 import yaml
 
 from yolo_kd.compare.statistics import paired, points, spread
+from yolo_kd.options import DEFAULT_RECIPE
 
 POOL_ARMS = ("distill", "pseudo", "both")
 ARMS = ("few", "few_kd", "hard", *POOL_ARMS, "all", "all_kd", *(f"none_{mode}" for mode in POOL_ARMS))
@@ -63,7 +64,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--labels", type=Path, required=True, help="list of the images that keep their labels")
     parser.add_argument("--teacher", type=Path, required=True, help="teacher that was trained on all labels")
     parser.add_argument("--student", default="yolov8n.yaml", help="student: model YAML or checkpoint")
-    parser.add_argument("--kd", default="default", help="recipe of the distilled arms")
+    parser.add_argument("--kd", default=DEFAULT_RECIPE, help="recipe of the distilled arms")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="arms to train")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm")
     parser.add_argument("--hard", type=float, default=0.4, help="least confidence of a plain pseudo-label")
