@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +32,9 @@ def _isolate() -> None:
     for name in ("Arial.ttf", "Arial.Unicode.ttf"):
         if not (fonts / name).exists():
             shutil.copyfile(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", fonts / name)
+
+    # what runs in the background of a shell is born deaf to it, and so are its children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     import torch
 
