@@ -34,6 +34,7 @@ from typing import Any
 
 import yaml
 
+from yolo_kd.checkpoints import quiet
 from yolo_kd.compare.statistics import paired, points, spread
 from yolo_kd.options import DEFAULT_RECIPE
 
@@ -175,8 +176,9 @@ def evaluate(args: argparse.Namespace, folder: Path, data: Path) -> dict[str, fl
         told = yaml.safe_load(data.read_text(encoding="utf-8"))
         found = {}
         for split in (split for split in SPLITS if told.get(split)):
-            quiet = {"plots": False, "verbose": False, "workers": 0, "project": str(folder), "name": "val"}
-            metrics = YOLO(folder / "weights" / "best.pt").val(data=str(data), imgsz=size, split=split, **quiet)
+            keys = {"plots": False, "verbose": False, "workers": 0, "project": str(folder), "name": "val"}
+            with quiet():
+                metrics = YOLO(folder / "weights" / "best.pt").val(data=str(data), imgsz=size, split=split, **keys)
             found[split] = float(metrics.box.map)
         kept.write_text(json.dumps(found))
     return json.loads(kept.read_text(encoding="utf-8"))
