@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 from ultralytics import YOLO
-from ultralytics.data.utils import IMG_FORMATS
 from ultralytics.utils.metrics import ap_per_class, box_iou
 
 from yolo_kd.checkpoints import restricted_loading
 from yolo_kd.classes import match, short
 from yolo_kd.errors import DataError, PairError, YoloKDError
+from yolo_kd.pool_files import images_below
 
 IOUS = torch.linspace(0.5, 0.95, 10)
 LOWEST = 0.001  # confidence of the least detection of a student that counts, as in Ultralytics' validation
@@ -37,7 +37,7 @@ def images_of(folder: Path) -> list[Path]:
     Raises:
         DataError: If there are none.
     """
-    found = sorted(p for p in folder.rglob("*") if p.suffix[1:].lower() in IMG_FORMATS)
+    found = [Path(image) for image in images_below(folder)] if folder.is_dir() else []
     if not found:
         raise DataError(f"--images={folder} holds no images.")
     return found

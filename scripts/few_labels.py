@@ -75,6 +75,11 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def image_size(args: argparse.Namespace) -> int:
+    """Return the image size of the trainings in pixels, which the teacher's detections and the validation share."""
+    return next((int(key.partition("=")[2]) for key in args.keys if key.startswith("imgsz=")), 640)
+
+
 # ------------------------------------------------------------------------------------------------------ the data
 def make_data(args: argparse.Namespace, folder: Path) -> dict[str, Path]:
     """Return the data YAMLs, and the list of the pool as `pool`."""
@@ -117,12 +122,11 @@ def pseudo_labelled(args: argparse.Namespace, pool: list[Path], folder: Path) ->
     images, labels = folder / "hard" / "images", folder / "hard" / "labels"
     images.mkdir(parents=True)
     labels.mkdir()
-    size = next((key.partition("=")[2] for key in args.keys if key.startswith("imgsz=")), "640")
     teacher = YOLO(args.teacher)
     copies = []
     for image in pool:
         copies.append(Path(shutil.copyfile(image, images / image.name)))
-        found = teacher.predict(image, conf=args.hard, imgsz=int(size), verbose=False)[0].boxes
+        found = teacher.predict(image, conf=args.hard, imgsz=image_size(args), verbose=False)[0].boxes
         rows = zip(found.cls.tolist(), found.xywhn.tolist(), strict=True)
         text = "".join(f"{int(label)} {' '.join(f'{v:.6f}' for v in box)}\n" for label, box in rows)
         (labels / f"{image.stem}.txt").write_text(text, encoding="utf-8")
@@ -172,13 +176,14 @@ def evaluate(args: argparse.Namespace, folder: Path, data: Path) -> dict[str, fl
 
     kept = folder / "figures.json"
     if not kept.exists():
-        size = next((int(key.partition("=")[2]) for key in args.keys if key.startswith("imgsz=")), 640)
         told = yaml.safe_load(data.read_text(encoding="utf-8"))
         found = {}
         for split in (split for split in SPLITS if told.get(split)):
             keys = {"plots": False, "verbose": False, "workers": 0, "project": str(folder), "name": "val"}
             with quiet():
-                metrics = YOLO(folder / "weights" / "best.pt").val(data=str(data), imgsz=size, split=split, **keys)
+                metrics = YOLO(folder / "weights" / "best.pt").val(
+                    data=str(data), imgsz=image_size(args), split=split, **keys
+                )
             found[split] = float(metrics.box.map)
         kept.write_text(json.dumps(found))
     return json.loads(kept.read_text(encoding="utf-8"))

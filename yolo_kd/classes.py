@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, reduce
 from typing import Any
@@ -260,23 +260,13 @@ class ClassMap:
         """Return the student's view with the matched classes only."""
         if len(self.matched) == len(self.student):
             return view
-        second = view.one2one_scores
-        return replace(
-            view,
-            scores=self.student_logits(view.scores),
-            one2one_scores=None if second is None else self.student_logits(second),
-        )
+        return _with_scores(view, self.student_logits)
 
     def teacher_view(self, view: View) -> View:
         """Return the teacher's view with its classes as the student has them."""
         if self.is_identity:
             return view
-        second = view.one2one_scores
-        return replace(
-            view,
-            scores=self.teacher_logits(view.scores),
-            one2one_scores=None if second is None else self.teacher_logits(second),
-        )
+        return _with_scores(view, self.teacher_logits)
 
     def targets(self, targets: Targets) -> Targets:
         """Return the targets of matched classes, with labels that count them; others are background."""
@@ -343,6 +333,12 @@ class MappedTail(nn.Module):
     def forward(self, feature: Tensor) -> Tensor:
         """Return the logits of the matched classes, (B, matched, H, W)."""
         return self.classes.teacher_logits(self.tail(feature), dim=1)
+
+
+def _with_scores(view: View, mapping: Callable[[Tensor], Tensor]) -> View:
+    """Return a view with the scores of both branches mapped."""
+    second = view.one2one_scores
+    return replace(view, scores=mapping(view.scores), one2one_scores=None if second is None else mapping(second))
 
 
 def _either(a: Tensor, b: Tensor) -> Tensor:

@@ -37,12 +37,16 @@ class Detections:
         """Return the detections at which a (M,) mask is true."""
         return Detections(self.boxes[mask], self.labels[mask], self.confidence[mask], self.image_index[mask])
 
+    def places(self, images: int) -> Tensor:
+        """Return how many detections of the same image come before each, (M,)."""
+        counts = self.image_index.bincount(minlength=images)
+        return torch.arange(len(self), device=counts.device) - (counts.cumsum(0) - counts)[self.image_index]
+
     def padded_confidence(self, images: int) -> Tensor:
         """Return the confidences as (images, N), N being the most that one image has, in their order, 0 behind them."""
-        counts = self.image_index.bincount(minlength=images)
-        table = self.confidence.new_zeros(images, int(counts.max()) if len(self) else 0)
-        place = torch.arange(len(self), device=table.device) - (counts.cumsum(0) - counts)[self.image_index]
-        table[self.image_index, place] = self.confidence
+        places = self.places(images)
+        table = self.confidence.new_zeros(images, int(places.max()) + 1 if len(self) else 0)
+        table[self.image_index, places] = self.confidence
         return table
 
 
@@ -78,9 +82,7 @@ def detect(view: View, conf: float, iou: float) -> Detections:
     kept = batched_nms(boxes, confidence, image * view.scores.shape[-1] + labels, iou)  # the most confident first
     kept = kept[image[kept].sort(stable=True).indices]
     found = Detections(boxes[kept], labels[kept], confidence[kept], image[kept])
-    counts = found.image_index.bincount(minlength=len(view.scores))
-    place = torch.arange(len(found), device=counts.device) - (counts.cumsum(0) - counts)[found.image_index]
-    return found.where(place < MOST)
+    return found.where(found.places(len(view.scores)) < MOST)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from yolo_kd.taps import head_of, neck_and_head
+from yolo_kd.taps import CLASS_BRANCHES, head_of, neck_and_head
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def inherit(student: nn.Module, teacher: nn.Module, same_classes: bool = True) -
     copied = total = 0
     theirs = dict(neck_and_head(teacher))
     head = head_of(student)
-    branches = [(name, getattr(head, name, None) or ()) for name in ("cv3", "one2one_cv3")]
+    branches = [(name, getattr(head, name, None) or ()) for name in CLASS_BRANCHES]
     rows = tuple(f"{name}.{i}.{len(branch) - 1}." for name, levels in branches for i, branch in enumerate(levels))
     for place, (index, layer) in neck_and_head(student):
         partner = theirs.get(place)

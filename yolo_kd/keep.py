@@ -19,9 +19,7 @@ from ultralytics.nn.modules.head import Detect
 
 from yolo_kd.classes import ClassMap, is_placeholder, normalised, short
 from yolo_kd.errors import PairError
-from yolo_kd.taps import ABSENT, head_of, without_classes
-
-BRANCHES = ("cv3", "one2one_cv3")  # the class branches of a head; the second where it is end-to-end
+from yolo_kd.taps import ABSENT, CLASS_BRANCHES, head_of, without_classes
 
 
 @dataclass(frozen=True)
@@ -141,7 +139,7 @@ def extend_head(model: nn.Module, source: nn.Module, names: Sequence[str]) -> No
     theirs = {normalised(str(name)): i for i, name in source.names.items()}  # type: ignore[operator, union-attr]
     pairs = [(i, theirs[normalised(name)]) for i, name in enumerate(names) if normalised(name) in theirs]
     rows, origins = ([pair[k] for pair in pairs] for k in (0, 1))
-    for attribute in BRANCHES:
+    for attribute in CLASS_BRANCHES:
         if getattr(head, attribute, None) is None:
             continue
         for branch, old in zip(getattr(head, attribute), getattr(trained, attribute), strict=True):
@@ -187,7 +185,7 @@ def check_extendable(model: nn.Module, source: nn.Module, teacher: Sequence[str]
     head, trained = head_of(model), head_of(source)
     if not isinstance(trained, Detect) or getattr(trained, "cv3", None) is None:
         raise PairError(f"{refused}: it is {type(trained).__name__} without class branches; a Detect head is needed.")
-    for attribute in BRANCHES:
+    for attribute in CLASS_BRANCHES:
         if (getattr(head, attribute, None) is None) != (getattr(trained, attribute, None) is None):
             raise PairError(f"{refused}: its branch {attribute} was removed. Name the checkpoint that training wrote.")
         if getattr(head, attribute, None) is None:

@@ -87,6 +87,12 @@ class TrainOptions:
     pool: dict[str, Any] = field(default_factory=dict)
     ultralytics: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def plan_keys(self) -> dict[str, Any]:
+        """What `plan.make_plan` looks at before a training, by key."""
+        switches = {key: getattr(self, key) for key in _SWITCHES}
+        return {"teacher": self.teacher, "kd": self.kd, **switches, **self.classes, **self.pool}
+
 
 def parse_assignments(arguments: Sequence[str]) -> dict[str, Any]:
     """Turn `key=value` words into values: None, true/false, numbers, lists, otherwise text.

@@ -95,8 +95,10 @@ class PoolCriterion(DistillationCriterion):
             targets = targets_of(labelled, assignment) if self._reads_boxes else None
             steps = self._distiller.steps(student.part(own), teacher.part(own), targets, self.progress)
             parts.append(Part(images - unlabelled, native[0], native[1], steps))
+        seen = teacher.part(others)
+        known = seen if self._classes is None else self._classes.teacher_view(seen)  # what both models have
         if unlabelled:
-            parts.append(self._unlabelled(predictions, batch, student, teacher, others))
+            parts.append(self._unlabelled(predictions, batch, student, seen, known, others))
         task = self._task(parts, student, images)
         if self.whole_graph:
             task = touch(task, predictions)
@@ -123,17 +125,16 @@ class PoolCriterion(DistillationCriterion):
         items = items_of(parts[0] if native is not None else None)
         if self._guard is not None and vector.requires_grad:
             vector, items = self._guard.screen(vector, items, tensors_of([predictions, layers]), teacher)
-        about_pool = self._about_pool(items_of(parts[-1] if unlabelled else None), teacher.part(others))
+        about_pool = self._about_pool(items_of(parts[-1] if unlabelled else None), known)
         return vector, {**items, **self._distiller.weights(), **about_pool}
 
     def _unlabelled(
-        self, predictions: Any, batch: Mapping[str, Any], student: View, teacher: View, chosen: slice
+        self, predictions: Any, batch: Mapping[str, Any], student: View, seen: View, known: View, chosen: slice
     ) -> Part:
-        """Return what the pool images contribute."""
+        """Return what the pool images contribute; `known` is what the teacher has `seen` of classes that both have."""
         pool = self._pool
         images = batch["img"][chosen]
-        raw, seen = part_of(predictions, chosen), teacher.part(chosen)
-        known = seen if self._classes is None else self._classes.teacher_view(seen)  # what both models have
+        raw = part_of(predictions, chosen)
         reads = self._distiller.reads if pool.distils else frozenset()
         labels: dict[str, Any] = {"img": images}
         found: Detections | None = None
@@ -141,10 +142,8 @@ class PoolCriterion(DistillationCriterion):
         if pool.labels:
             pseudo = pseudo_labels(known, pool.low, pool.conf, pool.iou)
             found, ignored = self._as_student(pseudo.certain), pseudo.ignored
-            if self._classes is not None:
-                ignored = self._classes.student_mask(
-                    ignored
-                )  # of a class that it does not know the teacher says nothing
+            if self._classes is not None:  # the teacher says nothing of classes that it does not know
+                ignored = self._classes.student_mask(ignored)
             labels |= labels_of(found, images.shape[-2:])
             with weighted_by(self.native, found.padded_confidence(len(images))):
                 loss, items = self.native(without_classes(raw, ignored), labels)
@@ -183,22 +182,16 @@ class PoolCriterion(DistillationCriterion):
         total = torch.stack([loss for _, loss in losses]).sum(0)
         return total * (images / sum(n for n, _ in losses))
 
-    def _about_pool(self, items: Mapping[str, Tensor], seen: View) -> dict[str, Tensor]:
+    def _about_pool(self, items: Mapping[str, Tensor], known: View) -> dict[str, Tensor]:
         """Return what is logged of the pool: always the same columns, and finite numbers only."""
         native = set(loss_names_of(self.native)) if not self._pool.labels else set()
         terms = set(self._distiller.columns) if not self._pool.distils else set()
         columns = {
             f"{name.removesuffix('_loss')}_pool": value for name, value in items.items() if name not in native | terms
         }
-        if teacher_scores(self._pool, self._distiller.reads):
-            known = seen if self._classes is None else self._classes.teacher_view(seen)
-            largest = known.objectness.amax(-1) if known.scores.numel() else seen.scores.new_zeros(1)
+        if "scores" in teacher_reads(self._pool, self._distiller.reads):
+            largest = known.objectness.amax(-1) if known.scores.numel() else known.scores.new_zeros(1)
             columns[SEEN] = largest.mean()
             columns[UNSEEN] = (largest <= self._pool.conf).float().mean()
         # a batch that the guard has left out must not spoil the mean of the epoch
         return {name: value.detach().nan_to_num(0.0, 0.0, 0.0) for name, value in columns.items()}
-
-
-def teacher_scores(pool: Pool, reads: Collection[str]) -> bool:
-    """Return whether the teacher's scores are there to be logged."""
-    return "scores" in teacher_reads(pool, reads)

@@ -21,6 +21,7 @@ from yolo_kd.detections import Detections
 from yolo_kd.errors import ConfigError, PairError, did_you_mean, listed
 from yolo_kd.views import Assignment, Pair, Targets, View
 
+CLASS_BRANCHES = ("cv3", "one2one_cv3")  # of a head; the second where it is end-to-end
 ABSENT = -1e4  # a logit whose loss as background, and whose sigmoid, are exactly zero, also in half precision
 
 

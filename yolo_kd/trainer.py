@@ -289,10 +289,10 @@ class DistillationTrainer(DurableTrainer):
         split = any(find(term.name).head_split for term in terms)
         layers = _names(term.teacher_layers for term in terms)
         reads = frozenset({"scores"} if self._kept else ()).union(*(find(term.name).reads for term in terms))
+        reads = teacher_reads(self.plan.pool, reads)
         speed = self.speed
         if speed.teacher_compile == AUTO:
             speed = replace(speed, teacher_compile=bool(self.args.compile) and self.device.type == "cuda")
-        reads = teacher_reads(self.plan.pool, reads)
         self.teacher = Teacher(detector, self.device, speed, layers, split, reads, self._teacher_settled)
         self._student_taps = find_layers(student, _names(term.student_layers for term in terms), "student")
         teacher_taps = find_layers(detector.model, layers, "teacher")

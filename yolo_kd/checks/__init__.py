@@ -26,7 +26,7 @@ from yolo_kd.errors import ConfigError, YoloKDError
 from yolo_kd.matching import match_classes
 from yolo_kd.options import NO_RECIPE, TrainOptions
 from yolo_kd.plan import Plan, make_plan, pair_problems, read_dataset
-from yolo_kd.pool import SOURCE_KEY
+from yolo_kd.pool import Pool
 
 __all__ = ["Report", "check"]
 
@@ -59,7 +59,7 @@ def check(options: TrainOptions) -> Report:
 
 def _pooled(options: TrainOptions) -> bool:
     """Return whether there are unlabelled images to train on."""
-    return SOURCE_KEY in options.pool and options.pool.get("unlabeled_ratio") != 0
+    return Pool.of(options.pool) is not None
 
 
 class _Check:
@@ -137,16 +137,7 @@ class _Check:
     def load(self, data: dict[str, Any] | None) -> tuple[Plan | None, dict[str, LoadedDetector]]:
         """Load teacher and student, as far as they can be loaded."""
         options = self.options
-        own = {
-            "teacher": options.teacher,
-            "kd": options.kd,
-            "inherit": options.inherit,
-            "trust_checkpoints": options.trust_checkpoints,
-            "random_teacher": options.random_teacher,
-            **options.classes,
-            **options.pool,
-        }
-        made = self.attempt("files", lambda: make_plan(own, options.kd_overrides))
+        made = self.attempt("files", lambda: make_plan(options.plan_keys, options.kd_overrides))
         plan, teacher = made or (None, None)
         build: dict[str, Any] = {"trust": options.trust_checkpoints}
         if data is not None:

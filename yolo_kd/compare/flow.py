@@ -112,16 +112,7 @@ def _check(arm: Arm) -> None:
         str(keys.get("device")) == "cpu" or not torch.cuda.is_available()
     ):
         check_cpu_bf16()
-    own = {
-        "teacher": options.teacher,
-        "kd": options.kd,
-        "inherit": options.inherit,
-        "trust_checkpoints": options.trust_checkpoints,
-        "random_teacher": options.random_teacher,
-        **options.classes,
-        **options.pool,
-    }
-    plan, detector = make_plan(own, options.kd_overrides)
+    plan, detector = make_plan(options.plan_keys, options.kd_overrides)
     with restricted_loading(options.trust_checkpoints):
         check_models(plan, detector, keys, options.trust_checkpoints)
         if plan is not None and plan.pool is not None:
