@@ -223,7 +223,7 @@ BAD: list[tuple[str, str]] = [
     ("train teacher=none kd=objectness", "kd is given but no teacher"),
     ("train kd.objectness.weight=-1", "must be a number of at least 0( or auto)?, received -1"),
     ("train kd.objectness.wieght=1", r"Did you mean 'weight'\?"),
-    ("train kd.fgd.weight=1", "recipe 'objectness' has no loss 'fgd'"),
+    ("train kd.fgd.weight=1", "recipe 'default' has no loss 'fgd'"),
     ("train kd.objectness=1", "an override is written kd.objectness.<key>=value"),
     ("train kd=missing.yaml", "missing.yaml: no such file"),
     ("train kd={empty_folder}", "empty_folder"),

@@ -166,7 +166,7 @@ def test_what_is_not_given_stays_out() -> None:
         ({"class_map": "{car: a"}, "not valid YAML"),
         ({"keep_classes": "student"}, "keep_classes must be teacher, received 'student'"),
         ({"keep_classes": True}, "keep_classes must be teacher, received True"),
-        ({"keep_classes": "teacher", "keep_conf": 0}, "keep_conf must be a number between 0 and 1, received 0"),
+        ({"keep_classes": "teacher", "keep_conf": 0}, "keep_conf must be a number above 0 and at most 1, received 0"),
         ({"keep_classes": "teacher", "keep_conf": "low"}, "received 'low'"),
         ({"keep_conf": 0.1}, "add keep_classes=teacher, or leave keep_conf out"),
         ({"keep_classes": "teacher", "class_map": "index"}, "class_map cannot be given with keep_classes"),

@@ -142,7 +142,9 @@ def test_keep_classes_that_are_refused(tmp_path: Path, shapes: Path, student: Pa
         ("Leave pretrained= out", new, student, {"pretrained": False}),
         ("needs a trained teacher", new, student, {"teacher": "yolov8n.yaml", "random_teacher": True}),
         ("keep_classes must be teacher", new, student, {"keep_classes": "student"}),
-        ("keep_conf must be a number between 0 and 1", new, student, {"keep_conf": 2}),
+        ("keep_conf must be a number above 0 and at most 1", new, student, {"keep_conf": 2}),
+        ("keep_blend must be a number above 0 and at most 1", new, student, {"keep_blend": 0}),
+        ("cwd compares features, which freeze=22 leaves as they are", new, student, {"kd": "objectness_cwd"}),
         ("class_map cannot be given with keep_classes", new, student, {"class_map": "index"}),
     ]
     for message, data, model, keys in cases:
@@ -216,6 +218,23 @@ def test_the_same_classes_in_another_order_teach_the_same(
         assert a == pytest.approx(b, rel=1e-4)
 
 
+def check_between(start: Path, trained: Any, finished: Any, new: list[int]) -> None:
+    """Check that a finished student was trained in its head only, and stands at 0.65 of the way that this has gone."""
+    began, ended, found = (m.float().state_dict() for m in (YOLO(start).model, trained, finished))
+    head = f"model.{len(trained.model) - 1}."
+    ended = {name: tensor.half().float() if tensor.is_floating_point() else tensor for name, tensor in ended.items()}
+    moved = 0
+    for name, tensor in began.items():
+        if not name.startswith(head):
+            assert torch.equal(found[name], tensor), name
+        elif tensor.is_floating_point() and tensor.shape == found[name].shape:
+            torch.testing.assert_close(found[name], 0.35 * tensor + 0.65 * ended[name], rtol=2e-3, atol=2e-3, msg=name)
+            moved += not torch.equal(found[name], tensor)
+    assert moved > 10
+    rows = f"{head}cv3.0.2.weight"
+    assert torch.equal(found[rows][new], ended[rows][new])
+
+
 @pytest.mark.e2e
 @pytest.mark.parametrize("family", ["yolov8n", "yolo26n"])
 def test_new_classes_beside_old_ones(family: str, tmp_path: Path, shapes: Path) -> None:
@@ -252,6 +271,7 @@ def test_new_classes_beside_old_ones(family: str, tmp_path: Path, shapes: Path) 
     resumed.add_callback("on_train_start", look)
     resumed.train()
     assert seen["kept"].confidence == 0.001  # also where Ultralytics replaces the criterion
+    check_between(own, resumed.ema.ema, YOLO(resumed.last).model, new=[3, 4])
     assert len(rows_of(resumed.save_dir)) == 3
     assert {file: file.read_bytes() for file in caches} == caches
     best = YOLO(resumed.best)

@@ -164,7 +164,7 @@ def test_values_are_converted_as_ultralytics_does():
         ),
         (
             ["teacher=t.pt", *WORDS, "kd.fgd.weight=1"],
-            "kd.fgd.weight on the command line: recipe 'objectness' has no loss",
+            "kd.fgd.weight on the command line: recipe 'default' has no loss",
         ),
         ([*WORDS, "cfg=missing.yaml"], "missing.yaml: no such file."),
     ],
@@ -300,6 +300,7 @@ def test_mistakes_in_a_mapping():
 
 def test_classes_are_read_with_the_other_keys(tmp_path):
     words = ["teacher=t.pt", "student=s.pt", "data=d.yaml"]
+    kept = {"keep_conf": 0.05, "keep_blend": 0.65}
     found = parse_train([*words, "class_map={car:", "vehicle,", "truck: vehicle}"])
     assert found.classes == {"class_map": {"car": "vehicle", "truck": "vehicle"}}
     assert parse_train([*words, "class_map={'car': 'a b'}"]).classes == {"class_map": {"car": "a b"}}
@@ -307,7 +308,7 @@ def test_classes_are_read_with_the_other_keys(tmp_path):
     file.write_text("class_map: {car: vehicle}\n")
     assert parse_train([*words, f"cfg={file}"]).classes == {"class_map": {"car": "vehicle"}}
     assert parse_train([*words, f"cfg={file}", "class_map=index"]).classes == {"class_map": "index"}
-    assert parse_train([*words, "keep_classes=teacher"]).classes == {"keep_classes": "teacher", "keep_conf": 0.05}
+    assert parse_train([*words, "keep_classes=teacher"]).classes == {"keep_classes": "teacher", **kept}
     assert parse_train(words).classes == {}
     file.write_text("class_map: {car: [vehicle]}\nkeep_conf: 3\n")
     lines = mistakes(parse_train, [*words, f"cfg={file}"])

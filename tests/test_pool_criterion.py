@@ -401,6 +401,23 @@ def test_detections_count_in_the_students_classes(mode: str, models: dict, monke
     assert items["pool_obj"] == pytest.approx(known.objectness.amax(1).mean().item())
 
 
+@pytest.mark.parametrize("chosen", [1, [0, 2], []])
+def test_classes_leaves_out_the_same_on_the_pool(chosen: Any, models: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`classes=` trains on labels of some classes; the teacher's detections of the others are none either."""
+    s = Setting(models["yolov8n"], mode="both")
+    s.student.args.classes = chosen
+    found: list[dict] = []
+    original = labels_of
+    monkeypatch.setattr("yolo_kd.pool_criterion.labels_of", lambda *a: found.append(original(*a)) or found[-1])
+    loss, _ = s.run()
+    everything = detect(s.batch[TEACHER_VIEW].part(s.others), s.pool.conf, s.pool.iou).labels
+    allowed = [chosen] if isinstance(chosen, int) else chosen
+    expected = [c for c in everything.tolist() if c in allowed]
+    assert found[0]["cls"].flatten().tolist() == expected
+    assert len(expected) < len(everything)
+    assert loss.isfinite().all()
+
+
 def test_the_pool_says_nothing_of_a_class_that_the_teacher_does_not_know(models: dict) -> None:
     s = mapped(models, "both")
     loss, _ = s.run()

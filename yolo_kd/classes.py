@@ -29,11 +29,13 @@ from yolo_kd.yaml_lines import parse_yaml, problem, shown
 INDEX = "index"
 TEACHER = "teacher"
 KEEP_CONF = 0.05
+KEEP_BLEND = 0.65
 
 CLASS_KEYS: dict[str, str] = {
     "class_map": "which teacher class is which of the student: '{car: vehicle, truck: vehicle}', or index for by index",
     "keep_classes": "teacher: the student keeps the teacher's classes and learns the data set's beside them",
     "keep_conf": f"with keep_classes: teacher's confidence from which labels do not deny old classes ({KEEP_CONF})",
+    "keep_blend": f"with keep_classes: share of the way from its start that the finished student goes ({KEEP_BLEND})",
 }
 
 _PLACEHOLDER = re.compile(r"(class|cls|category|label|object|obj|item|id)?\d+|item")
@@ -48,11 +50,13 @@ class ClassChoice:
         class_map: Teacher class to student class, by name or index; "index" to pair all by index; None to pair by name.
         keep_classes: The student keeps the teacher's classes and learns the data set's beside them.
         keep_conf: Class probability of the teacher from which the task loss does not deny old classes at a point.
+        keep_blend: Share of the way from its start that the finished student goes, above 0 and at most 1.
     """
 
     class_map: Mapping[str | int, str | int] | str | None = None
     keep_classes: bool = False
     keep_conf: float = KEEP_CONF
+    keep_blend: float = KEEP_BLEND
 
     @classmethod
     def of(cls, keys: Mapping[str, Any]) -> ClassChoice:
@@ -73,7 +77,7 @@ class ClassChoice:
         if self.class_map is not None:
             keys["class_map"] = self.class_map if isinstance(self.class_map, str) else dict(self.class_map)
         if self.keep_classes:
-            keys |= {"keep_classes": TEACHER, "keep_conf": self.keep_conf}
+            keys |= {"keep_classes": TEACHER, "keep_conf": self.keep_conf, "keep_blend": self.keep_blend}
         return keys
 
 
@@ -86,26 +90,31 @@ def read_choice(keys: Mapping[str, Any], problems: list[str], places: Mapping[st
         places: Where a key was written, for messages.
     """
     places = places or {}
-    kept, confidence = keys.get("keep_classes"), keys.get("keep_conf")
+    kept = keys.get("keep_classes")
     mapping = _read_class_map(keys.get("class_map"), places.get("class_map", ""), problems)
     if kept is not None and kept != TEACHER:
         sentence = f"keep_classes must be {TEACHER}, received {shown(kept)}. Leave it out to train new classes only."
         problems.append(problem(places.get("keep_classes", ""), sentence))
-    if confidence is not None:
-        number = isinstance(confidence, int | float) and not isinstance(confidence, bool)
-        if not number or not 0 < confidence < 1:
-            sentence = f"keep_conf must be a number between 0 and 1, received {shown(confidence)}."
-            problems.append(problem(places.get("keep_conf", ""), sentence))
-            confidence = None
+    numbers = {"keep_conf": KEEP_CONF, "keep_blend": KEEP_BLEND}
+    for key in numbers:
+        value = keys.get(key)
+        if value is None:
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 < value <= 1:
+            sentence = f"{key} must be a number above 0 and at most 1, received {shown(value)}."
+            problems.append(problem(places.get(key, ""), sentence))
         elif kept is None:
-            sentence = f"keep_conf says how keep_classes works: add keep_classes={TEACHER}, or leave keep_conf out."
-            problems.append(problem(places.get("keep_conf", ""), sentence))
+            sentence = f"{key} says how keep_classes works: add keep_classes={TEACHER}, or leave {key} out."
+            problems.append(problem(places.get(key, ""), sentence))
+        else:
+            numbers[key] = float(value)
     if kept is not None and keys.get("class_map") is not None:
         sentence = (
             "class_map cannot be given with keep_classes, where names alone say which class is which. Leave one out."
         )
         problems.append(problem(places.get("class_map", ""), sentence))
-    return ClassChoice(mapping, kept == TEACHER, KEEP_CONF if confidence is None else float(confidence))
+    return ClassChoice(mapping, kept == TEACHER, **numbers)
 
 
 def _read_class_map(value: Any, where: str, problems: list[str]) -> dict[str | int, str | int] | str | None:

@@ -40,7 +40,7 @@ Keys of train besides Ultralytics' own:
   inherit=true             start the student's neck and head from the teacher's where shapes agree
   trust_checkpoints=true   load files that ask for more than weights; they can run code
   class_map=               which teacher class is which of the student: '{{car: vehicle, truck: vehicle}}', or index
-  keep_classes=teacher     keep the teacher's classes and learn the data set's beside them; keep_conf= (0.05)
+  keep_classes=teacher     keep the teacher's classes beside the data set's; keep_conf= (0.05), keep_blend= (0.65)
   random_teacher=true      allow a model YAML as teacher
   teacher_precision=       auto, fp32, bf16 or fp16
   teacher_channels_last=   auto, true or false; so are teacher_compile= and teacher_stream=

@@ -6,11 +6,12 @@ import re
 import subprocess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from ultralytics.engine import trainer as engine
 from ultralytics.models.yolo.detect import DetectionTrainer
-from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK
+from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK, torch_utils
 
 from yolo_kd import history, saving
 from yolo_kd.checkpoints import quiet
@@ -316,9 +317,22 @@ class DurableTrainer(DetectionTrainer):
         """Return plain entries that the finished checkpoints hold besides Ultralytics' own."""
         return {}
 
+    def finish_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Change a checkpoint of the run before it is stripped and evaluated; one that is finished stays as it is."""
+
     def final_eval(self) -> None:
         """Strip and evaluate the finished checkpoints as Ultralytics does, each replaced whole."""
-        with saving.stripping_atomically(engine, self.last, self.provenance(), quiet):
+        load = torch_utils.torch_load
+
+        def load_to_strip(*args: Any, **keys: Any) -> Any:
+            checkpoint = load(*args, **keys)
+            self.finish_checkpoint(checkpoint)
+            return checkpoint
+
+        with (
+            patch.object(torch_utils, "torch_load", load_to_strip),
+            saving.stripping_atomically(engine, self.last, self.provenance(), quiet),
+        ):
             super().final_eval()
 
 

@@ -76,13 +76,18 @@ class KeptClasses:
     @property
     def classes(self) -> ClassMap:
         """Which class of the student is which of the teacher."""
-        new = len(self.names) - self.old
-        return ClassMap(self.names[: self.old], self.names, tuple((i,) for i in range(self.old)) + ((),) * new)
+        sources = tuple((i,) for i in range(self.old)) + ((),) * len(self.new)
+        return ClassMap(self.names[: self.old], self.names, sources)
 
     @cached_property
     def unlabelled(self) -> tuple[int, ...]:
         """The old classes that the data set does not label, so that its labels say nothing about them."""
         return tuple(i for i in range(self.old) if i not in self.index_of)
+
+    @property
+    def new(self) -> tuple[int, ...]:
+        """The classes that the teacher does not have."""
+        return tuple(range(self.old, len(self.names)))
 
     def renumber(self, labels: Sequence[dict[str, Any]]) -> None:
         """Let the labels of a data set, one dictionary for each image, count in the classes of the run."""

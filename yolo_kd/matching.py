@@ -16,6 +16,7 @@ from yolo_kd.classes import INDEX, TEACHER, ClassChoice, ClassMap, match, normal
 from yolo_kd.errors import PairError
 from yolo_kd.keep import KeptClasses, check_extendable
 from yolo_kd.losses.base import find
+from yolo_kd.options import KEEPING_RECIPE
 from yolo_kd.recipe import Recipe
 
 
@@ -102,6 +103,15 @@ def kept_problems(
         problems.append(
             f"{', '.join(blind)} looks at labelled objects of the teacher's classes, and with keep_classes "
             f"data={keys.get('data')} labels none. Use a recipe without boxes of labels, such as kd=objectness."
+        )
+    head = len(student.model.model) - 1
+    freeze = head if keys.get("freeze") is None else keys["freeze"]
+    still = [t.name for t in recipe.terms if "features" in find(t.name).reads and not t.student_layers]
+    if still and isinstance(freeze, int) and freeze >= head:
+        problems.append(
+            f"{', '.join(still)} compares features, which freeze={freeze} leaves as they are: with keep_classes only "
+            f"the head is trained unless freeze= says otherwise. Use kd={KEEPING_RECIPE}, or add freeze=0, which costs "
+            "more of the old classes."
         )
     with torch.random.fork_rng(devices=[]), quiet():
         model = DetectionModel(

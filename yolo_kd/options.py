@@ -17,7 +17,8 @@ from yolo_kd.speed import SPEED_KEYS, mistake
 from yolo_kd.values import wrong_value
 from yolo_kd.yaml_lines import Item, problem, raise_if, read_yaml, shown, wrap
 
-DEFAULT_RECIPE = "objectness"
+DEFAULT_RECIPE = "default"
+KEEPING_RECIPE = "objectness"  # the default with keep_classes, where terms on features would have nothing to train
 NO_RECIPE = "none"
 
 OWN_KEYS: dict[str, str] = {
@@ -147,6 +148,11 @@ def _items(arguments: Sequence[str], problems: list[str]) -> dict[str, Item]:
     return items
 
 
+def default_recipe(keeps_classes: bool) -> str:
+    """Return what is distilled where nobody says it; a student that keeps classes is trained behind its features."""
+    return KEEPING_RECIPE if keeps_classes else DEFAULT_RECIPE
+
+
 def train_options(mapping: Mapping[str, Any]) -> TrainOptions:
     """Return the options of a mapping of the same keys; None stands for a key of ours that was not given.
 
@@ -260,7 +266,8 @@ def _resolve(items: dict[str, Item], problems: list[str]) -> TrainOptions:
     if _given(items, "kd") and resuming:
         kd = items["kd"] if items["kd"].value == NO_RECIPE else None
     elif not _given(items, "kd"):
-        kd = Item(DEFAULT_RECIPE) if _given(items, "teacher") and not resuming else None
+        default = Item(default_recipe(bool(choice.get("keep_classes"))))
+        kd = default if _given(items, "teacher") and not resuming else None
     plugins = items.get("plugins")
     if plugins is not None:
         plugins = wrap(split_names(plugins.plain()), plugins.where or "plugins", problems)

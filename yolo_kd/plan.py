@@ -19,7 +19,7 @@ from yolo_kd.datafiles import optional_train, restricted_data
 from yolo_kd.errors import CheckpointError, ConfigError, DataError, PairError
 from yolo_kd.losses.base import find
 from yolo_kd.matching import kept_problems, match_classes
-from yolo_kd.options import DEFAULT_RECIPE, NO_RECIPE
+from yolo_kd.options import NO_RECIPE, default_recipe
 from yolo_kd.pool import SOURCE_KEY, Pool
 from yolo_kd.pool_files import PoolImages, check_apart, find_images, has_labels, log_warning, readable_images
 from yolo_kd.position import Position
@@ -145,7 +145,7 @@ def make_plan(own: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Plan 
         raise ConfigError(f"kd={source} needs a teacher: add teacher=<checkpoint>.")
     speed = Speed.of(own)
     plugins = import_plugins(own.get("plugins"))
-    recipe = load_recipe(DEFAULT_RECIPE if source is None else source, changes)
+    recipe = load_recipe(default_recipe(choice.keep_classes) if source is None else source, changes)
     recipe = replace(recipe, plugins=tuple(dict.fromkeys((*plugins, *recipe.plugins))))
     trust, random, inherit = (bool(own.get(k, False)) for k in ("trust_checkpoints", "random_teacher", "inherit"))
     if inherit and choice.keep_classes:

@@ -167,8 +167,13 @@ class PoolCriterion(DistillationCriterion):
         return self._distiller.classes
 
     def _as_student(self, found: Detections) -> Detections:
-        """Return detections of matched classes with the student's numbers for these."""
-        return found if self._classes is None else replace(found, labels=self._classes.student_labels(found.labels))
+        """Return detections of matched classes in the student's numbers, without what `classes=` leaves out."""
+        if self._classes is not None:
+            found = replace(found, labels=self._classes.student_labels(found.labels))
+        chosen = getattr(self._student.args, "classes", None)
+        if chosen is None:
+            return found
+        return found.where(torch.isin(found.labels, torch.as_tensor(chosen, device=found.labels.device)))
 
     @property
     def _reads_boxes(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -16,22 +16,21 @@ from torch import nn
 from ultralytics.cfg import get_cfg
 from ultralytics.engine import trainer as engine
 from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK
-from ultralytics.utils.torch_utils import torch_distributed_zero_first, unwrap_model
+from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_kd.audit import AuditRow, table
 from yolo_kd.batch_probe import BatchProbe
 from yolo_kd.checkpoints import LoadedDetector, load_checkpoint_file, load_detector, restricted_loading
-from yolo_kd.classes import CLASS_KEYS
+from yolo_kd.classes import CLASS_KEYS, ClassChoice
 from yolo_kd.criterion import TEACHER_VIEW, DistillationCriterion
-from yolo_kd.datafiles import optional_train
 from yolo_kd.distiller import Distiller
-from yolo_kd.durable import DurableTrainer
 from yolo_kd.environment import check_cpu_bf16, check_torchvision, reused_memory
 from yolo_kd.errors import AuditError, ConfigError
 from yolo_kd.folders import exclusive_run_folder, shared_data
 from yolo_kd.guards import FiniteGuard
 from yolo_kd.inherit import inherit
-from yolo_kd.keep import KeptClasses, extend_head
+from yolo_kd.keep import KeptClasses
+from yolo_kd.keep_trainer import KeepTrainer
 from yolo_kd.losses.base import find
 from yolo_kd.matching import check_same_classes, kept_classes, match_classes
 from yolo_kd.parallel import reaches_every_parameter, without_search
@@ -47,8 +46,6 @@ from yolo_kd.plan import (
 )
 from yolo_kd.pool import POOL_KEYS, Pool
 from yolo_kd.pool_criterion import PoolCriterion, is_pool_column, teacher_reads
-from yolo_kd.pool_data import MixedDataset, MixedSampler, mixed_loader, pool_dataset
-from yolo_kd.pool_files import PoolImages
 from yolo_kd.recipe import import_plugins
 from yolo_kd.resume import check_arguments, check_plugins, check_resume_source
 from yolo_kd.saving import restore, usable, write_atomically
@@ -70,7 +67,7 @@ _BASIC = ("teacher", "kd", "plugins", "inherit", "trust_checkpoints", "random_te
 OWN_KEYS = (*_BASIC, *SPEED_KEYS, *CLASS_KEYS, *POOL_KEYS)
 
 
-class DistillationTrainer(DurableTrainer):
+class DistillationTrainer(KeepTrainer):
     """Trains a student detector under a frozen teacher.
 
     Use it as any Ultralytics trainer, with four keys more::
@@ -110,11 +107,7 @@ class DistillationTrainer(DurableTrainer):
         self.audit_rows: list[AuditRow] = []
         self._student_taps: dict[str, nn.Module] = {}
         self._views: ViewCache | None = None
-        self._pool: PoolImages | None = None
-        self._labelled = True  # whether there are labelled images; without any there is a pool
         self._detector: LoadedDetector | None = None
-        self._kept: KeptClasses | None = None
-        self._data_of_labels: dict[str, Any] = {}  # the data set with its own classes, where the run has more
         self._batch_in_epoch = (-1, 0)  # epoch, batches seen in it
         self._own = own
         told = own["kd"] if is_resolved(own.get("kd")) else own
@@ -189,64 +182,20 @@ class DistillationTrainer(DurableTrainer):
 
     # ---------------------------------------------------------------------------------------------- set-up
 
-    def get_dataset(self) -> dict[str, Any]:
-        """Read the data YAML, and put the teacher's classes before the data set's where they are kept.
+    @property
+    def pool(self) -> Pool | None:
+        """What the user said about a pool of unlabelled images."""
+        return None if self.plan is None else self.plan.pool
 
-        It may name no training images where there is a pool.
-        """
-        with self._lenient_data():
-            data = super().get_dataset()
-        if self.plan is None or not self.plan.choice.keep_classes:
-            return data
+    @property
+    def choice(self) -> ClassChoice:
+        """What the user said about classes."""
+        return ClassChoice() if self.plan is None else self.plan.choice
+
+    def kept_classes(self, data: dict[str, Any]) -> KeptClasses:
+        """Return the classes of a run that keeps its teacher's."""
         assert self._detector is not None
-        self._kept = kept_classes(self.plan.choice, self._detector, data, vars(self.args))
-        self._data_of_labels = data
-        return {**data, "names": self._kept.by_index, "nc": len(self._kept.names)}
-
-    def _lenient_data(self) -> AbstractContextManager[None]:
-        return optional_train() if self._pool is not None else nullcontext()
-
-    def build_dataset(self, img_path: Any, mode: str = "train", batch: int | None = None) -> Any:
-        """Put the pool behind the labelled training images."""
-        if mode != "train" or self._pool is None:
-            return self._labelled_dataset(img_path, mode, batch)
-        stride = max(int(unwrap_model(self.model).stride.max()), 32)
-        labelled = self._labelled_dataset(img_path, mode, batch) if self._labelled else None
-        return MixedDataset(labelled, pool_dataset(self._pool, self.args, batch or 16, self.data, stride))
-
-    def _labelled_dataset(self, img_path: Any, mode: str, batch: int | None) -> Any:
-        """Read labels in the data set's own classes, as its label cache holds them, then count as the run does."""
-        if self._kept is None:
-            return super().build_dataset(img_path, mode, batch)
-        run = self.data
-        self.data = self._data_of_labels
-        try:
-            dataset = super().build_dataset(img_path, mode, batch)
-        finally:
-            self.data = run
-        dataset.data = run
-        self._kept.renumber(dataset.labels)
-        return dataset
-
-    def get_dataloader(self, dataset_path: Any, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
-        """Draw labelled and pool images in the ratio that was asked for."""
-        if mode != "train" or self._pool is None:
-            return super().get_dataloader(dataset_path, batch_size, rank, mode)
-        assert self.plan is not None
-        assert self.plan.pool is not None
-        with torch_distributed_zero_first(rank):
-            dataset = self.build_dataset(dataset_path, mode, batch_size)
-        place = (dist.get_rank(), dist.get_world_size()) if rank != -1 and dist.is_initialized() else (0, 1)
-        counts = dataset.labelled, dataset.unlabelled
-        sampler = MixedSampler(*counts, batch_size, self.plan.pool.ratio, self.args.seed, *place)
-        if RANK in {-1, 0}:
-            LOGGER.info(f"{sampler.describe()} {self.plan.pool.describe(dataset.labelled > 0)}")
-        return mixed_loader(dataset, sampler, self.args.workers, self.device)
-
-    def _begin_epoch(self) -> None:
-        super()._begin_epoch()
-        if isinstance(sampler := self.train_loader.sampler, MixedSampler):
-            sampler.begin(self.epoch, self._skipped)
+        return kept_classes(self.choice, self._detector, data, vars(self.args))
 
     def _make_criterion(self, student: Any, native: Any = None) -> DistillationCriterion:
         assert self.plan is not None
@@ -323,13 +272,6 @@ class DistillationTrainer(DurableTrainer):
         return load_detector(
             self.plan.teacher, role="teacher", trust=self.trust_checkpoints, nc=nc, channels=data["channels"]
         )
-
-    def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
-        """Let old classes start from the student's own where they are kept; a resumed run has them already."""
-        model = super().get_model(cfg, weights, verbose)
-        if self._kept is not None and not self.resume:
-            extend_head(model, weights, self._kept.names)
-        return model
 
     def _teacher_settled(self, sentence: str) -> None:
         """Log how the teacher runs, and hand the end of its head to the losses that ask for it."""
@@ -454,7 +396,7 @@ class DistillationTrainer(DurableTrainer):
 
     def train(self) -> Any:
         """Train, with every checkpoint load restricted and nothing half-written that another training may read."""
-        with restricted_loading(self.trust_checkpoints), shared_data(), self._lenient_data():
+        with restricted_loading(self.trust_checkpoints), shared_data():
             return super().train()
 
     def _do_train(self) -> None:

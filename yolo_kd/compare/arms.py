@@ -11,7 +11,16 @@ from typing import Any
 
 from yolo_kd.classes import CLASS_KEYS
 from yolo_kd.errors import ConfigError, did_you_mean, listed
-from yolo_kd.options import DEFAULT_RECIPE, NO_RECIPE, TrainOptions, parse_assignments, read_items, resolve_items
+from yolo_kd.options import (
+    DEFAULT_RECIPE,
+    KEEPING_RECIPE,
+    NO_RECIPE,
+    TrainOptions,
+    default_recipe,
+    parse_assignments,
+    read_items,
+    resolve_items,
+)
 from yolo_kd.options import OWN_KEYS as TRAIN_KEYS
 from yolo_kd.pool import POOL_KEYS
 from yolo_kd.recipe import shipped_recipes
@@ -101,7 +110,8 @@ def parse_compare(arguments: Sequence[str]) -> Comparison:
     _misspelt(items, problems)
     kd = items.pop("kd", None)
     changes = {key: items.pop(key) for key in [*items] if key.startswith("kd.")}
-    wanted = _arms(own["arms"], kd, changes, problems)
+    default = default_recipe("keep_classes" in items and items["keep_classes"].value is not None)
+    wanted = _arms(own["arms"], kd, changes, default, problems)
     arms = _resolve(wanted, items, problems)
     first = _first_seed(items.get("seed"), problems)
     raise_if(problems)
@@ -159,11 +169,11 @@ def _folder(items: Mapping[str, Item], arguments: Sequence[str]) -> Path:
 
 
 def _arms(
-    item: Item | None, kd: Item | None, changes: Mapping[str, Item], problems: list[str]
+    item: Item | None, kd: Item | None, changes: Mapping[str, Item], default: str, problems: list[str]
 ) -> list[tuple[str, dict[str, Item]]]:
-    """Return the arms by name with the keys of their own, () where they are wrong."""
+    """Return the arms by name with the keys of their own, () where they are wrong; `default` is a recipe."""
     if item is None or item.value is None:
-        recipe = kd if kd is not None and kd.value is not None else Item(DEFAULT_RECIPE)
+        recipe = kd if kd is not None and kd.value is not None else Item(default)
         if str(recipe.value).lower() == NO_RECIPE:
             problems.append(problem(recipe.where, "kd=none is the baseline itself. Add arms=baseline,<recipe>."))
             return []
@@ -266,7 +276,7 @@ def _resolve(
     """Check every arm as a training of its own; a mistake that all share is reported once."""
     found: dict[str, list[str]] = {}
     arms = []
-    for name, keys in wanted or [("", {"kd": Item(DEFAULT_RECIPE)})]:
+    for name, keys in wanted or [("", {"kd": Item(KEEPING_RECIPE)})]:
         found[name] = []
         arm = _arm(name, keys, common, found[name])
         if arm is not None and wanted:
