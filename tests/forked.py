@@ -40,7 +40,7 @@ class Server:
     def __exit__(self, *_: object) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(timeout=60)
+        self._process.wait(timeout=240)
         assert self._process.stdout is not None
         self._process.stdout.close()
 
@@ -66,7 +66,7 @@ class Server:
         """Run `yolo-kd` to its end and return its exit code."""
         return self.start(arguments, log, file_size).wait()
 
-    def _answer(self, timeout: float = 300) -> str:
+    def _answer(self, timeout: float = 900) -> str:
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], timeout)[0]:
             raise TimeoutError("the forked process has not ended")
@@ -82,7 +82,7 @@ class Child:
         self._server = server
         self._code: int | None = None
 
-    def wait(self, timeout: float = 300) -> int:
+    def wait(self, timeout: float = 900) -> int:
         """Return the exit code, or minus the signal that ended it."""
         if self._code is None:
             self._code = int(self._server._answer(timeout))
@@ -99,7 +99,7 @@ class Child:
         if self.alive():
             (os.killpg if group else os.kill)(self.pid, number)
 
-    def wait_for(self, text: str, timeout: float = 120) -> None:
+    def wait_for(self, text: str, timeout: float = 480) -> None:
         """Wait until its output holds a text."""
         end = time.monotonic() + timeout
         while text not in self.log.read_text(errors="replace"):

@@ -131,7 +131,7 @@ EPOCHS = 50
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3000)
 def test_thirty_kills_cost_nothing_but_the_resumes(
     tmp_path: Path, shapes: Path, models: dict[str, str], server: Server, record_property: Any
 ) -> None:

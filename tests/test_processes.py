@@ -67,7 +67,7 @@ def two(job: str, *arguments: object) -> None:
                 command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             )
         )
-    said = [process.communicate(timeout=300)[0] for process in started]
+    said = [process.communicate(timeout=900)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], "\n".join(text[-3000:] for text in said)
 
 

@@ -71,7 +71,7 @@ def test_killed_and_continued(tmp_path: Path, shapes: Path, models: tuple[Path, 
     runs = tmp_path / "c" / "runs"
     middle = runs / "objectness" / "seed0"  # the second of six
     first = subprocess.Popen(command(arguments), cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while not (epochs_of(middle) and (middle / "weights" / "last.pt").exists()):
         assert time.monotonic() < deadline
         assert first.poll() is None
