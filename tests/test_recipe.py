@@ -546,3 +546,8 @@ def test_a_weight_on_the_command_line_switches_auto_on_and_off():
     assert (off.weight, off.ratio) == (2.0, None)
     with pytest.raises(ConfigError, match=r"kd.fgd.ratio on the command line: ratio of loss 'fgd' has no effect"):
         load_recipe("fgd", {"fgd.ratio": 0.5})
+
+
+def test_the_default_is_what_was_measured():
+    """docs/results.md has the numbers of `objectness_cwd`; whoever changes one of the two has to measure again."""
+    assert load_recipe("default").terms == load_recipe("objectness_cwd").terms
