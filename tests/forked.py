@@ -168,7 +168,7 @@ def _serve() -> None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_size"], order["file_size"]))
             os.setsid()
             if order["workers"]:
-                _use_workers(trainer.DurableTrainer, order["workers"])
+                _use_workers(trainer.DistillationTrainer, order["workers"])
             code = 70
             try:
                 code = main(order["arguments"])
