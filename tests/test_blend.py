@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.models import narrow_model
-from yolo_kd.blend import Blend, blend_checkpoint, class_rows
+from yolo_kd.blend import Blend, blend_checkpoint
+from yolo_kd.taps import class_rows
 
 
 def moved(model: Any, seed: int) -> Any:

@@ -142,7 +142,7 @@ def test_keep_classes_that_are_refused(tmp_path: Path, shapes: Path, student: Pa
         ("Leave pretrained= out", new, student, {"pretrained": False}),
         ("needs a trained teacher", new, student, {"teacher": "yolov8n.yaml", "random_teacher": True}),
         ("keep_classes must be teacher", new, student, {"keep_classes": "student"}),
-        ("keep_conf must be a number above 0 and at most 1", new, student, {"keep_conf": 2}),
+        ("keep_conf must be a number between 0 and 1", new, student, {"keep_conf": 2}),
         ("keep_blend must be a number above 0 and at most 1", new, student, {"keep_blend": 0}),
         ("cwd compares features, which freeze=22 leaves as they are", new, student, {"kd": "objectness_cwd"}),
         ("class_map cannot be given with keep_classes", new, student, {"class_map": "index"}),

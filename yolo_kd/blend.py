@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from yolo_kd.taps import CLASS_BRANCHES, head_of
+from yolo_kd.taps import class_rows
 
 
 class Blend:
@@ -58,13 +58,6 @@ class Blend:
             if name in rows:
                 blended[list(new)] = tensor[list(new)].float().cpu()
             tensor.copy_(blended)
-
-
-def class_rows(detector: nn.Module) -> frozenset[str]:
-    """Return the names of the tensors in a detector's state dict that have one row for each class."""
-    names = {tensor: name for name, tensor in detector.named_parameters()}
-    branches = [b for a in CLASS_BRANCHES for b in getattr(head_of(detector), a, None) or ()]
-    return frozenset(names[parameter] for branch in branches for parameter in branch[-1].parameters())
 
 
 def blend_checkpoint(checkpoint: dict[str, Any], blend: Blend, new: Sequence[int]) -> None:

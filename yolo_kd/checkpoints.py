@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 from ultralytics.nn import modules, tasks
 from ultralytics.nn.modules.head import OBB, Detect, Pose, Segment, WorldDetect, YOLOEDetect
-from ultralytics.utils import LOGGER, SETTINGS, torch_utils
+from ultralytics.utils import LOGGER, SETTINGS, remove_colorstr, torch_utils
 from ultralytics.utils.checks import check_model_file_from_stem
 from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
@@ -397,12 +398,23 @@ def _check_attributes(model: nn.Module, what: str) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep Ultralytics from announcing what is only done on the way to something else."""
+    """Keep Ultralytics from announcing what is only done on the way to something else.
+
+    Its warnings remain, without the colours that it gives them wherever they go unless they go to a terminal.
+    """
     level = LOGGER.level
+
+    def plain(record: logging.LogRecord) -> bool:
+        if not sys.stdout.isatty():
+            record.msg = remove_colorstr(str(record.msg))
+        return True
+
     LOGGER.setLevel(logging.WARNING)
+    LOGGER.addFilter(plain)
     try:
         yield
     finally:
+        LOGGER.removeFilter(plain)
         LOGGER.setLevel(level)
 
 

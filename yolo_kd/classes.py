@@ -101,8 +101,10 @@ def read_choice(keys: Mapping[str, Any], problems: list[str], places: Mapping[st
         if value is None:
             continue
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 < value <= 1:
-            sentence = f"{key} must be a number above 0 and at most 1, received {shown(value)}."
+        within = number and (0 < value < 1 or (value == 1 and key == "keep_blend"))  # all of the way is a way
+        if not within:
+            allowed = "above 0 and at most 1" if key == "keep_blend" else "between 0 and 1"
+            sentence = f"{key} must be a number {allowed}, received {shown(value)}."
             problems.append(problem(places.get(key, ""), sentence))
         elif kept is None:
             sentence = f"{key} says how keep_classes works: add keep_classes={TEACHER}, or leave {key} out."

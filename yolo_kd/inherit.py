@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from yolo_kd.taps import CLASS_BRANCHES, head_of, neck_and_head
+from yolo_kd.taps import class_rows, neck_and_head
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,7 @@ def inherit(student: nn.Module, teacher: nn.Module, same_classes: bool = True) -
     kept: dict[str, str] = {}
     copied = total = 0
     theirs = dict(neck_and_head(teacher))
-    head = head_of(student)
-    branches = [(name, getattr(head, name, None) or ()) for name in CLASS_BRANCHES]
-    rows = tuple(f"{name}.{i}.{len(branch) - 1}." for name, levels in branches for i, branch in enumerate(levels))
+    rows = class_rows(student)
     for place, (index, layer) in neck_and_head(student):
         partner = theirs.get(place)
         same = partner is not None and type(partner[1]) is type(layer)
@@ -76,7 +74,7 @@ def inherit(student: nn.Module, teacher: nn.Module, same_classes: bool = True) -
             if not same:
                 found = type(partner[1]).__name__ if partner is not None else "nothing"
                 kept[full] = f"the layer is {type(layer).__name__} here and {found} in the teacher"
-            elif place == 0 and not same_classes and name.startswith(rows):
+            elif not same_classes and full in rows:
                 kept[full] = "the classes are others, or in another order"
             elif name not in state:
                 kept[full] = "the teacher has no such tensor"

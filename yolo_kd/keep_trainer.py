@@ -13,6 +13,7 @@ from yolo_kd.blend import Blend, blend_checkpoint
 from yolo_kd.classes import ClassChoice
 from yolo_kd.keep import KeptClasses, extend_head
 from yolo_kd.pool_trainer import PoolTrainer
+from yolo_kd.taps import layers_before_head
 
 START_STATE = "yolo_kd_start"  # key of the student's start inside the optimiser's state dict
 
@@ -68,7 +69,7 @@ class KeepTrainer(PoolTrainer):
             return model
         extend_head(model, weights, self._kept.names)
         if self.args.freeze is None:
-            self.args.freeze = len(model.model) - 1
+            self.args.freeze = layers_before_head(model)
             if RANK in {-1, 0}:
                 LOGGER.info(
                     f"Old classes are kept: only the head is trained (freeze={self.args.freeze}), and the finished "

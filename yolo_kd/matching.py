@@ -18,6 +18,7 @@ from yolo_kd.keep import KeptClasses, check_extendable
 from yolo_kd.losses.base import find
 from yolo_kd.options import KEEPING_RECIPE
 from yolo_kd.recipe import Recipe
+from yolo_kd.taps import layers_before_head
 
 
 def match_classes(
@@ -102,9 +103,10 @@ def kept_problems(
     if blind and not labelled:
         problems.append(
             f"{', '.join(blind)} looks at labelled objects of the teacher's classes, and with keep_classes "
-            f"data={keys.get('data')} labels none. Use a recipe without boxes of labels, such as kd=objectness."
+            f"data={keys.get('data')} labels none. Use a recipe without boxes of labels, such as "
+            f"kd={KEEPING_RECIPE}."
         )
-    head = len(student.model.model) - 1
+    head = layers_before_head(student.model)
     freeze = head if keys.get("freeze") is None else keys["freeze"]
     still = [t.name for t in recipe.terms if "features" in find(t.name).reads and not t.student_layers]
     if still and isinstance(freeze, int) and freeze >= head:

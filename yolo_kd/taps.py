@@ -35,6 +35,11 @@ def neck_layers(model: nn.Module) -> tuple[int, ...]:
     return tuple(head_of(model).f)
 
 
+def layers_before_head(model: nn.Module) -> int:
+    """Return how many layers come before the head; as Ultralytics' `freeze`, it leaves only the head to be trained."""
+    return len(model.model) - 1  # type: ignore[arg-type]
+
+
 def strides_of(model: nn.Module) -> tuple[int, ...]:
     """Return the stride of each head level in pixels."""
     return tuple(int(s) for s in head_of(model).stride)
@@ -57,6 +62,13 @@ def neck_and_head(model: nn.Module) -> list[tuple[int, tuple[int, nn.Module]]]:
     layers: list[nn.Module] = list(model.model)  # type: ignore[arg-type]
     first = len(model.yaml["backbone"])  # type: ignore[index]
     return [(len(layers) - 1 - i, (i, layers[i])) for i in range(first, len(layers))]
+
+
+def class_rows(model: nn.Module) -> frozenset[str]:
+    """Return the names of the tensors in a detector's state dict that have one row for each class."""
+    names = {tensor: name for name, tensor in model.named_parameters()}
+    branches = [b for a in CLASS_BRANCHES for b in getattr(head_of(model), a, None) or ()]
+    return frozenset(names[parameter] for branch in branches for parameter in branch[-1].parameters())
 
 
 def pair_of(

@@ -13,7 +13,6 @@ from yolo_kd.classes import CLASS_KEYS
 from yolo_kd.errors import ConfigError, did_you_mean, listed
 from yolo_kd.options import (
     DEFAULT_RECIPE,
-    KEEPING_RECIPE,
     NO_RECIPE,
     TrainOptions,
     default_recipe,
@@ -112,7 +111,7 @@ def parse_compare(arguments: Sequence[str]) -> Comparison:
     changes = {key: items.pop(key) for key in [*items] if key.startswith("kd.")}
     default = default_recipe("keep_classes" in items and items["keep_classes"].value is not None)
     wanted = _arms(own["arms"], kd, changes, default, problems)
-    arms = _resolve(wanted, items, problems)
+    arms = _resolve(wanted, items, default, problems)
     first = _first_seed(items.get("seed"), problems)
     raise_if(problems)
     names = [arm.name for arm in arms]
@@ -271,12 +270,12 @@ def _mapping(root: Item, problems: list[str]) -> list[tuple[str, dict[str, Item]
 
 
 def _resolve(
-    wanted: Sequence[tuple[str, dict[str, Item]]], common: Mapping[str, Item], problems: list[str]
+    wanted: Sequence[tuple[str, dict[str, Item]]], common: Mapping[str, Item], default: str, problems: list[str]
 ) -> list[Arm]:
     """Check every arm as a training of its own; a mistake that all share is reported once."""
     found: dict[str, list[str]] = {}
     arms = []
-    for name, keys in wanted or [("", {"kd": Item(KEEPING_RECIPE)})]:
+    for name, keys in wanted or [("", {"kd": Item(default)})]:
         found[name] = []
         arm = _arm(name, keys, common, found[name])
         if arm is not None and wanted:
