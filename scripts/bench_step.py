@@ -3,11 +3,14 @@
 
 A step is: teacher's view, student forward, native loss, terms, backward, and what a term trains by itself. Rounds go
 through all rows in turn, so that a slow moment of the machine hits all of them, and a ratio is the median over rounds
-of that round's ratio. Weights are random, boxes are drawn: speed does not depend on them.
+of that round's ratio. Weights are random and boxes are drawn. One thing depends on the teacher's weights: on a CPU,
+terms weighted by objectness leave out points that weigh nothing, and a random teacher has none of those. `--teacher`
+takes a trained one.
 
     python scripts/bench_step.py                                        yolov8s -> yolov8n, float32 student
     python scripts/bench_step.py --amp bf16 --pair 11 --imgsz 640
     python scripts/bench_step.py --recipes fgd mgd --batch 16 --boxes 40 --memory
+    python scripts/bench_step.py --teacher yolov8s.pt --pool both       half of each batch from a pool
     python scripts/bench_step.py --recipes fgd --profile                where one step's time goes
 
 Columns: the bound of a row is student + teacher (only what that recipe reads of it) + the bare forward and backward of
@@ -40,10 +43,13 @@ from ultralytics.cfg import get_cfg
 from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.nn.tasks import DetectionModel
 
-from yolo_kd.checkpoints import LoadedDetector
+from yolo_kd.checkpoints import LoadedDetector, load_detector
 from yolo_kd.criterion import TEACHER_VIEW, DistillationCriterion
 from yolo_kd.distiller import Distiller
 from yolo_kd.environment import reused_memory
+from yolo_kd.pool import MODES, Pool
+from yolo_kd.pool_criterion import PoolCriterion, teacher_reads
+from yolo_kd.pool_data import POOL_MARK
 from yolo_kd.recipe import load_recipe, shipped_recipes
 from yolo_kd.speed import SPEED_KEYS, Speed
 from yolo_kd.taps import LayerTap, head_split_points, head_tails, pair_of
@@ -106,9 +112,15 @@ class Bench:
         self.clock = time.process_time if args.cpu_time else time.perf_counter
         self.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
         teacher_name, student_name = PAIRS[args.pair]
-        student = DetectionModel(f"{student_name}.yaml", nc=80, verbose=False)
+        if args.teacher is None:
+            teacher = DetectionModel(f"{teacher_name}.yaml", nc=80, verbose=False).eval().requires_grad_(False)
+            detector = LoadedDetector(teacher, {}, Path(teacher_name), "")
+        else:
+            detector = load_detector(args.teacher, role="teacher")
+            teacher = detector.model.requires_grad_(False)
+        nc = len(teacher.names)
+        student = DetectionModel(f"{student_name}.yaml", nc=nc, verbose=False)
         student.args = get_cfg(overrides={"imgsz": args.imgsz})
-        teacher = DetectionModel(f"{teacher_name}.yaml", nc=80, verbose=False).eval().requires_grad_(False)
         layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         self.student = student.to(self.device).to(memory_format=layout).train()
         self.upstream = None
@@ -119,17 +131,21 @@ class Bench:
             self.student.compile()
         self.native = self.student.init_criterion()
         self.plain = copy.deepcopy(teacher).to(self.device) if PLAIN in rows else None
-        detector = LoadedDetector(teacher, {}, Path(teacher_name), "")
         self.speed = Speed.of({k: getattr(args, k.replace(".", "_"), None) for k in SPEED_KEYS})
+        # images of a pool come last, and nobody labelled them
+        self.pool = Pool(("drawn",), mode=args.pool) if args.pool else None
         count = args.boxes * args.batch
         centre, size = torch.rand(count, 2) * 0.8 + 0.1, torch.rand(count, 2) * 0.2 + 0.02
         self.batch = {
             "img": torch.rand(args.batch, 3, args.imgsz, args.imgsz),
             "bboxes": torch.cat([centre, size], 1),
-            "cls": torch.randint(0, 80, (count, 1)).float(),
+            "cls": torch.randint(0, nc, (count, 1)).float(),
             "batch_idx": torch.arange(args.batch).repeat_interleave(args.boxes).float(),
         }
         self.batch = {k: v.to(self.device) for k, v in self.batch.items()}
+        labelled = self.batch["batch_idx"] < args.batch - args.batch // 2
+        self.mixed = {k: v if k == "img" else v[labelled] for k, v in self.batch.items()}
+        self.mixed[POOL_MARK] = torch.arange(args.batch) >= args.batch - args.batch // 2
         self.distillers: dict[str, Distiller] = {}
         self.teachers: dict[tuple[frozenset[str], bool], Teacher] = {}
         self.calls: dict[str, list[Call]] = {}
@@ -139,13 +155,11 @@ class Bench:
         for name in rows:
             if name in (STUDENT, PLAIN, UPSTREAM):
                 continue
-            reads, split = everything, False
+            key = reads, split = everything, False
             if name != FAST:
-                distiller = Distiller(load_recipe(name), pair).to(self.device).train()
-                self.distillers[name] = distiller
-                split = any(t.loss.head_split for t in distiller.terms.values())
-                reads = distiller.reads & everything
-            if (key := (reads, split)) not in self.teachers:
+                self.distillers[name] = Distiller(load_recipe(name), pair).to(self.device).train()
+                key = reads, split = self._reading(name)
+            if key not in self.teachers:
                 frozen = Teacher(detector, self.device, self.speed, (), split, reads, self._keep)
                 frozen(self.batch["img"])
                 self.teachers[key] = frozen
@@ -159,10 +173,14 @@ class Bench:
     def _keep(self, sentence: str) -> None:
         self.report = self.report or sentence
 
-    def _teacher(self, name: str) -> Teacher:
+    def _reading(self, name: str) -> tuple[frozenset[str], bool]:
+        """Return what a recipe reads of the teacher's head, and whether it reads layers inside."""
         distiller = self.distillers[name]
         split = any(t.loss.head_split for t in distiller.terms.values())
-        return self.teachers[distiller.reads & {"scores", "boxes", "one2one"}, split]
+        return teacher_reads(self.pool, distiller.reads) & {"scores", "boxes", "one2one"}, split
+
+    def _teacher(self, name: str) -> Teacher:
+        return self.teachers[self._reading(name)]
 
     def _record(self, name: str) -> list[Call]:
         """Run one step of a recipe and note which modules besides student and teacher it calls, outermost ones only."""
@@ -221,9 +239,13 @@ class Bench:
             return
         distiller = self.distillers.get(name)
         self.student.criterion = self.native
-        criterion = None
-        if distiller is not None:
+        criterion: DistillationCriterion | None = None
+        if distiller is not None and self.pool is not None:
+            batch = dict(self.mixed)
+            criterion = PoolCriterion(self.student, distiller, native=self.native, pool=self.pool)
+        elif distiller is not None:
             criterion = DistillationCriterion(self.student, distiller, native=self.native)
+        if distiller is not None and criterion is not None:
             split = any(t.loss.head_split for t in distiller.terms.values())
             criterion.layers = LayerTap(head_split_points(self.student)) if split else None
             criterion.progress = 0.1
@@ -265,10 +287,7 @@ class Bench:
 
     def bound(self, name: str, times: dict[str, float]) -> float:
         """Return the lower bound of a recipe's step from one round's times."""
-        distiller = self.distillers[name]
-        split = any(t.loss.head_split for t in distiller.terms.values())
-        key = (distiller.reads & {"scores", "boxes", "one2one"}, split)
-        return times[STUDENT] + times[f"teacher {key}"] + times[f"modules {name}"]
+        return times[STUDENT] + times[f"teacher {self._reading(name)}"] + times[f"modules {name}"]
 
 
 def peak_mb(device: str) -> int:
@@ -296,6 +315,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="*", help="names of shipped recipes; all by default")
     parser.add_argument("--pair", choices=PAIRS, default="8", help="family: 8 is yolov8s -> n, 11 is yolo11l -> n")
+    parser.add_argument("--teacher", help="a trained teacher in place of the pair's random one")
+    parser.add_argument("--pool", choices=MODES, help="half of each batch is from a pool, used in that mode")
     parser.add_argument("--imgsz", type=int, default=320)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--boxes", type=int, default=12, help="boxes in each image")
@@ -371,8 +392,11 @@ def measure(args: argparse.Namespace, recipes: list[str]) -> dict[str, Any]:
             output = subprocess.run(words, capture_output=True, text=True, check=True).stdout
             table[name]["peak_mb"] = int(output.split()[-1])
     device = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    teacher, student = PAIRS[args.pair]
+    teacher = f"{Path(args.teacher).stem} (trained)" if args.teacher else teacher
     setting = (
-        f"{' -> '.join(PAIRS[args.pair])}, {args.imgsz} px, batch {args.batch}, {args.boxes} boxes per image, student "
+        f"{teacher} -> {student}, {args.imgsz} px, batch {args.batch}"
+        f"{f', half of it a pool ({args.pool})' if args.pool else ''}, {args.boxes} boxes per image, student "
         f"{args.amp}{' compiled' if args.compile else ''}, {device}, torch {torch.__version__}, {args.rounds} rounds"
         f"{', processor time' if args.cpu_time else ''}"
     )

@@ -32,10 +32,12 @@ def test_help(name: str) -> None:
 
 
 @pytest.mark.e2e
-def test_cost_of_recipes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pool", [[], ["--pool", "both"]])
+def test_cost_of_recipes(pool: list[str], tmp_path: Path) -> None:
+    teacher = ["--teacher", str(narrow_checkpoint("yolov8n", tmp_path))] if pool else []
     recipes = ["objectness", "crosskd", "mgd"]
     words = ["--imgsz", "64", "--batch", "2", "--rounds", "1", "--json", str(tmp_path / "figures.json")]
-    found = run("bench_step.py", "--recipes", *recipes, *words)
+    found = run("bench_step.py", "--recipes", *recipes, *words, *teacher, *pool)
     assert found.returncode == 0, found.stderr
     rows = ["student alone", "teacher, plain", "teacher, fast", "Ultralytics distill_model=", *recipes]
     assert [line.split("|")[1].strip() for line in found.stdout.splitlines() if line.startswith("| ")][1:] == rows

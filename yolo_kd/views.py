@@ -194,19 +194,20 @@ class Step:
             self._memo[key] = make()
         return self._memo[key]
 
-    def aligned(self, kind: str, level: int) -> Tensor:
-        """Return the student's features of one level at the teacher's width, float32, (B, C_teacher, H, W).
+    def aligned(self, kind: str, level: int, as_is: bool = False) -> Tensor:
+        """Return the student's features of one level at the teacher's width, (B, C_teacher, H, W).
 
         Args:
             kind: Name of the adapter, see `yolo_kd.adapters`.
             level: Index of the level, 0 for the finest.
+            as_is: In the precision in which the adapter ran, for losses that convert part by part; float32 otherwise.
         """
 
         def make() -> Tensor:
-            feature = self.student.features[level] if self._align is None else self._align(kind, level)
-            return feature.float()
+            return self.student.features[level] if self._align is None else self._align(kind, level)
 
-        return self.once(("aligned", kind, level), make)
+        feature = self.once(("aligned", kind, level), make)
+        return feature if as_is else self.once(("aligned", kind, level, "float32"), feature.float)
 
     def layer(self, module: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Run a learned layer of a loss in the precision in which the student's layers run; float32 comes out."""
@@ -218,14 +219,19 @@ class Step:
             autocast = torch.is_autocast_enabled(inputs[0].device.type)
             return [output.float() for output in modules(*(x if autocast else x.float() for x in inputs))]
 
-    def teacher_feature(self, level: int) -> Tensor:
-        """Return the teacher's features of one level, float32 and detached, (B, C_teacher, H, W).
+    def teacher_feature(self, level: int, as_is: bool = False) -> Tensor:
+        """Return the teacher's features of one level, detached, (B, C_teacher, H, W).
 
         They are laid out like the student's: arithmetic on two memory formats at once is several times slower.
+
+        Args:
+            level: Index of the level, 0 for the finest.
+            as_is: In the precision in which the teacher ran, for losses that convert part by part; float32 otherwise.
         """
 
         def make() -> Tensor:
             feature = self.teacher.features[level].detach()
-            return (feature.contiguous() if self.student.features[level].is_contiguous() else feature).float()
+            return feature.contiguous() if self.student.features[level].is_contiguous() else feature
 
-        return self.once(("teacher", level), make)
+        feature = self.once(("teacher", level), make)
+        return feature if as_is else self.once(("teacher", level, "float32"), feature.float)

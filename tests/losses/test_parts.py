@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from yolo_kd.losses import parts
-from yolo_kd.losses.ops import binary_kl, categorical_kl, gap_cross_entropy
+from yolo_kd.losses.ops import binary_kl, categorical_kl, gap_cross_entropy, standardise
 from yolo_kd.losses.parts import (
     gap_cross_entropy_sum,
+    points_that_count,
     softmax_kl,
+    standardise_and_back,
     sum_in_parts,
     sums_in_parts,
     weighted_binary_kl,
@@ -160,3 +162,36 @@ def test_several_sums_are_each_what_it_would_be_alone(monkeypatch):
             results.append((a.detach(), b.detach(), s.grad, torch.zeros_like(w) if w.grad is None else w.grad))
         for ours, expected in zip(*results, strict=True):
             torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize("layout", ["points last", "classes last"])
+def test_points_without_weight_are_left_out_and_nothing_else_changes(share: float, layout: str) -> None:
+    student, teacher = (draw(3, 40, 8, seed=i) for i in (0, 1))
+    if layout == "points last":  # as a head's raw outputs lie in memory
+        student, teacher = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (student, teacher))
+    student.requires_grad_()
+    weights = draw(3, 40, seed=2).abs()
+    weights[torch.rand(3, 40, generator=torch.Generator().manual_seed(3)) >= share] = 0
+    both(
+        weighted_binary_kl(student, teacher, weights),
+        (binary_kl(student, teacher).sum(-1) * weights).sum(),
+        student,
+    )
+    bins = [x.unflatten(-1, (4, 2)) for x in (student, teacher)]
+    plain = (categorical_kl(*bins).mean(-1) * weights).sum()
+    both(weighted_bins_kl(student, teacher, weights, 2), plain, student)
+    kept = points_that_count(student, teacher, weights)[2]
+    assert kept.shape == ((1, int(weights.count_nonzero())) if share < 0.5 else (3, 40)) or share == 0.5
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 4, 2), (1, 5, 1, 1), (2, 1, 1, 3)])
+def test_standardising_and_its_way_back(shape: tuple[int, ...]) -> None:
+    feature, slope = (draw(*shape, seed=i) + 2 for i in (0, 1))
+    leaf = feature.clone().requires_grad_()
+    expected = standardise(leaf)
+    (gradient,) = torch.autograd.grad(expected, leaf, slope)
+    ours, back = standardise_and_back(feature)
+    torch.testing.assert_close(ours, expected.detach(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(back(slope), gradient, rtol=1e-9, atol=1e-9)

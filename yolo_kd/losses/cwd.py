@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_levels, check_range
-from yolo_kd.losses.ops import same_shape, standardise
-from yolo_kd.losses.parts import softmax_kl, sum_in_parts
+from yolo_kd.losses.ops import same_shape
+from yolo_kd.losses.parts import softmax_kl, standardise_and_back, sum_in_parts
 from yolo_kd.views import Step
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -40,11 +40,12 @@ def cwd(student: Tensor, teacher: Tensor, temperature: float = 1.0, standardised
     count = student.shape[0] * student.shape[1]
 
     def part(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:  # of the channels, each of which is compared by itself
-        leaf = s
-        s, t = (standardise(s), standardise(t)) if standardised else (s, t)
+        back = None
+        if standardised:
+            (s, back), (t, _) = standardise_and_back(s), standardise_and_back(t)
         value, slope = softmax_kl(s.flatten(2), t.flatten(2), temperature, 2)
-        value, slope = value / count, slope.div_(count).view_as(s)
-        return value, torch.autograd.grad(s, leaf, slope)[0] if standardised else slope
+        slope = slope.div_(count).view_as(s)
+        return value / count, slope if back is None else back(slope)
 
     return sum_in_parts(part, student, teacher, dim=1)
 
@@ -84,7 +85,12 @@ class CWD(Loss):
     def forward(self, step: Step) -> dict[str, Tensor]:
         """Return the one term."""
         terms = [
-            cwd(step.aligned("conv1x1", i), step.teacher_feature(i), self.temperature, self.standardise)
+            cwd(
+                step.aligned("conv1x1", i, as_is=True),
+                step.teacher_feature(i, as_is=True),
+                self.temperature,
+                self.standardise,
+            )
             for i in self.levels
         ]
         return {"cwd_loss": STRENGTH * torch.stack(terms).sum()}

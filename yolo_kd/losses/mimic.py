@@ -7,8 +7,8 @@ from torch import Tensor
 
 from yolo_kd.errors import did_you_mean, listed
 from yolo_kd.losses.base import Loss, check_levels
-from yolo_kd.losses.ops import EPS, same_shape, standardise
-from yolo_kd.losses.parts import sum_in_parts
+from yolo_kd.losses.ops import EPS, same_shape
+from yolo_kd.losses.parts import standardise_and_back, sum_in_parts
 from yolo_kd.views import Step, Targets
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -37,10 +37,14 @@ def mimic(student: Tensor, teacher: Tensor, mask: Tensor | None = None, standard
     if mask is not None:
         same_shape(mask=mask, cells=student[:, 0])
 
-    def part(s: Tensor, t: Tensor) -> Tensor:  # of the channels
-        s, t = (standardise(s), standardise(t)) if standardised else (s, t)
-        error = (s - t).square()
-        return error.sum() if mask is None else (error.sum(1) * mask).sum()
+    def part(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:  # of the channels
+        back = None
+        if standardised:
+            (s, back), (t, _) = standardise_and_back(s), standardise_and_back(t)
+        error = s.detach() - t
+        slope = error if mask is None else error * mask[:, None]
+        value, slope = (error * slope).sum(), slope.mul_(2)
+        return value, slope if back is None else back(slope)
 
     cells = student[:, 0].numel() if mask is None else mask.sum() + EPS
     return sum_in_parts(part, student, teacher, dim=1) / (student.shape[1] * cells)
@@ -109,7 +113,7 @@ class Mimic(Loss):
         """Return the one term."""
         terms = []
         for i in self.levels:
-            student, teacher = step.aligned("conv1x1", i), step.teacher_feature(i)
+            student, teacher = step.aligned("conv1x1", i, as_is=True), step.teacher_feature(i, as_is=True)
             mask = None
             if self.mask == "boxes":
                 assert step.targets is not None, "the loss reads targets, but the step has none"

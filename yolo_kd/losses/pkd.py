@@ -97,5 +97,8 @@ class PKD(Loss):
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """Return the one term."""
-        terms = [pkd(step.aligned("conv1x1", i), step.teacher_feature(i), unbiased=False) for i in self.levels]
+        terms = [
+            pkd(step.aligned("conv1x1", i, as_is=True), step.teacher_feature(i, as_is=True), unbiased=False)
+            for i in self.levels
+        ]
         return {"pkd_loss": STRENGTH * torch.stack(terms).sum()}
