@@ -19,9 +19,11 @@ import yaml
 from tests.compare.fakes import fake_comparison
 from tests.models import narrow_model
 from yolo_kd.compare import training as module
-from yolo_kd.compare.runs import FAILED, FINISHED, WAITING, Run, plan_runs
+from yolo_kd.compare.runs import FAILED, FINISHED, WAITING, Run, plan_runs, write_text
 from yolo_kd.compare.training import resume_point, settle, train_all, words_of
 from yolo_kd.compare.upstream import PREVIOUS
+from yolo_kd.errors import ConfigError
+from yolo_kd.options import parse_train
 
 
 def checkpoint(file: Path, epoch: int, optimizer: Any = "state") -> None:
@@ -64,6 +66,21 @@ def test_words_of_a_baseline_and_of_upstream(tmp_path: Path) -> None:
     assert words_of(baseline, last)[1] == ["train", "resume=last.pt", "kd=none", "trust_checkpoints=true"]
     assert words_of(upstream, last) == ("yolo_kd.compare.upstream", ["resume=last.pt"])
     assert words_of(upstream, None)[1] == [f"keys={upstream.experiment}"]
+
+
+def test_a_training_may_do_what_only_its_caller_may_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = plan_runs(fake_comparison(tmp_path, "baseline,objectness", 1, trust_checkpoints="true"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for run in runs:
+        write_text(run.experiment, yaml.safe_dump(run.keys))
+        module, (verb, *words) = words_of(run, None)
+        assert (module, verb) == ("yolo_kd", "train")
+        options = parse_train(words)
+        assert options.trust_checkpoints
+        assert Path(options.ultralytics["project"], options.ultralytics["name"]) == run.folder
+        with pytest.raises(ConfigError, match="leads out of the current folder"):
+            parse_train(words[:1])
 
 
 # ------------------------------------------------------------------------------------------------ the scheduler

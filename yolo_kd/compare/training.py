@@ -65,12 +65,12 @@ def words_of(run: Run, resume: Path | None) -> tuple[str, list[str]]:
     """Return the module that trains a run and its arguments."""
     if run.arm.kind == UPSTREAM:
         return "yolo_kd.compare.upstream", [f"resume={resume}" if resume else f"keys={run.experiment}"]
-    words = ["train", f"resume={resume}" if resume else f"cfg={run.experiment}"]
-    if resume and run.arm.kind == ALONE:
-        words.append("kd=none")
-    if resume and run.arm.options.trust_checkpoints:
-        words.append("trust_checkpoints=true")
-    return "yolo_kd", words
+    if resume:
+        words = ["train", f"resume={resume}"] + ["kd=none"] * (run.arm.kind == ALONE)
+    else:
+        words = ["train", f"cfg={run.experiment}", f"project={run.folder.parent}"]
+    # an experiment file may neither trust checkpoints nor write outside the current folder; who called us may
+    return "yolo_kd", words + ["trust_checkpoints=true"] * run.arm.options.trust_checkpoints
 
 
 def command_of(run: Run) -> str:
