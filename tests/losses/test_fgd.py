@@ -14,8 +14,9 @@ from tests.golden_vectors import assert_gradient, cases
 from tests.loss_contract import BOXES, IMAGE, make_loss, make_pair, make_step
 from tests.losses.test_boxes import flat, slow_weights
 from yolo_kd.errors import PairError
+from yolo_kd.losses import fgd
 from yolo_kd.losses.fgd import CELLS, CHANNELS, FGD, OBJECTS, STRENGTH, ContextBlock, fgd_sums, focal_masks, normalise
-from yolo_kd.losses.ops import channel_attention, spatial_attention
+from yolo_kd.losses.ops import attention
 from yolo_kd.views import Step
 
 GOLDEN = pytest.mark.parametrize("golden", cases("fgd"), ids=lambda g: f"case {g.case}")
@@ -68,9 +69,10 @@ def test_parts_are_the_authors(golden, level):
 @GOLDEN
 @pytest.mark.parametrize("level", range(3))
 def test_attention_is_the_authors(golden, level):
-    t = golden[f"t_feat_{level}"]
-    torch.testing.assert_close(spatial_attention(t, golden.hyper["temp"]), golden[f"attn_spatial_t_{level}"])
-    torch.testing.assert_close(channel_attention(t, golden.hyper["temp"]), golden[f"attn_channel_t_{level}"])
+    strength, temperature = golden[f"t_feat_{level}"].abs(), golden.hyper["temp"]
+    spatial = attention(strength.mean(1).flatten(1), temperature).view_as(strength[:, 0])
+    torch.testing.assert_close(spatial, golden[f"attn_spatial_t_{level}"])
+    torch.testing.assert_close(attention(strength.mean((2, 3)), temperature), golden[f"attn_channel_t_{level}"])
 
 
 @pytest.mark.parametrize("shape", [(16, 20), (4, 5)])
@@ -109,6 +111,54 @@ def test_sums_equal_the_loop():
             expected["bg"] += error * space_t[y, x] * channel_t[c] * bg[b, y, x] / 2
     for name, value in ours._asdict().items():
         assert value.item() == pytest.approx(expected[name], rel=1e-6), name
+
+
+@pytest.mark.parametrize("part", [1, 2**18])
+def test_gradients_of_map_and_contexts_are_autograds(part, monkeypatch):
+    monkeypatch.setattr(fgd, "PART", part)
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(3, 4, 5, 6, dtype=torch.float64) for _ in range(2))
+    student.requires_grad_()
+    blocks = [ContextBlock(4).double() for _ in range(2)]
+    for block in blocks:
+        torch.nn.init.normal_(block.add[-1].weight)
+    fg, bg = torch.rand(3, 5, 6, dtype=torch.float64), torch.rand(3, 5, 6, dtype=torch.float64)
+
+    def attentions(x):
+        strength = x.abs()
+        spatial, channel = strength.mean(1).flatten(1) / 0.5, strength.mean((2, 3)) / 0.5
+        return 30 * spatial.softmax(-1).view(3, 5, 6), 4 * channel.softmax(-1)
+
+    (s_spatial, s_channel), (t_spatial, t_channel) = attentions(student), attentions(teacher)
+    error = ((student - teacher).square() * t_channel[:, :, None, None]).sum(1) * t_spatial
+    plain = {
+        "fg": (error * fg).sum() / 3,
+        "bg": (error * bg).sum() / 3,
+        "channel": (s_channel - t_channel).abs().sum() / 3,
+        "spatial": (s_spatial - t_spatial).abs().sum() / 3,
+        "rela": (blocks[0](student) - blocks[1](teacher)).square().sum() / 3,
+    }
+    ours = fgd_sums(student, teacher, fg, bg, *blocks, 0.5)._asdict()
+    wanted = [student, *blocks[0].parameters(), *blocks[1].parameters()]
+    for name, value in plain.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-9, msg=name)
+    found, expected = (
+        torch.autograd.grad(sum((i + 1) * v for i, v in enumerate(x.values())), wanted) for x in (ours, plain)
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+
+def test_maps_in_half_precision_are_worked_on_in_float32():
+    maps = [torch.randn(2, 4, 5, 6).bfloat16() for _ in range(2)]
+    blocks = [ContextBlock(4) for _ in range(2)]
+    weights = torch.rand(2, 2, 5, 6).unbind(0)
+    half, single = maps[0].clone().requires_grad_(), maps[0].float().requires_grad_()
+    sums = [sum(fgd_sums(s, t, *weights, *blocks)) for s, t in ((half, maps[1]), (single, maps[1].float()))]
+    assert sums[0].item() == pytest.approx(sums[1].item(), rel=1e-6)
+    for value in sums:
+        value.backward()
+    torch.testing.assert_close(half.grad, single.grad.bfloat16())
 
 
 def test_the_context_block_starts_as_the_identity_and_sees_the_whole_map():

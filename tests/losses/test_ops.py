@@ -13,15 +13,14 @@ from torch.distributions import Bernoulli, kl_divergence
 from torchvision.ops import generalized_box_iou
 
 from yolo_kd.losses.ops import (
+    attention,
     averaging,
     binary_kl,
     categorical_kl,
-    channel_attention,
     distance_giou,
     expected_distance,
     feature_map_nms,
     same_shape,
-    spatial_attention,
     standardise,
     weighted_mean,
 )
@@ -196,13 +195,11 @@ def test_standardise_of_a_single_value_is_zero_in_the_graph():
 
 
 def test_attention_is_a_softmax_with_mean_one(rng):
-    x = normal(rng, 2, 4, 3, 5)
-    spatial, channel = spatial_attention(x, 0.5), channel_attention(x, 0.5)
-    for b in range(2):
-        strength = np.abs(x[b].numpy())
-        cells = 15 * softmax(strength.mean(0).ravel() / 0.5).reshape(3, 5)
-        np.testing.assert_allclose(spatial[b].numpy(), cells, rtol=1e-9)
-        np.testing.assert_allclose(channel[b].numpy(), 4 * softmax(strength.mean((1, 2)) / 0.5), rtol=1e-9)
+    strength = normal(rng, 2, 15).abs()
+    ours = attention(strength, 0.5)
+    for row, given in zip(ours, strength, strict=True):
+        np.testing.assert_allclose(row.numpy(), 15 * softmax(given.numpy() / 0.5), rtol=1e-9)
+    np.testing.assert_allclose(ours.mean(1).numpy(), 1, rtol=1e-9)
 
 
 @pytest.mark.parametrize("cells", [1, 3, 20, 40, 64, 65, 200])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -10,13 +11,12 @@ from torch.autograd.function import once_differentiable
 
 from yolo_kd.losses.base import Loss, check_levels, check_range
 from yolo_kd.losses.boxes import box_cells, cell_weights, paint
-from yolo_kd.losses.ops import EPS, channel_attention, same_shape, spatial_attention
+from yolo_kd.losses.ops import EPS, attention, same_shape
+from yolo_kd.losses.parts import PART, computable
 from yolo_kd.views import Pair, Step
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
 STRENGTH = 1.2
-
-PART = 2**21  # elements of a map that are worked on at once
 
 # the setting whose published sums the normalised ones reproduce: width of an FPN, cells per level of P3 to P5 at
 # 640 px, objects per image of COCO
@@ -95,58 +95,88 @@ class PairMoments(torch.autograd.Function):
     its number of passes and of fresh buffers. Parts of a few images stay in the processor's cache; results do not
     depend on their size.
 
-    For S, T (B, C, HW), the teacher's channel attention a (B, C) and the mask convolution of the student's context
-    block, with d = S - T, it returns Σ_c a d² (B, HW), Σ_hw d² (B, C), Σ_hw d (B, C), mean_c |S| (B, HW),
-    mean_hw |S| (B, C) and the context Σ_hw p S (B, C, 1). Gradient flows to S and the convolution.
+    For S, T (B, C, HW), the temperature of the attentions and the mask convolutions of both sides' context blocks, with
+    d = S - T and the teacher's channel attention a, it returns Σ_c a d² (B, HW), Σ_hw d² (B, C), Σ_hw d (B, C); of S
+    and then of T the means over channels of magnitudes (B, HW), those over cells (B, C) and the context Σ_hw p F
+    (B, C, 1). Maps may be in half precision, sums are float32 at least. Gradient flows to S and the convolutions.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, channel: Tensor, weight: Tensor, bias: Tensor
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        temperature: float,
+        weight: Tensor,
+        bias: Tensor,
+        t_weight: Tensor,
+        t_bias: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Compute the six sums."""
-        size = max(1, PART // student[0].numel())
-        parts, weights = [], []
-        for s, t, a in zip(student.split(size), teacher.split(size), channel.split(size), strict=True):
+        """Compute the nine sums."""
+        size = _images_at_once(student)
+        parts, kept = [], []
+        for s, t in zip(student.split(size), teacher.split(size), strict=True):
+            s, t = computable(s), computable(t)
+            buffer = t.abs()
+            t_spatial, t_channel = buffer.mean(1), buffer.mean(2)
+            a = attention(t_channel, temperature)
+            p, t_p = context_weights(s, weight, bias), context_weights(t, t_weight, t_bias)
+            kept.append((a, p, t_p))
             d = s - t
-            buffer = d * d
-            attended, squares = (a[:, None] @ buffer).squeeze(1), buffer.sum(2)
+            torch.mul(d, d, out=buffer)
+            differences = (a[:, None] @ buffer).squeeze(1), buffer.sum(2), d.sum(2)
             torch.abs(s, out=buffer)
-            weights.append(context_weights(s, weight, bias))
-            context = s @ weights[-1][..., None]
-            parts.append((attended, squares, d.sum(2), buffer.mean(1), buffer.mean(2), context))
-        ctx.save_for_backward(student, teacher, channel, weight, torch.cat(weights))
-        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+            own = buffer.mean(1), buffer.mean(2), s @ p[..., None]
+            parts.append((*differences, *own, t_spatial, t_channel, t @ t_p[..., None]))
+        ctx.save_for_backward(student, teacher, weight, *(torch.cat(column) for column in zip(*kept, strict=True)))
+        results = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        ctx.mark_non_differentiable(*results[6:8])
+        return results
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Return 2 d (a g_e + g_sq) + g_d + sign(S) (g_s / C + g_c / HW) + g_x p + w g_m, and the convolution's."""
+        """Return 2 d (a g_e + g_sq) + g_d + sign(S) (g_s / C + g_c / HW) + g_x p + w g_m, and the convolutions'."""
         # whoever asks for gradients inside autocast would get matrix products in half precision
         with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
             return PairMoments._gradient(ctx, *gradients)
 
     @staticmethod
     def _gradient(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher, channel, weight, p = ctx.saved_tensors
-        size = max(1, PART // student[0].numel())
+        student, teacher, weight, *kept = ctx.saved_tensors
+        size = _images_at_once(student)
         result = torch.empty_like(student)
-        by_weight, by_bias = torch.zeros_like(weight), weight.new_zeros(1)
-        for s, t, a, p_, g_e, g_sq, g_d, g_s, g_c, g_x, out in zip(
-            *(x.split(size) for x in (student, teacher, channel, p, *gradients, result)), strict=True
+        masks = [weight.new_zeros(n) for n in (len(weight), 1, len(weight), 1)]
+        columns = (student, teacher, *kept, *gradients[:6], gradients[8], result)
+        for s, t, a, p, t_p, g_e, g_sq, g_d, g_s, g_c, g_x, g_tx, slot in zip(
+            *(x.split(size) for x in columns), strict=True
         ):
-            ones, cells = torch.ones_like(a), torch.ones_like(p_)
-            torch.sub(s, t, out=out)
+            s, t = computable(s), computable(t)
+            ones, cells = torch.ones_like(a), torch.ones_like(p)
+            out = s - t
             factor = torch.stack([2 * a, 2 * g_sq], 2) @ torch.stack([g_e, cells], 1)
             out.mul_(factor)
             torch.bmm(torch.stack([ones / s.shape[1], g_c / s.shape[2]], 2), torch.stack([g_s, cells], 1), out=factor)
             out.addcmul_(factor, s.sign())
-            slope = (g_x.transpose(1, 2) @ s).squeeze(1)  # through p, the softmax of the mask
-            g_m = p_ * (slope - (p_ * slope).sum(-1, keepdim=True))
-            out.baddbmm_(torch.stack([g_d, g_x.squeeze(2), weight.expand_as(a)], 2), torch.stack([cells, p_, g_m], 1))
-            by_weight += (s @ g_m[..., None]).sum((0, 2))
-            by_bias += g_m.sum()
-        return result, None, None, by_weight, by_bias
+            g_m = _through_context(s, p, g_x, masks[:2])
+            _through_context(t, t_p, g_tx, masks[2:])
+            left = torch.stack([g_d, g_x.squeeze(2), weight.expand_as(a)], 2)
+            slot.copy_(out.baddbmm_(left, torch.stack([cells, p, g_m], 1)))
+        return result, None, None, *masks
+
+
+def _images_at_once(maps: Tensor) -> int:
+    """Return how many images of (B, C, HW) maps to work on at once: all but on a CPU, where the cache is small."""
+    return max(1, PART // maps[0].numel()) if maps.device.type == "cpu" else len(maps)
+
+
+def _through_context(flat: Tensor, p: Tensor, slope: Tensor, mask: Sequence[Tensor]) -> Tensor:
+    """Take the gradient of a context to the logits of p, which are returned; add that of weight and bias to `mask`."""
+    through = (slope.transpose(1, 2) @ flat).squeeze(1)
+    logits = p * (through - (p * through).sum(-1, keepdim=True))
+    mask[0].add_((flat @ logits[..., None]).sum((0, 2)))
+    mask[1].add_(logits.sum())
+    return logits
 
 
 def focal_masks(
@@ -194,7 +224,7 @@ def fgd_sums(
     constant, but its context block is trained like the student's.
 
     Args:
-        student: (B, C, H, W), already at the teacher's width, with gradient.
+        student: (B, C, H, W), already at the teacher's width, with gradient; half precision is worked on as float32.
         teacher: (B, C, H, W); detached here.
         fg: (B, H, W) foreground weights of `focal_masks`.
         bg: (B, H, W) background weights.
@@ -207,22 +237,25 @@ def fgd_sums(
     """
     same_shape(student=student, teacher=teacher)
     same_shape(fg=fg, bg=bg, cells=teacher[:, 0])
-    teacher = teacher.detach()
-    n, c, h, w = student.shape
-    spatial, channel = spatial_attention(teacher, temperature), channel_attention(teacher, temperature)
-    flat = teacher.flatten(2)
-    attended, squares, differences, s_spatial, s_channel, s_context = PairMoments.apply(
-        student.flatten(2), flat, channel, *student_context.mask_parameters()
+    n, _, h, w = student.shape
+    attended, squares, differences, s_spatial, s_channel, s_context, t_spatial, t_channel, t_context = (
+        PairMoments.apply(
+            student.flatten(2),
+            teacher.detach().flatten(2),
+            temperature,
+            *student_context.mask_parameters(),
+            *teacher_context.mask_parameters(),
+        )
     )
-    t_context = flat @ context_weights(flat, *teacher_context.mask_parameters())[..., None]
-    error = attended.view(n, h, w) * spatial
+    spatial, channel = attention(t_spatial, temperature), attention(t_channel, temperature)
+    error = (attended * spatial).view(n, h, w)
     # the context blocks add one value k to all cells of a channel: Σ (d + k)² = Σ d² + 2 k Σ d + HW k²
     k = student_context.transform(s_context) - teacher_context.transform(t_context)
     return Sums(
         fg=(error * fg).sum() / n,
         bg=(error * bg).sum() / n,
-        channel=(c * (s_channel / temperature).softmax(-1) - channel).abs().sum() / n,
-        spatial=(h * w * (s_spatial / temperature).softmax(-1) - spatial.flatten(1)).abs().sum() / n,
+        channel=(attention(s_channel, temperature) - channel).abs().sum() / n,
+        spatial=(attention(s_spatial, temperature) - spatial).abs().sum() / n,
         rela=(squares + 2 * k * differences + h * w * k.square()).sum() / n,
     )
 
@@ -324,9 +357,9 @@ class FGD(Loss):
             list[tuple[ContextBlock, ContextBlock]], [*zip(self.student_context, self.teacher_context, strict=True)]
         )
         for i, context in zip(self.levels, contexts, strict=True):
-            teacher = step.teacher_feature(i)
+            student, teacher = step.aligned("conv1x1", i, as_is=True), step.teacher_feature(i, as_is=True)
             fg, bg = self._masks(step, i)
-            sums = fgd_sums(step.aligned("conv1x1", i), teacher, fg, bg, context[0], context[1], self.temperature)
+            sums = fgd_sums(student, teacher, fg, bg, context[0], context[1], self.temperature)
             means = normalise(sums, fg, bg, teacher.shape[1])
             terms += [a * unit * mean for a, unit, mean in zip(strengths, UNITS, means, strict=True)]
         return {"fgd_loss": STRENGTH * torch.stack(terms).sum()}

@@ -144,31 +144,17 @@ def standardise(feature: Tensor, eps: float = 1e-5) -> Tensor:
     return F.batch_norm(feature, None, None, training=True, eps=eps)
 
 
-def spatial_attention(feature: Tensor, temperature: float) -> Tensor:
-    """Where a map is strong: H * W * softmax over the cells of mean_c |F| / T; 1 on average.
+def attention(strength: Tensor, temperature: float) -> Tensor:
+    """Where something is strong: N * softmax(strength / T) over the last dimension of length N; 1 on average.
 
     Args:
-        feature: (B, C, H, W).
+        strength: (..., N).
         temperature: T, above zero; smaller is more peaked.
 
     Returns:
-        (B, H, W), at least 0.
+        (..., N), at least 0.
     """
-    strength = feature.abs().mean(1)
-    return strength[0].numel() * (strength.flatten(1) / temperature).softmax(-1).view_as(strength)
-
-
-def channel_attention(feature: Tensor, temperature: float) -> Tensor:
-    """Which channels are strong: C * softmax over the channels of mean_hw |F| / T; 1 on average.
-
-    Args:
-        feature: (B, C, H, W).
-        temperature: T, above zero; smaller is more peaked.
-
-    Returns:
-        (B, C), at least 0.
-    """
-    return feature.shape[1] * (feature.abs().mean((-2, -1)) / temperature).softmax(-1)
+    return strength.shape[-1] * (strength / temperature).softmax(-1)
 
 
 def averaging(cells: int, parts: int, like: Tensor) -> Tensor:

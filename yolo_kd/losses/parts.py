@@ -38,9 +38,9 @@ class _InParts(torch.autograd.Function):
         slopes: list[Tensor] = []  # for each part of each sum
         totals: list[Tensor] = []  # for each shared tensor of each sum
         for part, *rest in zip(*(t.split(step, dim) for t in (student, *others)), strict=True):
-            leaves = [_computable(t).requires_grad_() for t in (part, *whole)]
+            leaves = [computable(t).requires_grad_() for t in (part, *whole)]
             with torch.autocast(student.device.type, enabled=False), torch.enable_grad():
-                answers = function(leaves[0], *map(_computable, rest), *leaves[1:])
+                answers = function(leaves[0], *map(computable, rest), *leaves[1:])
             values.append(torch.stack([answer[0].detach() for answer in answers]))
             slopes += [answer[1].detach().to(student.dtype) for answer in answers]
             own = [slope.detach() for answer in answers for slope in answer[2:]]
@@ -70,7 +70,7 @@ class _InParts(torch.autograd.Function):
         return (None, None, None, gradient, *[None] * others, *whole)
 
 
-def _computable(part: Tensor) -> Tensor:
+def computable(part: Tensor) -> Tensor:
     """Return a part, detached, in no less than float32: converted part by part, that costs no pass through memory."""
     part = part.detach()
     return part.float() if part.dtype in (torch.float16, torch.bfloat16) else part
