@@ -229,6 +229,26 @@ def test_taking_all_classes_changes_nothing(boxes, monkeypatch):
         torch.testing.assert_close(compact, whole, rtol=1e-4, atol=1e-7)
 
 
+def test_products_in_bfloat16_are_close_to_those_in_float32():
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(2, 16, 12, 12).bfloat16() for _ in range(2))
+    box, index = torch.tensor([[8.0, 8.0, 60.0, 50.0], [30.0, 20.0, 90.0, 90.0]]), torch.tensor([0, 1])
+    masks = semantic_masks(box, torch.tensor([0, 1]), index, 2, 2, (12, 12), 8, 0.5)
+    categories = count_cells(masks, torch.arange(5).expand(2, -1), 5)
+    values, slopes = [], []
+    for dtype in (torch.bfloat16, torch.float32):
+        s = student.detach().clone().requires_grad_()
+        anchors = [category_anchors(x, categories, dtype) for x in (s, teacher)]
+        assert {a.dtype for a in anchors} == {torch.float32}
+        cad = anchor_distillation(*anchors, categories.cells > 0)
+        terms = (cad, *cell_alignment(s, teacher, *anchors, categories.cells > 0, 0.5, 1.0, dtype))
+        values.append(torch.stack(terms).detach())
+        sum(terms).backward()
+        slopes.append(s.grad.float())
+    torch.testing.assert_close(*values, rtol=0.02, atol=0)
+    assert (slopes[0] - slopes[1]).norm() < 0.02 * slopes[1].norm()
+
+
 def test_takes_all_classes_on_a_gpu_unless_they_are_many():
     assert [sea._takes_all(*case) for case in (("cpu", 3), ("cuda", 80), ("cuda", 1203))] == [False, True, False]
 

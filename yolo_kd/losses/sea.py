@@ -119,21 +119,23 @@ def count_cells(masks: Tensor, which: Tensor, categories: int) -> Categories:
     return Categories(masks, which, cells)
 
 
-def category_anchors(feature: Tensor, categories: Categories) -> Tensor:
+def category_anchors(feature: Tensor, categories: Categories, dtype: torch.dtype | None = None) -> Tensor:
     """Return the mean feature of each category over all cells of all images: a_p = Σ M_p F / Σ M_p.
 
     Args:
         feature: (B, C, H, W).
         categories: P categories.
+        dtype: Precision of the matrix product, which sums up in float32 at least; that of `feature` by default.
 
     Returns:
-        (P, C), zero for categories without a cell.
+        (P, C), float32 at least, zero for categories without a cell.
     """
     masks, which, cells = categories
+    dtype = dtype or feature.dtype
     # channels first, so that the gradient comes out in the feature's own layout
-    sums = feature.flatten(2) @ masks.to(feature.dtype).flatten(2).transpose(1, 2)  # (B, C, Q)
-    pooled = feature.new_zeros(len(cells), feature.shape[1])
-    pooled = pooled.index_add(0, which.flatten(), sums.transpose(1, 2).flatten(0, 1))
+    sums = feature.flatten(2).to(dtype) @ masks.to(dtype).flatten(2).transpose(1, 2)  # (B, C, Q)
+    sums = sums.to(torch.promote_types(dtype, torch.float32)).transpose(1, 2).flatten(0, 1)
+    pooled = sums.new_zeros(len(cells), feature.shape[1]).index_add(0, which.flatten(), sums)
     return pooled / cells.clamp(min=1)[:, None]
 
 
@@ -179,7 +181,7 @@ def cell_alignment(
         present: (P,) bool, categories with a cell.
         tau1: τ₁, above 0.
         tau2: τ₂, above 0.
-        dtype: Precision of the matrix products in TDD's gradient; that of `student` by default.
+        dtype: Precision of the matrix products in TDD; float32 at least by default.
 
     Returns:
         Both scalars, at least 0 but for rounding. TDD is zero when there is one category only.
@@ -191,13 +193,14 @@ def cell_alignment(
     same_shape(student=student_anchors, teacher=teacher_anchors)
     axes, teacher_axes = (F.normalize(a, dim=1, eps=COSINE_EPS) / tau1 for a in (student_anchors, teacher_anchors))
     teacher_axes = teacher_axes.detach()
-    absent = torch.where(present, 0.0, NEVER / tau1).to(student.dtype)[:, None]
+    absent = torch.where(present, 0.0, NEVER / tau1).to(axes.dtype)[:, None]
     least = COSINE_EPS**2
+    dtype = dtype or axes.dtype
 
     def logits(feature: Tensor, axes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # products are divided by the cells' norms, which are far fewer numbers than the cells' features
         square = feature.square().sum(1, keepdim=True)
-        products = axes.expand(len(feature), -1, -1).bmm(feature)
+        products = axes.to(dtype).expand(len(feature), -1, -1).bmm(feature.to(dtype)).to(feature.dtype)
         return torch.addcmul(absent, products, square.clamp(min=least).rsqrt_()), products, square
 
     def part(s: Tensor, t: Tensor, axes: Tensor) -> list[tuple[Tensor, ...]]:
@@ -207,7 +210,7 @@ def cell_alignment(
         slope.mul_(square.clamp(min=least).rsqrt_())  # of the products
         # the norm's part; below the least one it is a constant
         through = products.mul_(slope).sum(1, keepdim=True).div_(square.clamp(min=least)).mul_(square > least)
-        slope, low_s, low_axes = (x.to(dtype or s.dtype) for x in (slope, s, axes))
+        slope, low_s, low_axes = (x.to(dtype) for x in (slope, s, axes))
         slope_s = low_axes.T.expand(len(s), -1, -1).bmm(slope).to(s.dtype).addcmul_(s, through, value=-1)
         slope_axes = slope.bmm(low_s.transpose(1, 2)).to(s.dtype).sum(0)
         return [(tdd, slope_s, slope_axes), (*softmax_kl(s, t, tau2, 2), torch.zeros_like(axes))]
@@ -273,13 +276,13 @@ class SEA(Loss):
         categories = step.once(("semantic masks", self.shrink), lambda: self._categories(step))
         cad, tdd, lda = [], [], []
         for i in self.levels:
-            s, t = step.aligned("conv1x1", i), step.teacher_feature(i)
+            s, t = step.aligned("conv1x1", i, as_is=True), step.teacher_feature(i, as_is=True)
             same_shape(student=s, teacher=t)
             present = categories[i].cells > 0
-            s_anchors, t_anchors = category_anchors(s, categories[i]), category_anchors(t, categories[i])
+            # maps that come in bfloat16 gain nothing from products in float32; sums of cells would overflow in float16
+            dtype = torch.promote_types(s.dtype, torch.bfloat16)
+            s_anchors, t_anchors = (category_anchors(x, categories[i], dtype) for x in (s, t))
             cad.append(anchor_distillation(s_anchors, t_anchors, present))
-            # a gradient that goes on in bfloat16 gains nothing from products in float32
-            dtype = torch.promote_types(step.student.features[i].dtype, torch.bfloat16)
             values = cell_alignment(s, t, s_anchors, t_anchors, present, self.tau1, self.tau2, dtype)
             tdd.append(values[0])
             lda.append(values[1])
