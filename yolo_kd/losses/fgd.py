@@ -12,13 +12,11 @@ from torch.autograd.function import once_differentiable
 from yolo_kd.losses.base import Loss, check_levels, check_range
 from yolo_kd.losses.boxes import box_cells, cell_weights, paint
 from yolo_kd.losses.ops import EPS, attention, same_shape
-from yolo_kd.losses.parts import computable
+from yolo_kd.losses.parts import PART, computable
 from yolo_kd.views import Pair, Step
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
 STRENGTH = 1.2
-
-PART = 2**17  # elements of a map that are worked on at once, in several buffers
 
 # the setting whose published sums the normalised ones reproduce: width of an FPN, cells per level of P3 to P5 at
 # 640 px, objects per image of COCO

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from yolo_kd.losses.ops import same_shape, standardise
 
-PART = 2**18  # values of the student's tensor that are worked on at once
+PART = 2**19  # values of the student's tensor that are worked on at once
 
 
 Answer = Tensor | tuple[Tensor, ...]
