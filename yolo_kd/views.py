@@ -209,15 +209,22 @@ class Step:
         feature = self.once(("aligned", kind, level), make)
         return feature if as_is else self.once(("aligned", kind, level, "float32"), feature.float)
 
-    def layer(self, module: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Run a learned layer of a loss in the precision in which the student's layers run; float32 comes out."""
-        return self.layers(lambda *maps: (module(*maps),), *inputs)[0]
+    def layer(self, module: Callable[..., Tensor], *inputs: Tensor, as_is: bool = False) -> Tensor:
+        """Run a learned layer of a loss in the precision in which the student's layers run.
 
-    def layers(self, modules: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> list[Tensor]:
+        Args:
+            module: The layer.
+            *inputs: Its arguments.
+            as_is: Return what comes out in that precision, for losses that convert part by part; float32 otherwise.
+        """
+        return self.layers(lambda *maps: (module(*maps),), *inputs, as_is=as_is)[0]
+
+    def layers(self, modules: Callable[..., Sequence[Tensor]], *inputs: Tensor, as_is: bool = False) -> list[Tensor]:
         """Do the same with layers that have several outputs."""
         with self._precision():
             autocast = torch.is_autocast_enabled(inputs[0].device.type)
-            return [output.float() for output in modules(*(x if autocast else x.float() for x in inputs))]
+            outputs = modules(*(x if autocast else x.float() for x in inputs))
+            return [*outputs] if as_is else [output.float() for output in outputs]
 
     def teacher_feature(self, level: int, as_is: bool = False) -> Tensor:
         """Return the teacher's features of one level, detached, (B, C_teacher, H, W).

@@ -12,6 +12,7 @@ from torch import nn
 from tests.golden_vectors import Golden, assert_gradient, cases
 from tests.loss_contract import Facts, make_loss, make_pair, make_step, make_tails
 from yolo_kd.errors import PairError
+from yolo_kd.losses import crosskd
 from yolo_kd.losses.crosskd import BOX_STRENGTH, CLS_STRENGTH, CrossKD, align_scale, crosskd_box, crosskd_cls
 from yolo_kd.losses.ops import corners, giou_distance
 from yolo_kd.views import Step
@@ -69,6 +70,42 @@ def test_scale_alignment_equals_the_published_code(case: Golden) -> None:
     torch.testing.assert_close(aligned, case["align_out"], rtol=1e-5, atol=1e-5)
     aligned.backward(case["align_cotangent"])
     assert_gradient(student.grad, case["align_grad_s"])
+
+
+@pytest.mark.parametrize("part", [1, 2**18])
+@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (1, 3, 1, 2)])
+def test_scale_and_its_gradient_are_autograds(
+    part: int, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crosskd, "PART", part)
+    torch.manual_seed(0)
+    student, teacher, cotangent = (torch.randn(shape, dtype=torch.float64) + 2 for _ in range(3))
+    student.requires_grad_()
+    mean, std = ([f(x, dim=(0, 2, 3), keepdim=True) for x in (student, teacher)] for f in (torch.mean, torch.std))
+    plain = (student - mean[0]) / (std[0] + 1e-6) * std[1] + mean[1]
+    ours = align_scale(student, teacher)
+    torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-9)
+    found, expected = (torch.autograd.grad(x, student, cotangent)[0] for x in (ours, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_scale_of_maps_in_half_precision_is_found_in_float32() -> None:
+    torch.manual_seed(0)
+    maps = [torch.randn(2, 4, 5, 6).bfloat16() for _ in range(3)]
+    half, single = maps[0].clone().requires_grad_(), maps[0].float().requires_grad_()
+    aligned = align_scale(half, maps[1]), align_scale(single, maps[1].float(), dtype=torch.bfloat16)
+    torch.testing.assert_close(*aligned)
+    for result in aligned:
+        result.backward(maps[2])
+    torch.testing.assert_close(half.grad, single.grad.bfloat16())
+
+
+def test_a_channel_without_deviation_takes_the_teachers_mean() -> None:
+    student, teacher = torch.ones(1, 2, 3, 3, requires_grad=True), torch.randn(1, 2, 3, 3)
+    aligned = align_scale(student, teacher)
+    torch.testing.assert_close(aligned, teacher.mean((2, 3), keepdim=True).expand_as(teacher))
+    aligned.square().sum().backward()
+    assert student.grad.isfinite().all()
 
 
 def test_a_teacher_without_bins_is_compared_by_overlap() -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from yolo_kd.errors import PairError
 from yolo_kd.losses.base import Loss, check_range
 from yolo_kd.losses.ops import EPS, corners, giou_distance, same_shape, target_score_sum, weighted_mean
-from yolo_kd.losses.parts import gap_cross_entropy_sum, weighted_bins_kl
+from yolo_kd.losses.parts import PART, computable, gap_cross_entropy_sum, weighted_bins_kl
 from yolo_kd.views import Pair, Step
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -30,7 +31,58 @@ class TeacherTails(tuple[tuple[nn.Module, nn.Module], ...]):
         return self
 
 
-def align_scale(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
+class _AlignScale(torch.autograd.Function):
+    """`align_scale` channel by channel, with its gradient written out: a part of the channels stays in the cache."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, mean: Tensor, deviation: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        """Return the student's channels at the scale given by its mean and deviation, (C,) each."""
+        output = torch.empty_like(student, dtype=dtype)
+        for s, t_mean, t_std, out in zip(*_channels(student, mean, deviation, output), strict=True):
+            s, std = _centred(s)
+            out.copy_(torch.addcmul(_column(t_mean), s, _column(t_std) / (std + eps)))
+        ctx.save_for_backward(student, deviation)
+        ctx.eps = eps
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient, which flows through the student's mean and deviation too."""
+        student, deviation = ctx.saved_tensors
+        result = torch.empty_like(student)
+        for s, t_std, g, out in zip(*_channels(student, deviation, slope, result), strict=True):
+            s, std = _centred(s)
+            g = computable(g)
+            count = g[:, 0].numel()
+            # a channel of one value has no deviation to go through
+            through = (g * s).sum((0, 2, 3), keepdim=True) / ((std + ctx.eps) * max(count - 1, 1) * std)
+            g = g - g.sum((0, 2, 3), keepdim=True) / count
+            g.addcmul_(s, through.nan_to_num_(0.0, 0.0, 0.0), value=-1)
+            out.copy_(g.mul_(_column(t_std) / (std + ctx.eps)))
+        return result, None, None, None, None
+
+
+def _channels(maps: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cut maps into parts of some channels, and with them what has a value or a map for each channel."""
+    count = maps.shape[1]
+    size = max(1, PART * count // max(maps.numel(), 1)) if maps.device.type == "cpu" else count
+    return (x.split(size, min(x.ndim - 1, 1)) for x in (maps, *others))
+
+
+def _column(values: Tensor) -> Tensor:
+    return values[:, None, None]
+
+
+def _centred(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (B, c, H, W) maps with mean 0 per channel, and their deviations over batch and cells, (1, c, 1, 1)."""
+    maps = computable(maps)
+    count = maps[:, 0].numel()
+    maps = maps - maps.sum((0, 2, 3), keepdim=True) / count
+    return maps, (maps.square().sum((0, 2, 3), keepdim=True) / max(count - 1, 1)).sqrt_()
+
+
+def align_scale(student: Tensor, teacher: Tensor, eps: float = 1e-6, dtype: torch.dtype | None = None) -> Tensor:
     """Give each channel of the student's features the mean and deviation of the teacher's at the same place.
 
     (s - mean(s)) / (std(s) + ε) · std(t) + mean(t), per channel over batch and cells, as in the published code; the
@@ -40,6 +92,7 @@ def align_scale(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
         student: (B, C, H, W) features before the activation, with gradient.
         teacher: (B, C, H, W) features before the activation; detached here.
         eps: ε.
+        dtype: Precision of the result, that of `student` by default; the arithmetic is in float32 at least.
 
     Returns:
         (B, C, H, W).
@@ -48,17 +101,10 @@ def align_scale(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
         ValueError: If shapes differ.
     """
     same_shape(student=student, teacher=teacher)
-    count = student.numel() // student.shape[1]
-    unbiased = count / max(count - 1, 1)  # a single value has no unbiased deviation
-    # the fused kernel of batch normalisation, whose variance is biased and has its ε under the root; what is made up
-    # for afterwards is constant to one part in σ / ε, so that its own gradient is left out
-    normal, _, inverse = torch.native_batch_norm(student, None, None, None, None, True, 0.0, eps**2)
-    biased = inverse.to(student.dtype).pow(-2).sub(eps**2).clamp(min=0).sqrt()
-    rows = teacher.detach().permute(0, 2, 3, 1).flatten(0, 2).to(student.dtype)
-    t_mean = rows.mean(0)
-    t_std = ((rows - t_mean).square_().mean(0) * unbiased).sqrt()
-    scale = t_std * (biased.square() + eps**2).sqrt() / (biased * unbiased**0.5 + eps)
-    return torch.addcmul(t_mean[:, None, None], normal, scale[:, None, None])
+    rows = computable(teacher).permute(0, 2, 3, 1).flatten(0, 2)  # as they lie in the memory of a fast teacher
+    mean = rows.mean(0)
+    deviation = ((rows - mean).square_().sum(0) / max(len(rows) - 1, 1)).sqrt()
+    return _AlignScale.apply(student, mean, deviation, eps, dtype or student.dtype)
 
 
 def crosskd_cls(reused: Tensor, teacher: Tensor, divisor: Tensor | float, beta: float = 1.0) -> Tensor:
@@ -203,10 +249,11 @@ class CrossKD(Loss):
         for i, tails in enumerate(self.tails):
             name, tail = f"{BRANCHES[branch]}{i}", tails[branch]
             feature = _entry(step.student.layers, name, "the student's layers")
-            feature = step.layer(self.adapters[name], feature) if name in self.adapters else feature.float()
-            feature = align_scale(feature, _entry(step.teacher.layers, name, "the teacher's layers"))
-            dtype = next(tail.parameters(), feature).dtype  # a teacher made fast may hold half precision
-            outputs.append(tail(feature.to(dtype)).flatten(2))
+            if name in self.adapters:
+                feature = step.layer(self.adapters[name], feature, as_is=True)
+            teacher = _entry(step.teacher.layers, name, "the teacher's layers")
+            dtype = next(tail.parameters(), teacher).dtype  # a teacher made fast may hold half precision
+            outputs.append(tail(align_scale(feature, teacher, dtype=dtype)).flatten(2))
         return torch.cat(outputs, 2).transpose(1, 2)
 
 
