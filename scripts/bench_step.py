@@ -121,12 +121,15 @@ class Bench:
         nc = len(teacher.names)
         student = DetectionModel(f"{student_name}.yaml", nc=nc, verbose=False)
         student.args = get_cfg(overrides={"imgsz": args.imgsz})
-        layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
+        contiguous = self.device.type == "cpu" and self.autocast is None  # as in a training
+        layout = torch.contiguous_format if contiguous else torch.channels_last
         self.student = student.to(self.device).to(memory_format=layout).train()
         self.upstream = None
         if UPSTREAM in rows:
             whole = DistillationModel(teacher_model=copy.deepcopy(teacher), student_model=copy.deepcopy(self.student))
-            self.upstream = whole.to(self.device).train()
+            # Ultralytics lays the student out for a GPU only, and the teacher not at all
+            layout = torch.contiguous_format if self.device.type == "cpu" else torch.preserve_format
+            self.upstream = whole.to(self.device).to(memory_format=layout).train()
         if args.compile:
             self.student.compile()
         self.native = self.student.init_criterion()

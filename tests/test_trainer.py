@@ -325,21 +325,29 @@ def test_training_keys_of_ultralytics_work(tmp_path: Path, shapes: Path, student
     assert trainer.best.exists()
 
 
-def test_bfloat16_on_the_cpu(tmp_path: Path, shapes: Path, student: Path, teacher: Path) -> None:
+@pytest.mark.parametrize("channels_last", [None, False])
+def test_bfloat16_on_the_cpu(
+    channels_last: bool | None, tmp_path: Path, shapes: Path, student: Path, teacher: Path
+) -> None:
     from yolo_kd.environment import cpu_has_bf16
 
     if not cpu_has_bf16():
         pytest.skip("this processor has no bfloat16 instructions")
-    seen: set[torch.dtype] = set()
-    trainer = make(tmp_path, shapes, student, teacher=str(teacher), kd="ultralytics", amp="bf16", device="cpu")
-    trainer.add_callback(
-        "on_train_start",
-        lambda t: t.model.model[4].register_forward_hook(lambda m, i, o: seen.add(o.dtype) if m.training else None),
-    )
+    seen: set[tuple[torch.dtype, bool]] = set()
+    keys = {"amp": "bf16", "device": "cpu", "channels_last": channels_last}
+    trainer = make(tmp_path, shapes, student, teacher=str(teacher), kd="ultralytics", **keys)
+
+    def look(module: Any, _inputs: Any, output: torch.Tensor) -> None:
+        if module.training:
+            seen.add((output.dtype, output.is_contiguous()))
+
+    trainer.add_callback("on_train_start", lambda t: t.model.model[4].register_forward_hook(look))
     trainer.add_callback("on_train_end", lambda t: t.model.model[4]._forward_hooks.clear())
     trainer.train()
-    assert seen == {torch.bfloat16}
+    assert seen == {(torch.bfloat16, channels_last is False)}
     assert trainer.args.amp == "bf16"
+    saved = torch.load(trainer.last, weights_only=False)["model"]
+    assert all(tensor.is_contiguous() for tensor in saved.state_dict().values())
 
 
 def test_from_python_as_ultralytics_users_would(tmp_path: Path, shapes: Path, student: Path, teacher: Path) -> None:

@@ -219,8 +219,11 @@ class DistillationTrainer(KeepTrainer):
             self.args = args
 
     def set_model_attributes(self) -> None:
-        """Hang the criterion on the student, as soon as the student is on its device."""
+        """Lay the student out and hang the criterion on it, as soon as it is on its device."""
         super().set_model_attributes()
+        if _is_cpu_bf16(vars(self.args), self.device.type) and self.args.channels_last is None:
+            # a fifth faster there; Ultralytics does it on a GPU only
+            self.model = self.model.to(memory_format=torch.channels_last)
         if self.plan is None:
             return
         data = self._data_of_labels or self.data

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -200,14 +200,16 @@ class Step:
         Args:
             kind: Name of the adapter, see `yolo_kd.adapters`.
             level: Index of the level, 0 for the finest.
-            as_is: In the precision in which the adapter ran, for losses that convert part by part; float32 otherwise.
+            as_is: For losses that work part by part: in the precision in which the adapter ran, and on a CPU channel
+                after channel in memory. Otherwise float32, laid out as the adapter left it.
         """
 
         def make() -> Tensor:
             return self.student.features[level] if self._align is None else self._align(kind, level)
 
         feature = self.once(("aligned", kind, level), make)
-        return feature if as_is else self.once(("aligned", kind, level, "float32"), feature.float)
+        convert = partial(planes, feature) if as_is else feature.float
+        return self.once(("aligned", kind, level, as_is), convert)
 
     def layer(self, module: Callable[..., Tensor], *inputs: Tensor, as_is: bool = False) -> Tensor:
         """Run a learned layer of a loss in the precision in which the student's layers run.
@@ -229,16 +231,22 @@ class Step:
     def teacher_feature(self, level: int, as_is: bool = False) -> Tensor:
         """Return the teacher's features of one level, detached, (B, C_teacher, H, W).
 
-        They are laid out like the student's: arithmetic on two memory formats at once is several times slower.
-
         Args:
             level: Index of the level, 0 for the finest.
-            as_is: In the precision in which the teacher ran, for losses that convert part by part; float32 otherwise.
+            as_is: For losses that work part by part: in the precision in which the teacher ran, and on a CPU channel
+                after channel in memory. Otherwise float32, laid out like the student's: arithmetic on two memory
+                formats at once is several times slower.
         """
 
         def make() -> Tensor:
             feature = self.teacher.features[level].detach()
-            return feature.contiguous() if self.student.features[level].is_contiguous() else feature
+            if as_is:
+                return planes(feature)
+            return (feature.contiguous() if self.student.features[level].is_contiguous() else feature).float()
 
-        feature = self.once(("teacher", level), make)
-        return feature if as_is else self.once(("teacher", level, "float32"), feature.float)
+        return self.once(("teacher", level, as_is), make)
+
+
+def planes(maps: Tensor) -> Tensor:
+    """Return maps that lie channel after channel in memory on a CPU, where parts of them are worked on in turn."""
+    return maps.contiguous() if maps.device.type == "cpu" else maps
