@@ -16,6 +16,7 @@ from yolo_kd.taps import (
     LayerTap,
     bins_of,
     channels_of,
+    cut,
     find_layers,
     head_split_points,
     head_tails,
@@ -140,3 +141,16 @@ def test_a_layer_without_one_map_is_refused(tmp_path: Path) -> None:
     model = narrow_model("yolov8n", tmp_path)
     with pytest.raises(ConfigError, match="does not yield one feature map"):
         pair_of(model, model, find_layers(model, ["model.22"], "student"))
+
+
+def test_outputs_cut_in_two_are_slices_and_gradients_come_together() -> None:
+    whole = torch.randn(5, 3, requires_grad=True)
+    raw = {"one2many": {"scores": whole, "feats": [whole, whole * 2]}, "name": "head"}
+    for images in (0, 2, 5):
+        for half, chosen in zip(cut(raw, images), (slice(0, images), slice(images, 5)), strict=True):
+            assert half["name"] == "head"
+            assert torch.equal(half["one2many"]["scores"], whole[chosen])
+            assert torch.equal(half["one2many"]["feats"][1], whole[chosen] * 2)
+    first, second = cut(raw, 2)
+    (first["one2many"]["scores"].sum() + 3 * second["one2many"]["feats"][1].sum()).backward()
+    assert torch.equal(whole.grad, torch.tensor([1.0, 1, 6, 6, 6])[:, None].expand(5, 3))

@@ -16,7 +16,7 @@ from yolo_kd.guards import tensors_of
 from yolo_kd.parallel import touch
 from yolo_kd.pool import Pool
 from yolo_kd.pool_data import POOL_MARK, pool_part
-from yolo_kd.taps import labels_of, loss_names_of, part_of, targets_of, view_of, weighted_by, without_classes
+from yolo_kd.taps import cut, labels_of, loss_names_of, part_of, targets_of, view_of, weighted_by, without_classes
 from yolo_kd.views import Step, View
 
 SEEN, UNSEEN = "pool_obj", "pool_none"
@@ -83,31 +83,36 @@ class PoolCriterion(DistillationCriterion):
         own, others = slice(0, images - unlabelled), slice(images - unlabelled, images)
         # pool images have no labels, so all labels of the batch are those of the labelled images
         labelled = {**batch, "img": batch["img"][own]}
+        first, second = cut(predictions, own.stop)
         shielded = self.shielded(predictions, batch)
-        native = self.native(part_of(shielded, own), labelled) if unlabelled < images else None
+        shielded = first if shielded is predictions else part_of(shielded, own)
+        native = self.native(shielded, labelled) if unlabelled < images else None
         assignment = self._tap.take() if self._tap else None
         teacher = batch[TEACHER_VIEW]
         teacher = teacher if isinstance(teacher, View) else teacher.take()  # after the native loss: it may still run
         layers = self.layers.take() if self.layers else {}
+        first_layers, second_layers = cut(layers, own.stop)
         student = view_of(predictions, self._student, layers)
         parts = []
         if native is not None:
             targets = targets_of(labelled, assignment) if self._reads_boxes else None
-            steps = self._distiller.steps(student.part(own), teacher.part(own), targets, self.progress)
+            view = view_of(first, self._student, first_layers)
+            steps = self._distiller.steps(view, teacher.part(own), targets, self.progress)
             parts.append(Part(images - unlabelled, native[0], native[1], steps))
         seen = teacher.part(others)
         known = seen if self._classes is None else self._classes.teacher_view(seen)  # what both models have
         if unlabelled:
-            parts.append(self._unlabelled(predictions, batch, student, seen, known, others))
+            view = view_of(second, self._student, second_layers)
+            parts.append(self._unlabelled(second, batch, view, seen, known, others))
         task = self._task(parts, student, images)
         if self.whole_graph:
             task = touch(task, predictions)
         acting = [part for part in parts if part.steps]
         if acting:
-            first = acting[0]
-            loss = task.new_zeros(()) if first.loss is None else first.loss.sum() / first.images
+            looked = acting[0]
+            loss = task.new_zeros(()) if looked.loss is None else looked.loss.sum() / looked.images
             # the whole student's view, which is where both losses of the part meet
-            self._look(loss, student, first.steps)
+            self._look(loss, student, looked.steps)
         values = {id(part): self._distiller(part.steps, self.close_mosaic) for part in acting}
         total = sum(part.images for part in acting)
         terms = {
@@ -129,12 +134,11 @@ class PoolCriterion(DistillationCriterion):
         return vector, {**items, **self._distiller.weights(), **about_pool}
 
     def _unlabelled(
-        self, predictions: Any, batch: Mapping[str, Any], student: View, seen: View, known: View, chosen: slice
+        self, raw: Any, batch: Mapping[str, Any], student: View, seen: View, known: View, chosen: slice
     ) -> Part:
         """Return what the pool images contribute; `known` is what the teacher has `seen` of classes that both have."""
         pool = self._pool
         images = batch["img"][chosen]
-        raw = part_of(predictions, chosen)
         reads = self._distiller.reads if pool.distils else frozenset()
         labels: dict[str, Any] = {"img": images}
         found: Detections | None = None
@@ -157,9 +161,7 @@ class PoolCriterion(DistillationCriterion):
         steps = {}
         if pool.distils:
             targets = targets_of(labels, assignment) if found is not None and self._reads_boxes else None
-            steps = self._distiller.steps(
-                student.part(chosen), seen, targets, self.progress, continues=chosen.start > 0
-            )
+            steps = self._distiller.steps(student, seen, targets, self.progress, continues=chosen.start > 0)
         return Part(len(images), loss, items, steps)
 
     @property

@@ -419,6 +419,22 @@ def part_of(predictions: Any, images: slice) -> Any:
     return predictions[images] if isinstance(predictions, Tensor) else predictions
 
 
+def cut(predictions: Any, images: int) -> tuple[Any, Any]:
+    """Return raw training outputs of the first images of a batch, and of the others.
+
+    Where both are used, going back is one pass; slices would each fill a whole batch with zeros.
+    """
+    if isinstance(predictions, Mapping):
+        pairs = {name: cut(value, images) for name, value in predictions.items()}
+        return {k: first for k, (first, _) in pairs.items()}, {k: second for k, (_, second) in pairs.items()}
+    if isinstance(predictions, list | tuple):
+        both = [cut(value, images) for value in predictions]
+        return [first for first, _ in both], [second for _, second in both]
+    if isinstance(predictions, Tensor):
+        return predictions.split([images, len(predictions) - images])
+    return predictions, predictions
+
+
 def branches_of(native: Any) -> list[Any]:
     """Return the parts of a native loss that assign labels: one, or for an end-to-end head two."""
     return [native.one2many, native.one2one] if hasattr(native, "one2many") else [native]
