@@ -112,15 +112,13 @@ class Bench:
         self.clock = time.process_time if args.cpu_time else time.perf_counter
         self.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
         teacher_name, student_name = PAIRS[args.pair]
-        if args.teacher is None:
-            teacher = DetectionModel(f"{teacher_name}.yaml", nc=80, verbose=False).eval().requires_grad_(False)
-            detector = LoadedDetector(teacher, {}, Path(teacher_name), "")
-        else:
-            detector = load_detector(args.teacher, role="teacher")
-            teacher = detector.model.requires_grad_(False)
-        nc = len(teacher.names)
+        detector = load_detector(args.teacher, role="teacher") if args.teacher else None
+        nc = 80 if detector is None else len(detector.model.names)
         student = DetectionModel(f"{student_name}.yaml", nc=nc, verbose=False)
         student.args = get_cfg(overrides={"imgsz": args.imgsz})
+        if detector is None:
+            detector = LoadedDetector(DetectionModel(f"{teacher_name}.yaml", nc=nc, verbose=False), {}, Path(), "")
+        teacher = detector.model.eval().requires_grad_(False)
         contiguous = self.device.type == "cpu" and self.autocast is None  # as in a training
         layout = torch.contiguous_format if contiguous else torch.channels_last
         self.student = student.to(self.device).to(memory_format=layout).train()
