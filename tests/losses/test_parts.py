@@ -195,3 +195,18 @@ def test_standardising_and_its_way_back(shape: tuple[int, ...]) -> None:
     ours, back = standardise_and_back(feature)
     torch.testing.assert_close(ours, expected.detach(), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(back(slope), gradient, rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_that_float16_cannot_hold_survive_until_they_are_scaled() -> None:
+    student, teacher = draw(3, 5, 4).half().requires_grad_(), draw(3, 5, 4, seed=1)
+    tiny, loss_scale = 1e-9, 2.0**16
+
+    def function(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        assert s.dtype == torch.float32
+        return tiny * (s - t).square().sum(), 2 * tiny * (s.detach() - t)
+
+    (sum_in_parts(function, student, teacher.float()) * loss_scale).backward()
+    expected = 2 * tiny * loss_scale * (student.detach().float() - teacher.float())
+    assert student.grad.dtype == torch.float16
+    torch.testing.assert_close(student.grad.float(), expected, rtol=1e-2, atol=1e-7)
+    assert (student.grad != 0).sum() > 50

@@ -34,6 +34,8 @@ class _InParts(torch.autograd.Function):
         (student, *others), whole = tensors[: len(tensors) - shared], tensors[len(tensors) - shared :]
         at_once = student.device.type != "cpu"  # elsewhere passes are cheap and launches are not
         step = student.shape[dim] if at_once else max(1, PART * student.shape[dim] // max(student.numel(), 1))
+        # a loss scaler lifts gradients that float16 cannot hold, but only once they are multiplied
+        kept = torch.float32 if student.dtype == torch.float16 else student.dtype
         values: list[Tensor] = []
         slopes: list[Tensor] = []  # for each part of each sum
         totals: list[Tensor] = []  # for each shared tensor of each sum
@@ -42,7 +44,7 @@ class _InParts(torch.autograd.Function):
             with torch.autocast(student.device.type, enabled=False), torch.enable_grad():
                 answers = function(leaves[0], *map(computable, rest), *leaves[1:])
             values.append(torch.stack([answer[0].detach() for answer in answers]))
-            slopes += [answer[1].detach().to(student.dtype) for answer in answers]
+            slopes += [answer[1].detach().to(kept) for answer in answers]
             own = [slope.detach() for answer in answers for slope in answer[2:]]
             totals = [a + b for a, b in zip(totals, own, strict=True)] if totals else own
         ctx.save_for_backward(*slopes, *totals)
@@ -59,9 +61,13 @@ class _InParts(torch.autograd.Function):
         slots = gradient.split(ctx.step, ctx.dim)
         slopes, totals = ctx.saved_tensors[: sums * len(slots)], ctx.saved_tensors[sums * len(slots) :]
         for k, slot in enumerate(slots):
-            torch.mul(slopes[sums * k], scales[0].to(slot.dtype), out=slot)
-            for scale, slope in zip(scales[1:], slopes[sums * k + 1 : sums * (k + 1)], strict=True):
-                slot.addcmul_(slope, scale.to(slot.dtype))
+            first, *more = slopes[sums * k : sums * (k + 1)]
+            total = slot if slot.dtype == first.dtype else torch.empty_like(first)
+            torch.mul(first, scales[0].to(first.dtype), out=total)
+            for scale, slope in zip(scales[1:], more, strict=True):
+                total.addcmul_(slope, scale.to(slope.dtype))
+            if total is not slot:
+                slot.copy_(total)
         whole = [
             torch.stack([t * s.to(t.dtype) for t, s in zip(totals[i :: ctx.shared], scales, strict=True)]).sum(0)
             for i in range(ctx.shared)
