@@ -241,13 +241,13 @@ class Bench:
         distiller = self.distillers.get(name)
         self.student.criterion = self.native
         criterion: DistillationCriterion | None = None
-        if distiller is not None and self.pool is not None:
-            batch = dict(self.mixed)
-            criterion = PoolCriterion(self.student, distiller, native=self.native, pool=self.pool)
-        elif distiller is not None:
-            criterion = DistillationCriterion(self.student, distiller, native=self.native)
-        if distiller is not None and criterion is not None:
-            split = any(t.loss.head_split for t in distiller.terms.values())
+        if distiller is not None:
+            if self.pool is None:
+                criterion = DistillationCriterion(self.student, distiller, native=self.native)
+            else:
+                batch = dict(self.mixed)
+                criterion = PoolCriterion(self.student, distiller, native=self.native, pool=self.pool)
+            _, split = self._reading(name)
             criterion.layers = LayerTap(head_split_points(self.student)) if split else None
             criterion.progress = 0.1
             self.student.criterion = criterion

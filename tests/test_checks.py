@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,7 +60,11 @@ def found(report: Report, level: str, *parts: str) -> bool:
 # ------------------------------------------------------------------------------------------------- the whole check
 
 
-def test_a_pair_that_fits(few: None, shapes: Path, student: Path, teacher: Path) -> None:
+def test_a_pair_that_fits(
+    few: None, shapes: Path, student: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # on models this small and a busy machine the clock would say anything; work done is work done
+    monkeypatch.setattr(terms.time, "perf_counter", time.process_time)
     report = check(asked(teacher, student, shapes, kd="objectness_fgd"))
     assert report.verdict in (READY, WARNED), texts(report, "error")
     facts = report.to_dict()
@@ -75,9 +80,7 @@ def test_a_pair_that_fits(few: None, shapes: Path, student: Path, teacher: Path)
     assert facts["accuracy"]["images"] == 8
     cost = facts["cost"]
     assert cost["with_teacher_and_terms"]["megabytes"] > cost["student_alone"]["megabytes"] > 1
-    # with models this small, how long a step takes is noise
-    seconds = [cost[name]["seconds"] for name in ("with_teacher_and_terms", "student_alone")]
-    assert cost["step_ratio"] == pytest.approx(seconds[0] / seconds[1])
+    assert cost["step_ratio"] > 1
     assert cost["steps_per_epoch"] == 2
     text = report.to_text()
     assert text.splitlines()[-1].startswith(f"verdict: {report.verdict}")

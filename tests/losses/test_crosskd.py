@@ -12,7 +12,7 @@ from torch import nn
 from tests.golden_vectors import Golden, assert_gradient, cases
 from tests.loss_contract import Facts, make_loss, make_pair, make_step, make_tails
 from yolo_kd.errors import PairError
-from yolo_kd.losses import crosskd
+from yolo_kd.losses import parts
 from yolo_kd.losses.crosskd import BOX_STRENGTH, CLS_STRENGTH, CrossKD, align_scale, crosskd_box, crosskd_cls
 from yolo_kd.losses.ops import corners, giou_distance
 from yolo_kd.views import Step
@@ -77,7 +77,7 @@ def test_scale_alignment_equals_the_published_code(case: Golden) -> None:
 def test_scale_and_its_gradient_are_autograds(
     part: int, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(crosskd, "PART", part)
+    monkeypatch.setattr(parts, "PART", part)
     torch.manual_seed(0)
     student, teacher, cotangent = (torch.randn(shape, dtype=torch.float64) + 2 for _ in range(3))
     student.requires_grad_()

@@ -14,7 +14,7 @@ from tests.golden_vectors import assert_gradient, cases
 from tests.loss_contract import BOXES, IMAGE, make_loss, make_pair, make_step
 from tests.losses.test_boxes import flat, slow_weights
 from yolo_kd.errors import PairError
-from yolo_kd.losses import fgd
+from yolo_kd.losses import parts
 from yolo_kd.losses.fgd import CELLS, CHANNELS, FGD, OBJECTS, STRENGTH, ContextBlock, fgd_sums, focal_masks, normalise
 from yolo_kd.losses.ops import attention
 from yolo_kd.views import Step
@@ -115,7 +115,7 @@ def test_sums_equal_the_loop():
 
 @pytest.mark.parametrize("part", [1, 2**18])
 def test_gradients_of_map_and_contexts_are_autograds(part, monkeypatch):
-    monkeypatch.setattr(fgd, "PART", part)
+    monkeypatch.setattr(parts, "PART", part)
     torch.manual_seed(0)
     student, teacher = (torch.randn(3, 4, 5, 6, dtype=torch.float64) for _ in range(2))
     student.requires_grad_()

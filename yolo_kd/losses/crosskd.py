@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from yolo_kd.errors import PairError
 from yolo_kd.losses.base import Loss, check_range
 from yolo_kd.losses.ops import EPS, corners, giou_distance, same_shape, target_score_sum, weighted_mean
-from yolo_kd.losses.parts import PART, computable, gap_cross_entropy_sum, weighted_bins_kl
+from yolo_kd.losses.parts import computable, gap_cross_entropy_sum, part_length, weighted_bins_kl
 from yolo_kd.views import Pair, Step, planes
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -65,8 +65,7 @@ class _AlignScale(torch.autograd.Function):
 
 def _channels(maps: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Cut maps into parts of some channels, and with them what has a value or a map for each channel."""
-    count = maps.shape[1]
-    size = max(1, PART * count // max(maps.numel(), 1)) if maps.device.type == "cpu" else count
+    size = part_length(maps, 1)
     return (x.split(size, min(x.ndim - 1, 1)) for x in (maps, *others))
 
 

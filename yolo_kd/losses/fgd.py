@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from yolo_kd.losses.base import Loss, check_levels, check_range
 from yolo_kd.losses.boxes import box_cells, cell_weights, paint
 from yolo_kd.losses.ops import EPS, attention, same_shape
-from yolo_kd.losses.parts import PART, computable
+from yolo_kd.losses.parts import computable, part_length
 from yolo_kd.views import Pair, Step
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -114,7 +114,7 @@ class PairMoments(torch.autograd.Function):
         t_bias: Tensor,
     ) -> tuple[Tensor, ...]:
         """Compute the nine sums."""
-        size = _images_at_once(student)
+        size = part_length(student)
         parts, kept = [], []
         for s, t in zip(student.split(size), teacher.split(size), strict=True):
             s, t = computable(s), computable(t)
@@ -145,7 +145,7 @@ class PairMoments(torch.autograd.Function):
     @staticmethod
     def _gradient(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher, weight, *kept = ctx.saved_tensors
-        size = _images_at_once(student)
+        size = part_length(student)
         result = torch.empty_like(student)
         masks = [weight.new_zeros(n) for n in (len(weight), 1, len(weight), 1)]
         columns = (student, teacher, *kept, *gradients[:6], gradients[8], result)
@@ -164,11 +164,6 @@ class PairMoments(torch.autograd.Function):
             left = torch.stack([g_d, g_x.squeeze(2), weight.expand_as(a)], 2)
             slot.copy_(out.baddbmm_(left, torch.stack([cells, p, g_m], 1)))
         return result, None, None, *masks
-
-
-def _images_at_once(maps: Tensor) -> int:
-    """Return how many images of (B, C, HW) maps to work on at once: all but on a CPU, where the cache is small."""
-    return max(1, PART // maps[0].numel()) if maps.device.type == "cpu" else len(maps)
 
 
 def _through_context(flat: Tensor, p: Tensor, slope: Tensor, mask: Sequence[Tensor]) -> Tensor:

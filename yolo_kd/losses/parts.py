@@ -25,6 +25,12 @@ Part = Callable[..., Answer]
 Parts = Callable[..., Sequence[tuple[Tensor, ...]]]
 
 
+def part_length(tensor: Tensor, dim: int = 0) -> int:
+    """Return how much of a dimension to work on at once: a part on a CPU, all where launches cost and passes do not."""
+    length = tensor.shape[dim]
+    return max(1, PART * length // max(tensor.numel(), 1)) if tensor.device.type == "cpu" else length
+
+
 class _InParts(torch.autograd.Function):
     """Find sums and gradients, part by part, in the forward pass; the backward pass scales and adds the latter."""
 
@@ -32,8 +38,7 @@ class _InParts(torch.autograd.Function):
     def forward(ctx: Any, function: Parts, dim: int, shared: int, *tensors: Tensor) -> Tensor:
         """Return all sums over the parts as a vector; the last `shared` tensors are not cut."""
         (student, *others), whole = tensors[: len(tensors) - shared], tensors[len(tensors) - shared :]
-        at_once = student.device.type != "cpu"  # elsewhere passes are cheap and launches are not
-        step = student.shape[dim] if at_once else max(1, PART * student.shape[dim] // max(student.numel(), 1))
+        step = part_length(student, dim)
         # a loss scaler lifts gradients that float16 cannot hold, but only once they are multiplied
         kept = torch.float32 if student.dtype == torch.float16 else student.dtype
         values: list[Tensor] = []
