@@ -171,6 +171,29 @@ def test_an_arm_that_fails_is_in_the_report(tmp_path: Path, shapes: Path, models
     assert "bad: no result" in page
 
 
+@pytest.mark.e2e
+def test_a_pool_without_labels_and_a_teacher_of_other_classes(
+    tmp_path: Path, shapes: Path, models: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No arm needs training labels, and a teacher that cannot be evaluated on the data set is no failure."""
+    root = shapes.parent
+    data, arms = tmp_path / "data.yaml", tmp_path / "arms.yaml"
+    data.write_text(f"path: {root}\nval: {root / 'images' / 'val'}\nnames: [circle, square, triangle]\n")
+    arms.write_text(
+        "distill: {kd: objectness, unlabeled_mode: distill}\nboth: {kd: objectness, unlabeled_mode: both}\n"
+    )
+    teacher = narrow_checkpoint("yolov8n", tmp_path, nc=2, names={0: "ball", 1: "box"}, width=0.25, file="other.pt")
+    keys = {"unlabeled": root / "images" / "train", "class_map": "{ball: circle, box: square}"}
+    given = words(tmp_path, data, (teacher, models[1]), arms=arms, seeds=1, epochs=1, **keys)
+    assert main(["compare", *given]) == 0
+    printed = capsys.readouterr()
+    assert "FAILED" not in printed.out + printed.err
+    summary = json.loads((tmp_path / "c" / "summary.json").read_text())
+    assert [arm["runs"] for arm in summary["arms"]] == [1, 1]
+    assert summary["problems"] == summary["teachers"] == []
+    assert any(note.startswith("The teacher other.pt has no row of its own: a model of 2") for note in summary["notes"])
+
+
 def test_everything_is_checked_before_the_first_training(
     tmp_path: Path, shapes: Path, models: tuple[Path, Path]
 ) -> None:

@@ -13,6 +13,7 @@ from ultralytics import YOLO
 from tests.models import narrow_checkpoint
 from yolo_kd.compare import evaluate as module
 from yolo_kd.compare.evaluate import (
+    OtherClassesError,
     Settings,
     audit_of,
     evaluate,
@@ -24,7 +25,6 @@ from yolo_kd.compare.evaluate import (
     settings_of,
 )
 from yolo_kd.compare.sizes import ImageResult
-from yolo_kd.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -136,5 +136,5 @@ def test_a_model_with_more_classes_counts_in_those_of_the_data(tmp_path: Path, s
     assert found["metrics"] == pytest.approx(plain["metrics"], abs=1e-6)
     assert found["sizes"] == plain["sizes"]
     strange = narrow_checkpoint("yolov8n", tmp_path / "s", nc=2, names={0: "a", 1: "b"})
-    with pytest.raises(CheckpointError, match=r"a model of 2 classes \(a, b\) cannot be evaluated on this data set"):
+    with pytest.raises(OtherClassesError, match=r"a model of 2 classes \(a, b\) cannot be evaluated on this data set"):
         evaluate(strange, settings, tmp_path / "cache")

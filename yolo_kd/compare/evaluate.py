@@ -28,8 +28,14 @@ from yolo_kd.checkpoints import load_checkpoint_file, load_detector, quiet, rest
 from yolo_kd.classes import indices_of, short
 from yolo_kd.compare.runs import fingerprint, write_text
 from yolo_kd.compare.sizes import ImageResult, ap_by_size
+from yolo_kd.datafiles import optional_train
 from yolo_kd.errors import CheckpointError
 from yolo_kd.taps import strides_of
+
+
+class OtherClassesError(CheckpointError):
+    """A model cannot be evaluated on a data set: it has neither the data set's classes nor as many."""
+
 
 METRICS = ("mAP50-95", "mAP50", "precision", "recall")
 # keys of a training that also change how a checkpoint is evaluated
@@ -91,7 +97,7 @@ class Recorder(DetectionValidator):
         if (found := indices_of(ours, theirs)) is not None:
             self.index_of = found
         elif len(theirs) != len(ours):
-            raise CheckpointError(
+            raise OtherClassesError(
                 f"a model of {len(theirs)} classes ({short(theirs)}) cannot be evaluated on this data set: it does not "
                 f"have the data set's {len(ours)} ({short(ours)})."
             )
@@ -145,6 +151,7 @@ def evaluate(checkpoint: Path, settings: Settings, cache: Path) -> dict[str, Any
 
     Raises:
         CheckpointError: If the checkpoint cannot be loaded.
+        OtherClassesError: If it does not know the data set's classes.
     """
     digest = sha256(checkpoint)
     key = fingerprint([_VERSION, digest, settings.data, settings.splits, dict(settings.keys)])
@@ -177,7 +184,7 @@ def _validate(checkpoint: Path, settings: Settings, split: str) -> tuple[dict[st
 
     scratch = tempfile.mkdtemp(prefix="yolo_kd-")
     try:
-        with restricted_loading(settings.trust), quiet():
+        with restricted_loading(settings.trust), optional_train(), quiet():
             metrics = YOLO(str(checkpoint), task="detect").val(
                 validator=recorder, data=settings.data, split=split, plots=False, verbose=False, save_dir=scratch,
                 **settings.keys,

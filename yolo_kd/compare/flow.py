@@ -14,7 +14,15 @@ from ultralytics.data import build_yolo_dataset
 
 from yolo_kd.checkpoints import quiet, restricted_loading
 from yolo_kd.compare.arms import DISTILLED, Arm, Comparison, parse_compare
-from yolo_kd.compare.evaluate import Settings, audit_of, evaluate, export_onnx, onnx_latency, settings_of
+from yolo_kd.compare.evaluate import (
+    OtherClassesError,
+    Settings,
+    audit_of,
+    evaluate,
+    export_onnx,
+    onnx_latency,
+    settings_of,
+)
 from yolo_kd.compare.progress import Progress
 from yolo_kd.compare.report import write_report
 from yolo_kd.compare.results import summarise, teacher_of
@@ -23,6 +31,7 @@ from yolo_kd.compare.training import train_all
 from yolo_kd.environment import check_cpu_bf16, check_torchvision
 from yolo_kd.errors import ConfigError, YoloKDError
 from yolo_kd.plan import check_models, check_pool, make_plan, read_dataset
+from yolo_kd.pool import Pool
 
 
 def compare(arguments: Sequence[str]) -> int:
@@ -102,7 +111,8 @@ def check_all(comparison: Comparison, open_arms: Collection[str]) -> dict[str, A
     if problems:
         raise ConfigError(problems)
     keys = comparison.arms[0].options.ultralytics
-    return read_dataset(keys["data"], keys.get("split") or "val")
+    pooled = all(Pool.of(arm.options.pool) is not None for arm in comparison.arms)
+    return read_dataset(keys["data"], keys.get("split") or "val", train_optional=pooled)
 
 
 def _check(arm: Arm) -> None:
@@ -129,13 +139,14 @@ def measure(comparison: Comparison, runs: Sequence[Run], data: dict[str, Any]) -
     """
     folder = comparison.folder
     problems: list[str] = []
+    notes: list[str] = []
     trust = any(arm.options.trust_checkpoints for arm in comparison.arms)
     settings = settings_of(keys_of(comparison.arms[0]), data, trust)
     evaluations: dict[str, dict[str, Any]] = {}
     say("Evaluating on " + " and ".join(settings.splits))
     teachers = {}
     for path in dict.fromkeys(t for arm in comparison.arms if (t := teacher_of(arm)) and t.endswith(".pt")):
-        if result := _tried(partial(evaluate, Path(path), settings, folder / "evaluations"), path, problems):
+        if result := _tried(partial(_of_teacher, path, settings, folder / "evaluations", notes), path, problems):
             teachers[path] = result
     finished = [run for run in runs if run.status == FINISHED]
     for run in finished:
@@ -149,7 +160,7 @@ def measure(comparison: Comparison, runs: Sequence[Run], data: dict[str, Any]) -
     for name, first in firsts.items():
         if first and first.arm.kind == DISTILLED:
             audits[name] = _tried(partial(audit_of, first.best, trust), f"audit of {name}", problems) or []
-    summary = summarise(comparison, runs, evaluations, teachers, latencies, audits, settings, problems)
+    summary = summarise(comparison, runs, evaluations, teachers, latencies, audits, settings, problems, notes)
     parts = {
         "settings": settings,
         "evaluations": evaluations,
@@ -159,6 +170,15 @@ def measure(comparison: Comparison, runs: Sequence[Run], data: dict[str, Any]) -
         "names": data["names"],
     }
     return summary, parts
+
+
+def _of_teacher(path: str, settings: Settings, cache: Path, notes: list[str]) -> dict[str, Any] | None:
+    """Evaluate a teacher; one of other classes (class_map=) teaches, but has no metrics here, which is no failure."""
+    try:
+        return evaluate(Path(path), settings, cache)
+    except OtherClassesError as error:
+        notes.append(f"The teacher {Path(path).name} has no row of its own: {error}")
+        return None
 
 
 def latencies_of(

@@ -32,6 +32,7 @@ def summarise(
     audits: Mapping[str, Sequence[Mapping[str, Any]]],
     settings: Settings,
     problems: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return everything that the report says, as plain data.
 
@@ -44,6 +45,7 @@ def summarise(
         audits: Audit of the first batch by the arm's name.
         settings: How checkpoints were evaluated.
         problems: What went wrong besides trainings, a sentence each.
+        notes: What else a reader has to know, a sentence each.
     """
     headline = "test" if "test" in settings.splits else "val"
     found = {arm.name: [r for r in runs if r.arm.name == arm.name and r.name in evaluations] for arm in comparison.arms}
@@ -71,7 +73,7 @@ def summarise(
         "teachers": [_teacher(path, result, latencies) for path, result in teachers.items()],
         "arms": arms,
         "runs": [_run(run, evaluations.get(run.name)) for run in runs],
-        "notes": _notes(comparison, runs, arms, headline, settings),
+        "notes": [*_notes(comparison, runs, arms, headline, settings), *notes],
         "problems": [*problems, *(f"{run.name}: {run.error}" for run in runs if run.status == FAILED)],
         "commands": {
             "comparison": shlex.join(["yolo-kd", "compare", *comparison.command]),
