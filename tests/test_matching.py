@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 from ultralytics import YOLO
+from ultralytics.engine.validator import BaseValidator
 from ultralytics.nn.tasks import DetectionModel
 
 from tests.models import narrow_checkpoint
@@ -237,7 +239,9 @@ def check_between(start: Path, trained: Any, finished: Any, new: list[int]) -> N
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("family", ["yolov8n", "yolo26n"])
-def test_new_classes_beside_old_ones(family: str, tmp_path: Path, shapes: Path) -> None:
+def test_new_classes_beside_old_ones(
+    family: str, tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Self-distillation: the run begins where the student was, goes on after an interruption, and ends plain."""
     own = narrow_checkpoint(family, tmp_path, names={0: "cat", 1: "Square", 2: "dog"}, seed=4, file="own.pt")
     data = renamed(shapes, tmp_path, "dot", "square", "wedge")
@@ -259,6 +263,26 @@ def test_new_classes_beside_old_ones(family: str, tmp_path: Path, shapes: Path) 
         if t.epoch == 0:
             raise KeyboardInterrupt
 
+    def ema_of(t: Any) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in t.ema.ema.state_dict().items()}
+
+    def judge(validator: Any, trainer: Any = None, model: Any = None) -> Any:
+        if trainer is not None:
+            seen["judged"] = ema_of(trainer)
+        return judged(validator, trainer, model)
+
+    def compare(t: Any) -> None:
+        """What validation saw is the student that would be handed out, and training goes on from the other."""
+        expected = deepcopy(t.ema.ema)
+        t._blend.apply(expected, new=[3, 4])
+        for name, tensor in expected.state_dict().items():
+            assert torch.equal(seen["judged"][name], tensor), name
+        for name, tensor in seen["trained"].items():
+            assert torch.equal(t.ema.ema.state_dict()[name], tensor), name
+        seen["moved"] = sum(not torch.equal(seen["judged"][n], tensor) for n, tensor in seen["trained"].items())
+
+    judged = BaseValidator.__call__
+    monkeypatch.setattr(BaseValidator, "__call__", judge)
     trainer.add_callback("on_train_start", look)
     trainer.add_callback("on_fit_epoch_end", stop)
     with pytest.raises(KeyboardInterrupt):
@@ -269,7 +293,10 @@ def test_new_classes_beside_old_ones(family: str, tmp_path: Path, shapes: Path) 
     assert trainer.audit_rows
     resumed = DistillationTrainer(overrides={"resume": str(trainer.last)})
     resumed.add_callback("on_train_start", look)
+    resumed.add_callback("on_train_epoch_end", lambda t: seen.update(trained=ema_of(t)))
+    resumed.add_callback("on_fit_epoch_end", compare)
     resumed.train()
+    assert seen["moved"] > 10
     assert seen["kept"].confidence == 0.001  # also where Ultralytics replaces the criterion
     check_between(own, resumed.ema.ema, YOLO(resumed.last).model, new=[3, 4])
     assert len(rows_of(resumed.save_dir)) == 3

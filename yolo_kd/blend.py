@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -58,6 +59,18 @@ class Blend:
             if name in rows:
                 blended[list(new)] = tensor[list(new)].float().cpu()
             tensor.copy_(blended)
+
+    @contextmanager
+    def applied(self, student: nn.Module, new: Sequence[int]) -> Iterator[None]:
+        """Let a trained student stand where the finished one will, for the duration; arguments as for `apply`."""
+        state = student.state_dict()
+        trained = {name: state[name].clone() for name in self.start}
+        self.apply(student, new)
+        try:
+            yield
+        finally:
+            for name, tensor in trained.items():
+                state[name].copy_(tensor)
 
 
 def blend_checkpoint(checkpoint: dict[str, Any], blend: Blend, new: Sequence[int]) -> None:

@@ -23,7 +23,7 @@ class KeepTrainer(PoolTrainer):
 
     - The head has all classes, and labels count in them.
     - Only the head is trained, unless `freeze` says otherwise.
-    - The finished student stands between its start and what training made of it.
+    - The finished student stands between its start and what training made of it, and so does the one that is validated.
     """
 
     _kept: KeptClasses | None = None
@@ -98,6 +98,13 @@ class KeepTrainer(PoolTrainer):
         optimizer.register_state_dict_post_hook(save)
         optimizer.register_load_state_dict_pre_hook(load)
         return optimizer
+
+    def validate(self) -> Any:
+        """Judge the student that the run would hand out now, so that the best of these makes the best epoch."""
+        if self._kept is None or self._blend is None or self.ema is None:
+            return super().validate()
+        with self._blend.applied(self.ema.ema, self._kept.new):
+            return super().validate()
 
     def finish_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the finished student back towards its start."""
