@@ -15,6 +15,7 @@ labels. The list names the training images that keep their labels, one stem a li
     all_kd     all labels, distilled
     none_distill, none_pseudo, none_both   no label at all: every training image is in the pool
 
+An arm with a pool takes another unlabeled_ratio= after a sign: both@4 has four images of the pool for each labelled one.
 A list of few images is repeated, so that an epoch of every arm has as many steps. A run that is finished is not
 repeated, one that was interrupted goes on. The table that is printed has mean and spread over the seeds, and the paired
 difference to `hard` and to `all` with its 95 % interval.
@@ -66,13 +67,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--teacher", type=Path, required=True, help="teacher that was trained on all labels")
     parser.add_argument("--student", default="yolov8n.yaml", help="student: model YAML or checkpoint")
     parser.add_argument("--kd", default=DEFAULT_RECIPE, help="recipe of the distilled arms")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="arms to train")
+    parser.add_argument("--arms", nargs="+", type=known_arm, default=list(ARMS), help="arms to train")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm")
     parser.add_argument("--hard", type=float, default=0.4, help="least confidence of a plain pseudo-label")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, one thread each")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("keys", nargs="*", help="keys of all trainings, such as epochs=30 imgsz=320")
     return parser.parse_args()
+
+
+def known_arm(word: str) -> str:
+    """Return an arm as it was written, if there is one of that name."""
+    arm, _, ratio = word.partition("@")
+    if arm not in ARMS or (ratio and arm not in POOL_ARMS):
+        raise argparse.ArgumentTypeError(f"'{word}' is no arm. Arms: {', '.join(ARMS)}; both@4 for another ratio.")
+    return word
 
 
 def image_size(args: argparse.Namespace) -> int:
@@ -141,9 +150,11 @@ def keys_of(args: argparse.Namespace, arm: str, data: dict[str, Path]) -> list[s
         return [f"data={data[arm]}", "kd=none"]
     if arm in ("few_kd", "all_kd"):
         return [f"data={data[arm.removesuffix('_kd')]}", *distilled]
-    if arm in POOL_ARMS:
+    mode, _, ratio = arm.partition("@")
+    if mode in POOL_ARMS:
         once = data["few"].with_name("few_once.yaml")
-        return [f"data={once}", *distilled, f"unlabeled={data['pool']}", f"unlabeled_mode={arm}"]
+        pool = [f"unlabeled={data['pool']}", f"unlabeled_mode={mode}"]
+        return [f"data={once}", *distilled, *pool, *([f"unlabeled_ratio={ratio}"] if ratio else [])]
     mode = arm.removeprefix("none_")
     return [f"data={data['none']}", *distilled, f"unlabeled={data['everything']}", f"unlabeled_mode={mode}"]
 

@@ -129,7 +129,7 @@ def test_few_labels_and_a_pool(shapes: Path, tmp_path: Path) -> None:
     (tmp_path / "few.txt").write_text("".join(f"{stem}\n" for stem in stems[:3]))
     words = ["--data", str(shapes.parent), "--labels", str(tmp_path / "few.txt"), "--teacher", str(teacher)]
     words += ["--student", str(teacher), "--kd", "objectness", "--seeds", "1", "--out", str(tmp_path / "out")]
-    arms = ["few", "hard", "both", "all", "none_distill"]
+    arms = ["few", "hard", "both@2", "all", "none_distill"]
     words += ["--arms", *arms, "--", "epochs=1", "imgsz=64", "batch=8", "workers=0"]
     found = run("few_labels.py", *words)
     assert found.returncode == 0, found.stdout + found.stderr
@@ -139,6 +139,7 @@ def test_few_labels_and_a_pool(shapes: Path, tmp_path: Path) -> None:
     assert any(path.read_text() for path in labels)
     steps = {len((tmp_path / "out" / "data" / f"{name}.txt").read_text().split()) for name in ("few", "all", "hard")}
     assert steps == {len(stems)}
+    assert yaml.safe_load((tmp_path / "out" / "both@2_0" / "args.yaml").read_text())["kd"]["pool"]["ratio"] == 2
     again = run("few_labels.py", *words)
     assert "starts" not in again.stdout
     assert again.stdout.splitlines()[-len(arms) :] == found.stdout.splitlines()[-len(arms) :]
