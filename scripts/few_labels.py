@@ -15,7 +15,8 @@ labels. The list names the training images that keep their labels, one stem a li
     all_kd     all labels, distilled
     none_distill, none_pseudo, none_both   no label at all: every training image is in the pool
 
-An arm with a pool takes another unlabeled_ratio= after a sign: both@4 has four images of the pool for each labelled one.
+An arm with a pool may name its own unlabeled_ratio=: both@4 has four images of the pool for each labelled one.
+
 A list of few images is repeated, so that an epoch of every arm has as many steps. A run that is finished is not
 repeated, one that was interrupted goes on. The table that is printed has mean and spread over the seeds, and the paired
 difference to `hard` and to `all` with its 95 % interval.

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from ultralytics.models.yolo.detect import DetectionValidator
 
 from tests.conftest import ROOT, load_script
