@@ -140,7 +140,7 @@ def test_few_labels_and_a_pool(shapes: Path, tmp_path: Path) -> None:
     assert any(path.read_text() for path in labels)
     steps = {len((tmp_path / "out" / "data" / f"{name}.txt").read_text().split()) for name in ("few", "all", "hard")}
     assert steps == {len(stems)}
-    assert yaml.safe_load((tmp_path / "out" / "both@2_0" / "args.yaml").read_text())["kd"]["pool"]["ratio"] == 2
+    assert yaml.safe_load((tmp_path / "out" / "both@2_0" / "kd.yaml").read_text())["pool"]["unlabeled_ratio"] == 2
     again = run("few_labels.py", *words)
     assert "starts" not in again.stdout
     assert again.stdout.splitlines()[-len(arms) :] == found.stdout.splitlines()[-len(arms) :]
