@@ -99,7 +99,11 @@ def test_the_log_says_what_an_epoch_is() -> None:
         "An epoch is 13 steps of 8 labelled and 8 pool images: each of the 41 labelled images is seen"
     )
     assert "2.5 times" in said
-    assert "0.63 times" in said
+    assert "0.63 times. With unlabeled_ratio=4 the few labelled ones would repeat less." in said
+    for ratio, batch in ((4, 16), (1, 2)):  # what is asked for already, and all that a batch has room for
+        assert MixedSampler(41, 164, batch, ratio).describe().endswith(" times.")
+    assert MixedSampler(100, 164, 16, 1).describe().endswith(" times."), "nearly equal"
+    assert "unlabeled_ratio=7" in MixedSampler(40, 10_000, 8, 1).describe(), "a batch holds a labelled one"
     assert "in each of 2 processes" in MixedSampler(41, 164, 8, 1, world=2).describe()
     assert "there are no labelled ones" in MixedSampler(0, 164, 8, 1).describe()
 
