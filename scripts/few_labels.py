@@ -13,7 +13,7 @@ labels. The list names the training images that keep their labels, one stem a li
     distill, pseudo, both   the few labels and unlabeled= with that mode
     all        all labels, the student alone
     all_kd     all labels, distilled
-    none_distill, none_pseudo, none_both   no label at all: every training image is in the pool
+    none_distill, none_both   no label at all: every training image is in the pool
 
 An arm with a pool may name its own unlabeled_ratio=: both@4 has four images of the pool for each labelled one.
 
@@ -41,7 +41,7 @@ from yolo_kd.compare.statistics import paired, points, spread
 from yolo_kd.options import DEFAULT_RECIPE
 
 POOL_ARMS = ("distill", "pseudo", "both")
-ARMS = ("few", "few_kd", "hard", *POOL_ARMS, "all", "all_kd", *(f"none_{mode}" for mode in POOL_ARMS))
+ARMS = ("few", "few_kd", "hard", *POOL_ARMS, "all", "all_kd", "none_distill", "none_both")
 SPLITS = ("val", "test")
 
 
