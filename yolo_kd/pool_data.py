@@ -157,17 +157,14 @@ class MixedSampler(Sampler[int]):
             f"An epoch is {self.steps} steps of {labelled.size} labelled and {pool.size} pool images"
             f"{f' in each of {self._world} processes' if self._world > 1 else ''}: each of the {labelled.images} "
             f"labelled images is seen {seen[0]:.2g} times, each of the {pool.images} pool images {seen[1]:.2g} times."
-            f"{self._advice()}"
+            f"{self._advice(*seen)}"
         )
 
-    def _advice(self) -> str:
+    def _advice(self, labelled_seen: float, pool_seen: float) -> str:
         """Return which ratio would show images of both kinds more equally, where few labelled ones repeat."""
         labelled, pool = self._kinds
         even = min(round(pool.images / labelled.images), self.batch - 1)
-        if (
-            pool.images * labelled.size < 2 * labelled.images * pool.size
-            or share_of_batch(self.batch, even) == pool.size
-        ):
+        if labelled_seen < 2 * pool_seen or share_of_batch(self.batch, even) == pool.size:
             return ""
         return f" With unlabeled_ratio={even} the few labelled ones would repeat less."
 

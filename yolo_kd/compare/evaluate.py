@@ -32,17 +32,16 @@ from yolo_kd.datafiles import optional_train
 from yolo_kd.errors import CheckpointError
 from yolo_kd.taps import strides_of
 
-
-class OtherClassesError(CheckpointError):
-    """A model cannot be evaluated on a data set: it has neither the data set's classes nor as many."""
-
-
 METRICS = ("mAP50-95", "mAP50", "precision", "recall")
 # keys of a training that also change how a checkpoint is evaluated
 _SETTINGS = ("imgsz", "batch", "device", "single_cls", "classes", "iou", "max_det", "agnostic_nms", "workers", "nms")
 # latency: seconds for all files, rounds in which each file sees one picture
 _BUDGET, _WARM_UP, _MIN_ROUNDS, _MAX_ROUNDS = 10.0, 5, 15, 500
 _VERSION = 2  # of the files that results are kept in
+
+
+class OtherClassesError(CheckpointError):
+    """A model cannot be evaluated on a data set: it has neither the data set's classes nor as many."""
 
 
 @dataclass(frozen=True)
