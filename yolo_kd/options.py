@@ -11,7 +11,7 @@ from typing import Any
 
 from yolo_kd.classes import CLASS_KEYS, read_choice
 from yolo_kd.errors import did_you_mean
-from yolo_kd.pool import POOL_KEYS, SOURCE_KEY, mistakes
+from yolo_kd.pool import POOL_KEYS, SOURCE_KEY, Pool, mistakes
 from yolo_kd.recipe import read_plugins, read_recipe, split_names
 from yolo_kd.speed import SPEED_KEYS, mistake
 from yolo_kd.values import wrong_value
@@ -87,6 +87,11 @@ class TrainOptions:
     classes: dict[str, Any] = field(default_factory=dict)
     pool: dict[str, Any] = field(default_factory=dict)
     ultralytics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def pooled(self) -> bool:
+        """Whether there are unlabelled images to train on."""
+        return Pool.of(self.pool) is not None
 
     @property
     def plan_keys(self) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from yolo_kd.errors import ConfigError, YoloKDError
 from yolo_kd.matching import match_classes
 from yolo_kd.options import NO_RECIPE, TrainOptions
 from yolo_kd.plan import Plan, make_plan, pair_problems, read_dataset
-from yolo_kd.pool import Pool
 
 __all__ = ["Report", "check"]
 
@@ -52,14 +51,9 @@ def check(options: TrainOptions) -> Report:
         raise ConfigError("check looks at a training that has not begun: leave out resume.")
     if options.teacher is None or options.kd == NO_RECIPE:
         raise ConfigError("check needs a teacher: add teacher=<checkpoint>.")
-    lenient = optional_train() if _pooled(options) else nullcontext()
+    lenient = optional_train() if options.pooled else nullcontext()
     with nothing_written() as trace, restricted_loading(options.trust_checkpoints), lenient:
         return _Check(options, trace).run()
-
-
-def _pooled(options: TrainOptions) -> bool:
-    """Return whether there are unlabelled images to train on."""
-    return Pool.of(options.pool) is not None
 
 
 class _Check:
@@ -85,7 +79,7 @@ class _Check:
         self.choose_device()
         self.say("the data set")
         data = self.attempt("data", self.read_dataset)
-        sets = check_dataset(report, self.trace, data, keys, _pooled(self.options)) if data else {}
+        sets = check_dataset(report, self.trace, data, keys, self.options.pooled) if data else {}
         self.say("the models")
         plan, detectors = self.load(data)
         describe_files(report, detectors)
@@ -121,7 +115,7 @@ class _Check:
     def read_dataset(self) -> dict[str, Any]:
         """Read the data YAML, which needs no training images where there is a pool."""
         keys = self.keys
-        return read_dataset(keys.get("data"), keys.get("split") or "val", train_optional=_pooled(self.options))
+        return read_dataset(keys.get("data"), keys.get("split") or "val", train_optional=self.options.pooled)
 
     def choose_device(self) -> None:
         """Fall back to the processor where a GPU was asked for that is not there, so that the rest can be looked at."""

@@ -31,7 +31,6 @@ from yolo_kd.compare.training import train_all
 from yolo_kd.environment import check_cpu_bf16, check_torchvision
 from yolo_kd.errors import ConfigError, YoloKDError
 from yolo_kd.plan import check_models, check_pool, make_plan, read_dataset
-from yolo_kd.pool import Pool
 
 
 def compare(arguments: Sequence[str]) -> int:
@@ -111,7 +110,7 @@ def check_all(comparison: Comparison, open_arms: Collection[str]) -> dict[str, A
     if problems:
         raise ConfigError(problems)
     keys = comparison.arms[0].options.ultralytics
-    pooled = all(Pool.of(arm.options.pool) is not None for arm in comparison.arms)
+    pooled = all(arm.options.pooled for arm in comparison.arms)
     return read_dataset(keys["data"], keys.get("split") or "val", train_optional=pooled)
 
 
