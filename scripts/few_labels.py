@@ -10,6 +10,7 @@ labels. The list names the training images that keep their labels, one stem a li
     few        the few labels, the student alone
     few_kd     the few labels, distilled
     hard       the few labels, and the teacher's detections above --hard as labels of the pool: plain pseudo-labels
+    hard_kd    the same labels, distilled
     distill, pseudo, both   the few labels and unlabeled= with that mode
     all        all labels, the student alone
     all_kd     all labels, distilled
@@ -41,7 +42,7 @@ from yolo_kd.compare.statistics import paired, points, spread
 from yolo_kd.options import DEFAULT_RECIPE
 
 POOL_ARMS = ("distill", "pseudo", "both")
-ARMS = ("few", "few_kd", "hard", *POOL_ARMS, "all", "all_kd", "none_distill", "none_both")
+ARMS = ("few", "few_kd", "hard", "hard_kd", *POOL_ARMS, "all", "all_kd", "none_distill", "none_both")
 SPLITS = ("val", "test")
 
 
@@ -149,7 +150,7 @@ def keys_of(args: argparse.Namespace, arm: str, data: dict[str, Path]) -> list[s
     distilled = [f"teacher={args.teacher.resolve()}", f"kd={args.kd}"]
     if arm in ("few", "hard", "all"):
         return [f"data={data[arm]}", "kd=none"]
-    if arm in ("few_kd", "all_kd"):
+    if arm in ("few_kd", "hard_kd", "all_kd"):
         return [f"data={data[arm.removesuffix('_kd')]}", *distilled]
     mode, _, ratio = arm.partition("@")
     if mode in POOL_ARMS:

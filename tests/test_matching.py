@@ -13,6 +13,7 @@ import yaml
 from ultralytics import YOLO
 from ultralytics.engine.validator import BaseValidator
 from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils import YAML
 
 from tests.models import narrow_checkpoint
 from tests.test_trainer import interrupted, make, record_steps, rows_of
@@ -291,6 +292,8 @@ def test_new_classes_beside_old_ones(
     assert seen["labels"] == seen["val"] == {1, 3, 4}
     assert seen["kept"].unlabelled == (0, 2)
     assert trainer.audit_rows
+    head = len(trainer.model.model) - 1
+    assert YAML.load(trainer.save_dir / "args.yaml")["freeze"] == head, "as it was decided, not as it was asked for"
     resumed = DistillationTrainer(overrides={"resume": str(trainer.last)})
     resumed.add_callback("on_train_start", look)
     resumed.add_callback("on_train_epoch_end", lambda t: seen.update(trained=ema_of(t)))

@@ -159,17 +159,31 @@ def test_resume_inside_an_epoch_draws_what_is_left(
 def test_what_may_be_said_on_resume(tmp_path: Path, shapes: Path, student: Path, teacher: Path, pool: Path) -> None:
     keys = {"teacher": str(teacher), "kd": "objectness", "unlabeled": str(pool)}
     last = interrupted(tmp_path, shapes, student, after=1, **keys)
-    for given in ({"unlabeled_ratio": 2}, {"unlabeled": str(pool.parent)}, {"unlabeled_mode": "both"}):
-        with pytest.raises(ConfigError, match="cannot be changed on resume"):
+    for given in ({"unlabeled_ratio": 2}, {"unlabeled": str(pool), "unlabeled_mode": "both"}):
+        with pytest.raises(ConfigError, match=rf"^{list(given)[-1]} cannot be changed on resume"):
             DistillationTrainer(overrides={"resume": str(last), **given})
     assert DistillationTrainer(overrides={"resume": str(last), "unlabeled": str(pool)}).plan.pool.ratio == 1
     moved = pool.parent / "moved"
     pool.rename(moved)
     try:
-        with pytest.raises(Exception, match=r"unlabeled=.*pool cannot be used: .* does not exist"):
+        with pytest.raises(
+            Exception, match=r"unlabeled=.*pool cannot be used: .* does not exist.*add unlabeled=<place>"
+        ):
             DistillationTrainer(overrides={"resume": str(last)})
+        resumed = DistillationTrainer(overrides={"resume": str(last), "unlabeled": str(moved)})
+        resumed.train()
+        assert resumed.args.kd["pool"]["unlabeled"] == [str(moved)], "and so the next resume needs no word of it"
+        assert len(rows_of(resumed.save_dir)) == resumed.epochs
     finally:
         moved.rename(pool)
+
+
+def test_a_run_without_a_pool_gets_none_on_resume(
+    tmp_path: Path, shapes: Path, student: Path, teacher: Path, pool: Path
+) -> None:
+    last = interrupted(tmp_path, shapes, student, after=1, teacher=str(teacher), kd="objectness")
+    with pytest.raises(ConfigError, match=r"^unlabeled cannot be changed on resume"):
+        DistillationTrainer(overrides={"resume": str(last), "unlabeled": str(pool)})
 
 
 def test_views_in_a_cache(tmp_path: Path, shapes: Path, student: Path, teacher: Path, pool: Path) -> None:

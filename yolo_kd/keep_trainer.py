@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from ultralytics.utils import LOGGER, RANK
+from ultralytics.utils import LOGGER, RANK, YAML
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_kd.blend import Blend, blend_checkpoint
@@ -71,6 +71,8 @@ class KeepTrainer(PoolTrainer):
         if self.args.freeze is None:
             self.args.freeze = layers_before_head(model)
             if RANK in {-1, 0}:
+                written = self.save_dir / "args.yaml"  # before there was a model whose layers could be counted
+                YAML.save(written, {**YAML.load(written), "freeze": self.args.freeze})
                 LOGGER.info(
                     f"Old classes are kept: only the head is trained (freeze={self.args.freeze}), and the finished "
                     f"student goes {self.choice.keep_blend:.0%} of its way (keep_blend)"

@@ -96,6 +96,28 @@ class Pool:
         return self.mode in (PSEUDO, BOTH)
 
 
+def resumed_pool(known: Pool | None, asked: Mapping[str, Any]) -> Pool | None:
+    """Return the pool of a run that goes on: as its checkpoint has it, at another place if the user names one.
+
+    Args:
+        known: The checkpoint's pool.
+        asked: Keys of `POOL_KEYS` that the user gave on resume.
+
+    Raises:
+        ConfigError: If they change what the pool teaches, or give one to a run that had none.
+    """
+    before = known.to_keys() if known else {}
+    place = {SOURCE_KEY: asked[SOURCE_KEY]} if known and SOURCE_KEY in asked else {}
+    now = Pool.of({**before, **place})
+    if Pool.of({**before, **asked}) != now:
+        changed = [key for key in asked if key not in place]
+        hint = f" Only {SOURCE_KEY}= may name where the images are now." if known else ""
+        raise ConfigError(
+            f"{', '.join(changed)} cannot be changed on resume: the checkpoint knows the pool. Leave it out.{hint}"
+        )
+    return now
+
+
 def mistakes(given: Mapping[str, Any]) -> list[str]:
     """Return a sentence for everything that is wrong with keys of `POOL_KEYS`, none of them None."""
     problems = [text for key, value in given.items() if (text := mistake(key, value)) is not None]

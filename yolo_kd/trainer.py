@@ -25,7 +25,7 @@ from yolo_kd.classes import CLASS_KEYS, ClassChoice
 from yolo_kd.criterion import TEACHER_VIEW, DistillationCriterion
 from yolo_kd.distiller import Distiller
 from yolo_kd.environment import check_cpu_bf16, check_torchvision, reused_memory
-from yolo_kd.errors import AuditError, ConfigError
+from yolo_kd.errors import AuditError, ConfigError, DataError
 from yolo_kd.folders import exclusive_run_folder, shared_data
 from yolo_kd.guards import FiniteGuard
 from yolo_kd.inherit import inherit
@@ -44,7 +44,7 @@ from yolo_kd.plan import (
     make_plan,
     read_dataset,
 )
-from yolo_kd.pool import POOL_KEYS, Pool
+from yolo_kd.pool import POOL_KEYS, SOURCE_KEY, Pool, resumed_pool
 from yolo_kd.pool_criterion import PoolCriterion, is_pool_column, teacher_reads
 from yolo_kd.recipe import import_plugins
 from yolo_kd.resume import check_arguments, check_plugins, check_resume_source
@@ -169,12 +169,13 @@ class DistillationTrainer(KeepTrainer):
         self.plan = replace(plan, trust_checkpoints=self.trust_checkpoints, speed=self.speed)
         check_teacher_file(self.plan)
         asked = {k: self._own[k] for k in POOL_KEYS if self._own.get(k) is not None}
-        if asked and Pool.of({**(plan.pool.to_keys() if plan.pool else {}), **asked}) != plan.pool:
-            raise ConfigError(
-                f"{', '.join(asked)} cannot be changed on resume: the checkpoint knows the pool. Leave it out."
-            )
+        if asked:
+            self.plan = replace(self.plan, pool=resumed_pool(plan.pool, asked))
         if plan.pool is not None:
-            self._pool, self._labelled = check_pool(self.plan, vars(self.args))
+            try:
+                self._pool, self._labelled = check_pool(self.plan, vars(self.args))
+            except DataError as error:
+                raise DataError(f"{error} If they are elsewhere now, add {SOURCE_KEY}=<place>.") from error
         self._detector = self._load_teacher(data)
         if self.plan.classes is not None:
             found_now, _ = match_classes(self.plan.choice, self.plan.recipe, self._detector, data, vars(self.args))
