@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -200,16 +200,14 @@ class Step:
         Args:
             kind: Name of the adapter, see `yolo_kd.adapters`.
             level: Index of the level, 0 for the finest.
-            as_is: For losses that work part by part: in the precision in which the adapter ran, and on a CPU channel
-                after channel in memory. Otherwise float32, laid out as the adapter left it.
+            as_is: In the precision in which the adapter ran, for losses that convert part by part; float32 otherwise.
         """
 
         def make() -> Tensor:
             return self.student.features[level] if self._align is None else self._align(kind, level)
 
         feature = self.once(("aligned", kind, level), make)
-        convert = partial(planes, feature) if as_is else feature.float
-        return self.once(("aligned", kind, level, as_is), convert)
+        return feature if as_is else self.once(("aligned", kind, level, "float32"), feature.float)
 
     def layer(self, module: Callable[..., Tensor], *inputs: Tensor, as_is: bool = False) -> Tensor:
         """Run a learned layer of a loss in the precision in which the student's layers run.
@@ -229,20 +227,20 @@ class Step:
             return [*outputs] if as_is else [output.float() for output in outputs]
 
     def teacher_feature(self, level: int, as_is: bool = False) -> Tensor:
-        """Return the teacher's features of one level, detached, (B, C_teacher, H, W).
+        """Return the teacher's features of one level, detached, (B, C_teacher, H, W), laid out like the student's.
+
+        Arithmetic on two memory formats at once is several times slower.
 
         Args:
             level: Index of the level, 0 for the finest.
-            as_is: For losses that work part by part: in the precision in which the teacher ran, and on a CPU channel
-                after channel in memory. Otherwise float32, laid out like the student's: arithmetic on two memory
-                formats at once is several times slower.
+            as_is: In the precision in which the teacher ran, for losses that convert part by part; float32 otherwise.
         """
 
         def make() -> Tensor:
-            feature = self.teacher.features[level].detach()
-            if as_is:
-                return planes(feature)
-            return (feature.contiguous() if self.student.features[level].is_contiguous() else feature).float()
+            planar = self.student.features[level].is_contiguous()
+            layout = torch.contiguous_format if planar else torch.channels_last
+            feature = self.teacher.features[level].detach().contiguous(memory_format=layout)
+            return feature if as_is else feature.float()
 
         return self.once(("teacher", level, as_is), make)
 

@@ -10,6 +10,7 @@ from yolo_kd.losses import parts
 from yolo_kd.losses.ops import binary_kl, categorical_kl, gap_cross_entropy, standardise
 from yolo_kd.losses.parts import (
     gap_cross_entropy_sum,
+    part_length,
     points_that_count,
     softmax_kl,
     standardise_and_back,
@@ -130,15 +131,29 @@ def test_shared_tensors_get_the_gradient_of_all_parts(by_hand, monkeypatch):
         torch.testing.assert_close(ours, plain)
 
 
-@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize("dim", [1, 2, (2, 3)])
 @pytest.mark.parametrize("temperature", [1.0, 0.3, 4.0])
-def test_softmax_kl_and_its_gradient(dim, temperature):
-    student, teacher = torch.randn(2, 5, 4, 9, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("offset", [0.0, 800.0])  # an exponential cannot hold the latter
+def test_softmax_kl_and_its_gradient(dim: int | tuple[int, ...], temperature: float, offset: float) -> None:
+    student, teacher = (draw(5, 4, 3, 9, seed=i, spread=1.0) + offset for i in (0, 1))
+    given = student.clone(), teacher.clone()
     student.requires_grad_()
     value, slope = softmax_kl(student, teacher, temperature, dim)
-    plain = categorical_kl(student, teacher, temperature, dim).sum()
+    flat = (x.flatten(2) if dim == (2, 3) else x for x in (student, teacher))
+    plain = categorical_kl(*flat, temperature, 2 if dim == (2, 3) else dim).sum()
     torch.testing.assert_close(value, plain.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(slope, torch.autograd.grad(plain, student)[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(student, given[0])
+    assert torch.equal(teacher, given[1])
+
+
+def test_parts_of_innermost_channels_start_where_a_vector_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "PART", 2 * 6 * 40)
+    planar = torch.empty(2, 64, 2, 3)
+    assert part_length(planar, 1) == 40
+    assert part_length(planar.contiguous(memory_format=torch.channels_last), 1) == 32
+    monkeypatch.setattr(parts, "PART", 2 * 6 * 5)
+    assert part_length(planar.contiguous(memory_format=torch.channels_last), 1) == 5
 
 
 def test_several_sums_are_each_what_it_would_be_alone(monkeypatch):

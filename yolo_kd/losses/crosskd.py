@@ -12,7 +12,14 @@ from torch.autograd.function import once_differentiable
 from yolo_kd.errors import PairError
 from yolo_kd.losses.base import Loss, check_range
 from yolo_kd.losses.ops import EPS, corners, giou_distance, same_shape, target_score_sum, weighted_mean
-from yolo_kd.losses.parts import computable, gap_cross_entropy_sum, part_length, weighted_bins_kl
+from yolo_kd.losses.parts import (
+    BATCH_AND_CELLS,
+    centred,
+    computable,
+    gap_cross_entropy_sum,
+    part_length,
+    weighted_bins_kl,
+)
 from yolo_kd.views import Pair, Step, planes
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -56,8 +63,8 @@ class _AlignScale(torch.autograd.Function):
             g = computable(g)
             count = g[:, 0].numel()
             # a channel of one value has no deviation to go through
-            through = (g * s).sum((0, 2, 3), keepdim=True) / ((std + ctx.eps) * max(count - 1, 1) * std)
-            g = g - g.sum((0, 2, 3), keepdim=True) / count
+            through = (g * s).sum(BATCH_AND_CELLS, keepdim=True) / ((std + ctx.eps) * max(count - 1, 1) * std)
+            g = g - g.sum(BATCH_AND_CELLS, keepdim=True) / count
             g.addcmul_(s, through.nan_to_num_(0.0, 0.0, 0.0), value=-1)
             out.copy_(g.mul_(_column(t_std) / (std + ctx.eps)))
         return result, None, None, None, None
@@ -75,10 +82,8 @@ def _column(values: Tensor) -> Tensor:
 
 def _centred(maps: Tensor) -> tuple[Tensor, Tensor]:
     """Return (B, c, H, W) maps with mean 0 per channel, and their deviations over batch and cells, (1, c, 1, 1)."""
-    maps = computable(maps)
-    count = maps[:, 0].numel()
-    maps = maps - maps.sum((0, 2, 3), keepdim=True) / count
-    return maps, (maps.square().sum((0, 2, 3), keepdim=True) / max(count - 1, 1)).sqrt_()
+    maps, squares = centred(computable(maps))
+    return maps, squares.div_(max(maps[:, 0].numel() - 1, 1)).sqrt_()
 
 
 def align_scale(student: Tensor, teacher: Tensor, eps: float = 1e-6, dtype: torch.dtype | None = None) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_levels, check_range
 from yolo_kd.losses.ops import same_shape
-from yolo_kd.losses.parts import softmax_kl, standardise_and_back, sum_in_parts
+from yolo_kd.losses.parts import CELLS, softmax_kl, standardise_and_back, sum_in_parts
 from yolo_kd.views import Step
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -43,8 +43,8 @@ def cwd(student: Tensor, teacher: Tensor, temperature: float = 1.0, standardised
         back = None
         if standardised:
             (s, back), (t, _) = standardise_and_back(s), standardise_and_back(t)
-        value, slope = softmax_kl(s.flatten(2), t.flatten(2), temperature, 2)
-        slope = slope.div_(count).view_as(s)
+        value, slope = softmax_kl(s, t, temperature, CELLS)
+        slope.div_(count)
         return value / count, slope if back is None else back(slope)
 
     return sum_in_parts(part, student, teacher, dim=1)

@@ -13,7 +13,7 @@ from yolo_kd.losses.base import Loss, check_levels, check_range
 from yolo_kd.losses.boxes import box_cells, cell_weights, paint
 from yolo_kd.losses.ops import EPS, attention, same_shape
 from yolo_kd.losses.parts import computable, part_length
-from yolo_kd.views import Pair, Step
+from yolo_kd.views import Pair, Step, planes
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
 STRENGTH = 1.2
@@ -353,7 +353,8 @@ class FGD(Loss):
             list[tuple[ContextBlock, ContextBlock]], [*zip(self.student_context, self.teacher_context, strict=True)]
         )
         for i, context in zip(self.levels, contexts, strict=True):
-            student, teacher = step.aligned("conv1x1", i, as_is=True), step.teacher_feature(i, as_is=True)
+            maps = step.aligned("conv1x1", i, as_is=True), step.teacher_feature(i, as_is=True)
+            student, teacher = (planes(x) for x in maps)
             fg, bg = self._masks(step, i)
             sums = fgd_sums(student, teacher, fg, bg, context[0], context[1], self.temperature)
             means = normalise(sums, fg, bg, teacher.shape[1])

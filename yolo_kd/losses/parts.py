@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 from yolo_kd.losses.ops import same_shape, standardise
 
 PART = 2**19  # values of the student's tensor that are worked on at once
-
+VECTOR = 16  # float32 values that a processor handles at once
+CELLS, BATCH_AND_CELLS = (2, 3), (0, 2, 3)
 
 Answer = Tensor | tuple[Tensor, ...]
 Part = Callable[..., Answer]
@@ -26,9 +27,15 @@ Parts = Callable[..., Sequence[tuple[Tensor, ...]]]
 
 
 def part_length(tensor: Tensor, dim: int = 0) -> int:
-    """Return how much of a dimension to work on at once: a part on a CPU, all where launches cost and passes do not."""
+    """Return how much of a dimension to work on at once: a part on a CPU, all where launches cost and passes do not.
+
+    Along the dimension that lies innermost in memory it is a multiple of `VECTOR`, or less than that.
+    """
     length = tensor.shape[dim]
-    return max(1, PART * length // max(tensor.numel(), 1)) if tensor.device.type == "cpu" else length
+    if tensor.device.type != "cpu":
+        return length
+    fits = max(1, PART * length // max(tensor.numel(), 1))
+    return fits // VECTOR * VECTOR or fits if tensor.stride(dim) == 1 else fits
 
 
 class _InParts(torch.autograd.Function):
@@ -201,6 +208,12 @@ def squared_error_sum(student: Tensor, teacher: Tensor, weights: Tensor | None =
     return sum_in_parts(part, student, teacher, *(() if weights is None else (weights,)))
 
 
+def centred(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (B, C, H, W) with mean 0 per channel over batch and cells, and the sums of its squares, (1, C, 1, 1)."""
+    maps = maps - maps.sum(BATCH_AND_CELLS, keepdim=True).div_(maps[:, 0].numel())
+    return maps, maps.square().sum(BATCH_AND_CELLS, keepdim=True)
+
+
 def standardise_and_back(feature: Tensor, eps: float = 1e-5) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Return `ops.standardise` of a map and what takes a gradient back through it, for functions of parts.
 
@@ -216,35 +229,47 @@ def standardise_and_back(feature: Tensor, eps: float = 1e-5) -> tuple[Tensor, Ca
             output = standardise(leaf, eps)
         return output.detach(), lambda slope: torch.autograd.grad(output, leaf, slope)[0]
     count = feature[:, 0].numel()
-
-    def mean(x: Tensor) -> Tensor:
-        return x.sum((0, 2, 3), keepdim=True).div_(count)
-
-    z = feature.detach() - mean(feature.detach())
-    scale = (mean(z.square()) + eps).rsqrt_()
+    z, squares = centred(feature.detach())
+    scale = squares.div_(count).add_(eps).rsqrt_()
     z.mul_(scale)
 
+    def mean(x: Tensor) -> Tensor:
+        return x.sum(BATCH_AND_CELLS, keepdim=True).div_(count)
+
     def back(slope: Tensor) -> Tensor:
-        centred = slope - mean(slope)
-        return centred.addcmul_(z, mean(slope * z), value=-1).mul_(scale)
+        from_mean = slope - mean(slope)
+        return from_mean.addcmul_(z, mean(slope * z), value=-1).mul_(scale)
 
     return z, back
 
 
-def softmax_kl(student: Tensor, teacher: Tensor, temperature: float, dim: int) -> tuple[Tensor, Tensor]:
+def softmax_kl(
+    student: Tensor, teacher: Tensor, temperature: float, dim: int | tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
     """Return T² Σ KL(softmax(teacher / T) ‖ softmax(student / T)) and its gradient, for functions of parts.
+
+    Made of sums over `dim`, which run along the tensors as they lie in memory; a softmax lays others out anew.
 
     Args:
         student: Logits.
         teacher: Logits of the same shape.
         temperature: T, above zero.
-        dim: The dimension of the distributions.
+        dim: The dimension of the distributions, or several.
     """
-    s, t = (x if temperature == 1 else x / temperature for x in (student.detach(), teacher))
-    log_q, log_p = s.log_softmax(dim), t.log_softmax(dim)
-    p = log_p.exp()
-    value = log_p.sub_(log_q).mul_(p).sum() * temperature**2
-    slope = log_q.exp_().sub_(p)
+
+    def look(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits of which the largest is 0, their softmax, and the logarithm of the sum that it divides by."""
+        x = x - x.amax(dim, keepdim=True)
+        if temperature != 1:
+            x.div_(temperature)
+        p = x.exp()
+        total = p.sum(dim, keepdim=True)
+        return x, p.mul_(total.reciprocal()), total.log_()
+
+    s, q, s_total = look(student.detach())
+    t, p, t_total = look(teacher)
+    slope = q.sub_(p)
+    value = (t.sub_(s).mul_(p).sum() - t_total.sub_(s_total).sum()) * temperature**2
     return value, slope if temperature == 1 else slope.mul_(temperature)
 
 

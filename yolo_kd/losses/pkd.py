@@ -8,7 +8,7 @@ from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_levels
 from yolo_kd.losses.ops import same_shape
-from yolo_kd.losses.parts import sum_in_parts
+from yolo_kd.losses.parts import BATCH_AND_CELLS, centred, sum_in_parts
 from yolo_kd.views import Step
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -46,26 +46,21 @@ def pkd(student: Tensor, teacher: Tensor, *, unbiased: bool = True, resize_stude
     same_shape(student=student, teacher=teacher)
     values = student.numel()
 
+    count = student[:, 0].numel()
+
     def part(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:  # of the channels, each of which stands for itself
-        count = s[:, 0].numel()
-        (s, s_std), (t, t_std) = (_centred(x.detach(), unbiased) for x in (s, t))
+        (s, s_squares), (t, t_squares) = centred(s.detach()), centred(t)
+        s_std, t_std = ((x / (count - int(unbiased))).sqrt_() for x in (s_squares, t_squares))
         slope = s / (s_std + EPS)
         slope.sub_(t.div_(t_std + EPS))  # s̃ - t̃, whose mean is zero
         value = slope.square().sum() / 2
         # s̃ depends on s directly and through its deviation; a constant channel has none
-        through = (slope * s).sum(1, keepdim=True) / (s_std + EPS) ** 2 / (max(count - int(unbiased), 1) * s_std)
+        along = (slope * s).sum(BATCH_AND_CELLS, keepdim=True)
+        through = along / (s_std + EPS) ** 2 / (max(count - int(unbiased), 1) * s_std)
         slope.div_(s_std + EPS).addcmul_(s, through.nan_to_num_(0.0, 0.0, 0.0), value=-1)
-        shape = student[:, :1].transpose(0, 1).shape[1:]
-        return value / values, slope.div_(values).unflatten(1, shape).transpose(0, 1)
+        return value / values, slope.div_(values)
 
     return sum_in_parts(part, student, teacher, dim=1)
-
-
-def _centred(x: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:
-    """Return (B, c, H, W) as (c, B H W) with mean 0 per channel, and the standard deviations, (c, 1)."""
-    rows = x.transpose(0, 1).flatten(1)
-    rows = rows - rows.mean(1, keepdim=True)
-    return rows, (rows.square().sum(1, keepdim=True) / (rows.shape[1] - int(unbiased))).sqrt_()
 
 
 class PKD(Loss):
