@@ -243,8 +243,3 @@ class Step:
             return feature if as_is else feature.float()
 
         return self.once(("teacher", level, as_is), make)
-
-
-def planes(maps: Tensor) -> Tensor:
-    """Return maps that lie channel after channel in memory on a CPU, where parts of them are worked on in turn."""
-    return maps.contiguous() if maps.device.type == "cpu" else maps

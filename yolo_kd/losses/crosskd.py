@@ -20,7 +20,7 @@ from yolo_kd.losses.parts import (
     part_length,
     weighted_bins_kl,
 )
-from yolo_kd.views import Pair, Step, planes
+from yolo_kd.views import Pair, Step
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
 CLS_STRENGTH = 0.15
@@ -108,7 +108,7 @@ def align_scale(student: Tensor, teacher: Tensor, eps: float = 1e-6, dtype: torc
     rows = computable(teacher).permute(0, 2, 3, 1).flatten(0, 2)  # as they lie in the memory of a fast teacher
     mean = rows.mean(0)
     deviation = ((rows - mean).square_().sum(0) / max(len(rows) - 1, 1)).sqrt()
-    return _AlignScale.apply(planes(student), mean, deviation, eps, dtype or student.dtype)
+    return _AlignScale.apply(student, mean, deviation, eps, dtype or student.dtype)
 
 
 def crosskd_cls(reused: Tensor, teacher: Tensor, divisor: Tensor | float, beta: float = 1.0) -> Tensor:

@@ -13,7 +13,7 @@ from yolo_kd.losses.base import Loss, check_levels, check_range
 from yolo_kd.losses.boxes import box_cells, cell_weights, paint
 from yolo_kd.losses.ops import EPS, attention, same_shape
 from yolo_kd.losses.parts import computable, part_length
-from yolo_kd.views import Pair, Step, planes
+from yolo_kd.views import Pair, Step
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
 STRENGTH = 1.2
@@ -155,15 +155,26 @@ class PairMoments(torch.autograd.Function):
             s, t = computable(s), computable(t)
             ones, cells = torch.ones_like(a), torch.ones_like(p)
             out = s - t
-            factor = torch.stack([2 * a, 2 * g_sq], 2) @ torch.stack([g_e, cells], 1)
+            factor = torch.empty_like(out)
+            _add_products(factor, torch.stack([2 * a, 2 * g_sq], 2), torch.stack([g_e, cells], 1), beta=0)
             out.mul_(factor)
-            torch.bmm(torch.stack([ones / s.shape[1], g_c / s.shape[2]], 2), torch.stack([g_s, cells], 1), out=factor)
+            left = torch.stack([ones / s.shape[1], g_c / s.shape[2]], 2)
+            _add_products(factor, left, torch.stack([g_s, cells], 1), beta=0)
             out.addcmul_(factor, s.sign())
             g_m = _through_context(s, p, g_x, masks[:2])
             _through_context(t, t_p, g_tx, masks[2:])
             left = torch.stack([g_d, g_x.squeeze(2), weight.expand_as(a)], 2)
-            slot.copy_(out.baddbmm_(left, torch.stack([cells, p, g_m], 1)))
+            _add_products(out, left, torch.stack([cells, p, g_m], 1))
+            slot.copy_(out)
         return result, None, None, *masks
+
+
+def _add_products(maps: Tensor, left: Tensor, right: Tensor, beta: float = 1.0) -> None:
+    """Make maps, (B, C, HW), beta times themselves plus (B, C, k) @ (B, k, HW), whichever way they lie in memory."""
+    if maps.stride(1) == 1:
+        maps.mT.baddbmm_(right.mT, left.mT, beta=beta)
+    else:
+        maps.baddbmm_(left, right, beta=beta)
 
 
 def _through_context(flat: Tensor, p: Tensor, slope: Tensor, mask: Sequence[Tensor]) -> Tensor:
@@ -353,8 +364,7 @@ class FGD(Loss):
             list[tuple[ContextBlock, ContextBlock]], [*zip(self.student_context, self.teacher_context, strict=True)]
         )
         for i, context in zip(self.levels, contexts, strict=True):
-            maps = step.aligned("conv1x1", i, as_is=True), step.teacher_feature(i, as_is=True)
-            student, teacher = (planes(x) for x in maps)
+            student, teacher = step.aligned("conv1x1", i, as_is=True), step.teacher_feature(i, as_is=True)
             fg, bg = self._masks(step, i)
             sums = fgd_sums(student, teacher, fg, bg, context[0], context[1], self.temperature)
             means = normalise(sums, fg, bg, teacher.shape[1])
