@@ -197,21 +197,24 @@ def cell_alignment(
     least = COSINE_EPS**2
     dtype = dtype or axes.dtype
 
-    def logits(feature: Tensor, axes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def logits(feature: Tensor, low: Tensor, axes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # products are divided by the cells' norms, which are far fewer numbers than the cells' features
         square = feature.square().sum(1, keepdim=True)
-        products = axes.to(dtype).expand(len(feature), -1, -1).bmm(feature.to(dtype)).to(feature.dtype)
+        products = axes.to(dtype).expand(len(low), -1, -1).bmm(low).to(feature.dtype)
         return torch.addcmul(absent, products, square.clamp(min=least).rsqrt_()), products, square
 
     def part(s: Tensor, t: Tensor, axes: Tensor) -> list[tuple[Tensor, ...]]:
         s, axes = s.detach(), axes.detach()
-        z, products, square = logits(s, axes)
-        tdd, slope = softmax_kl(z, logits(t, teacher_axes)[0], 1.0, 1)
+        low_s = s.to(dtype)
+        z, products, square = logits(s, low_s, axes)
+        tdd, slope = softmax_kl(z, logits(t, t.to(dtype), teacher_axes)[0], 1.0, 1)
         slope.mul_(square.clamp(min=least).rsqrt_())  # of the products
         # the norm's part; below the least one it is a constant
         through = products.mul_(slope).sum(1, keepdim=True).div_(square.clamp(min=least)).mul_(square > least)
-        slope, low_s, low_axes = (x.to(dtype) for x in (slope, s, axes))
-        slope_s = low_axes.T.expand(len(s), -1, -1).bmm(slope).to(s.dtype).addcmul_(s, through, value=-1)
+        slope, low_axes = slope.to(dtype), axes.to(dtype)
+        left = low_axes.T.expand(len(s), -1, -1)
+        slope_s = (slope.mT.bmm(left.mT).mT if s.stride(1) == 1 else left.bmm(slope)).to(s.dtype)  # lies as s does
+        slope_s.addcmul_(s, through, value=-1)
         slope_axes = slope.bmm(low_s.transpose(1, 2)).to(s.dtype).sum(0)
         return [(tdd, slope_s, slope_axes), (*softmax_kl(s, t, tau2, 2), torch.zeros_like(axes))]
 
