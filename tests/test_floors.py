@@ -37,6 +37,7 @@ SAME_FLOOR: frozenset[tuple[str, str]] = frozenset(
         ("distiller", "recipe"),
         ("options", "recipe"),
         ("criterion", "audit"),
+        ("losses.parts", "losses.channels"),
         ("losses.parts", "losses.ops"),
         ("batch_probe", "criterion"),
         ("checkpoints", "datafiles"),
@@ -45,7 +46,7 @@ SAME_FLOOR: frozenset[tuple[str, str]] = frozenset(
 )
 """Pairs (importer, imported) of one floor that may know each other. Keep it small."""
 
-LOSS_GROUND = ("losses.base", "losses.ops", "losses.boxes", "losses.parts")
+LOSS_GROUND = ("losses.base", "losses.ops", "losses.boxes", "losses.channels", "losses.parts")
 """What every loss may import, and what imports nothing from `losses` itself. What losses share lives here."""
 
 

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 from tests.golden_vectors import Golden, assert_gradient, cases
 from tests.loss_contract import make_loss, make_pair, make_step
+from yolo_kd.losses.channels import standardise
 from yolo_kd.losses.cwd import CWD, STRENGTH, cwd
-from yolo_kd.losses.ops import categorical_kl, standardise
+from yolo_kd.losses.ops import categorical_kl
 
 every_case = pytest.mark.parametrize("case", cases("cwd"), ids=lambda c: c.case)
 every_damo_case = pytest.mark.parametrize("case", cases("damo"), ids=lambda c: c.case)

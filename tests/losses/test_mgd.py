@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from tests.golden_vectors import assert_gradient, cases
 from tests.loss_contract import Facts, evaluate, make_loss, make_pair, make_step
+from yolo_kd.losses.channels import standardise
 from yolo_kd.losses.mgd import MGD, STRENGTH, generator, keep_mask, mgd_sum
-from yolo_kd.losses.ops import standardise
 
 FACTS = {
     "mgd": Facts(

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from tests.golden_vectors import assert_gradient, cases
 from tests.loss_contract import BOXES, IMAGE, Facts, make_loss, make_pair, make_step
+from yolo_kd.losses.channels import standardise
 from yolo_kd.losses.mimic import STRENGTH, Mimic, box_mask, mimic
-from yolo_kd.losses.ops import standardise
 from yolo_kd.views import Targets
 
 FACTS = {"mimic": Facts(values={"mask": "boxes"})}

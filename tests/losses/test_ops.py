@@ -21,7 +21,6 @@ from yolo_kd.losses.ops import (
     expected_distance,
     feature_map_nms,
     same_shape,
-    standardise,
     weighted_mean,
 )
 
@@ -177,21 +176,6 @@ def test_feature_map_nms_does_not_look_across_levels():
     scores = torch.tensor([[[3.0], [9.0]]])
     assert feature_map_nms(scores, [(1, 1), (1, 1)]).all()
     assert feature_map_nms(scores, [(1, 2)]).tolist() == [[False, True]]
-
-
-def test_standardise(rng):
-    x = 3 * normal(rng, 2, 4, 3, 5) + 7
-    flat = x.transpose(0, 1).reshape(4, -1).numpy()
-    expected = (flat - flat.mean(1, keepdims=True)) / np.sqrt(flat.var(1, keepdims=True) + 1e-5)
-    np.testing.assert_allclose(standardise(x).transpose(0, 1).reshape(4, -1).numpy(), expected, rtol=1e-7)
-
-
-def test_standardise_of_a_single_value_is_zero_in_the_graph():
-    x = torch.ones(1, 3, 1, 1, requires_grad=True)
-    out = standardise(x)
-    assert not out.any()
-    out.sum().backward()
-    assert not x.grad.any()
 
 
 def test_attention_is_a_softmax_with_mean_one(rng):

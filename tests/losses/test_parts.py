@@ -7,13 +7,11 @@ import torch
 from torch import Tensor
 
 from yolo_kd.losses import parts
-from yolo_kd.losses.ops import binary_kl, categorical_kl, gap_cross_entropy, standardise
+from yolo_kd.losses.ops import binary_kl, categorical_kl, gap_cross_entropy
 from yolo_kd.losses.parts import (
     gap_cross_entropy_sum,
-    part_length,
     points_that_count,
     softmax_kl,
-    standardise_and_back,
     sum_in_parts,
     sums_in_parts,
     weighted_binary_kl,
@@ -147,15 +145,6 @@ def test_softmax_kl_and_its_gradient(dim: int | tuple[int, ...], temperature: fl
     assert torch.equal(teacher, given[1])
 
 
-def test_parts_of_innermost_channels_start_where_a_vector_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "PART", 2 * 6 * 40)
-    planar = torch.empty(2, 64, 2, 3)
-    assert part_length(planar, 1) == 40
-    assert part_length(planar.contiguous(memory_format=torch.channels_last), 1) == 32
-    monkeypatch.setattr(parts, "PART", 2 * 6 * 5)
-    assert part_length(planar.contiguous(memory_format=torch.channels_last), 1) == 5
-
-
 def test_several_sums_are_each_what_it_would_be_alone(monkeypatch):
     """Values, and gradients under different scales, of all tensors; a sum that goes unused has no part in them."""
     monkeypatch.setattr(parts, "PART", 12)
@@ -199,17 +188,6 @@ def test_points_without_weight_are_left_out_and_nothing_else_changes(share: floa
     both(weighted_bins_kl(student, teacher, weights, 2), plain, student)
     count = int(weights.count_nonzero())
     assert points_that_count(student, teacher, weights)[2].shape == ((1, count) if count <= 60 else (3, 40))
-
-
-@pytest.mark.parametrize("shape", [(3, 5, 4, 2), (1, 5, 1, 1), (2, 1, 1, 3)])
-def test_standardising_and_its_way_back(shape: tuple[int, ...]) -> None:
-    feature, slope = (draw(*shape, seed=i) + 2 for i in (0, 1))
-    leaf = feature.clone().requires_grad_()
-    expected = standardise(leaf)
-    (gradient,) = torch.autograd.grad(expected, leaf, slope)
-    ours, back = standardise_and_back(feature)
-    torch.testing.assert_close(ours, expected.detach(), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(back(slope), gradient, rtol=1e-9, atol=1e-9)
 
 
 def test_gradients_that_float16_cannot_hold_survive_until_they_are_scaled() -> None:

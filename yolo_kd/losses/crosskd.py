@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from yolo_kd.errors import PairError
 from yolo_kd.losses.base import Loss, check_range
+from yolo_kd.losses.channels import deviations, rescaling
 from yolo_kd.losses.ops import EPS, corners, giou_distance, same_shape, target_score_sum, weighted_mean
-from yolo_kd.losses.parts import (
-    BATCH_AND_CELLS,
-    centred,
-    computable,
-    gap_cross_entropy_sum,
-    part_length,
-    weighted_bins_kl,
-)
+from yolo_kd.losses.parts import gap_cross_entropy_sum, weighted_bins_kl
 from yolo_kd.views import Pair, Step
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -36,54 +29,6 @@ class TeacherTails(tuple[tuple[nn.Module, nn.Module], ...]):
 
     def __deepcopy__(self, memo: dict) -> TeacherTails:
         return self
-
-
-class _AlignScale(torch.autograd.Function):
-    """`align_scale` channel by channel, with its gradient written out: a part of the channels stays in the cache."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, mean: Tensor, deviation: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        """Return the student's channels at the scale given by its mean and deviation, (C,) each."""
-        output = torch.empty_like(student, dtype=dtype)
-        for s, t_mean, t_std, out in zip(*_channels(student, mean, deviation, output), strict=True):
-            s, std = _centred(s)
-            out.copy_(torch.addcmul(_column(t_mean), s, _column(t_std) / (std + eps)))
-        ctx.save_for_backward(student, deviation)
-        ctx.eps = eps
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient, which flows through the student's mean and deviation too."""
-        student, deviation = ctx.saved_tensors
-        result = torch.empty_like(student)
-        for s, t_std, g, out in zip(*_channels(student, deviation, slope, result), strict=True):
-            s, std = _centred(s)
-            g = computable(g)
-            count = g[:, 0].numel()
-            # a channel of one value has no deviation to go through
-            through = (g * s).sum(BATCH_AND_CELLS, keepdim=True) / ((std + ctx.eps) * max(count - 1, 1) * std)
-            g = g - g.sum(BATCH_AND_CELLS, keepdim=True) / count
-            g.addcmul_(s, through.nan_to_num_(0.0, 0.0, 0.0), value=-1)
-            out.copy_(g.mul_(_column(t_std) / (std + ctx.eps)))
-        return result, None, None, None, None
-
-
-def _channels(maps: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cut maps into parts of some channels, and with them what has a value or a map for each channel."""
-    size = part_length(maps, 1)
-    return (x.split(size, min(x.ndim - 1, 1)) for x in (maps, *others))
-
-
-def _column(values: Tensor) -> Tensor:
-    return values[:, None, None]
-
-
-def _centred(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (B, c, H, W) maps with mean 0 per channel, and their deviations over batch and cells, (1, c, 1, 1)."""
-    maps, squares = centred(computable(maps))
-    return maps, squares.div_(max(maps[:, 0].numel() - 1, 1)).sqrt_()
 
 
 def align_scale(student: Tensor, teacher: Tensor, eps: float = 1e-6, dtype: torch.dtype | None = None) -> Tensor:
@@ -105,10 +50,11 @@ def align_scale(student: Tensor, teacher: Tensor, eps: float = 1e-6, dtype: torc
         ValueError: If shapes differ.
     """
     same_shape(student=student, teacher=teacher)
-    rows = computable(teacher).permute(0, 2, 3, 1).flatten(0, 2)  # as they lie in the memory of a fast teacher
-    mean = rows.mean(0)
-    deviation = ((rows - mean).square_().sum(0) / max(len(rows) - 1, 1)).sqrt()
-    return _AlignScale.apply(student, mean, deviation, eps, dtype or student.dtype)
+    divisor = max(student[:, 0].numel() - 1, 1)
+    mean, deviation = deviations(teacher, divisor)
+    dtype = dtype or student.dtype
+    student = student.to(torch.promote_types(student.dtype, dtype))
+    return rescaling(student, deviation, mean, eps=eps, divisor=divisor)(student).to(dtype)
 
 
 def crosskd_cls(reused: Tensor, teacher: Tensor, divisor: Tensor | float, beta: float = 1.0) -> Tensor:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_levels, check_range
+from yolo_kd.losses.channels import standardising
 from yolo_kd.losses.ops import same_shape
-from yolo_kd.losses.parts import CELLS, softmax_kl, standardise_and_back, sum_in_parts
+from yolo_kd.losses.parts import softmax_kl, sum_in_parts
 from yolo_kd.views import Step
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -36,18 +37,18 @@ def cwd(student: Tensor, teacher: Tensor, temperature: float = 1.0, standardised
         ValueError: If shapes differ.
     """
     same_shape(student=student, teacher=teacher)
-
     count = student.shape[0] * student.shape[1]
+    if standardised:
+        own, other = standardising(student), standardising(teacher)
+        student = own.through(student)
 
-    def part(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:  # of the channels, each of which is compared by itself
-        back = None
+    def part(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:  # of the images
         if standardised:
-            (s, back), (t, _) = standardise_and_back(s), standardise_and_back(t)
-        value, slope = softmax_kl(s, t, temperature, CELLS)
-        slope.div_(count)
-        return value / count, slope if back is None else back(slope)
+            s, t = own.of(s), other.of(t)
+        value, slope = softmax_kl(s, t, temperature, (2, 3))
+        return value / count, slope.div_(count)
 
-    return sum_in_parts(part, student, teacher, dim=1)
+    return sum_in_parts(part, student, teacher)
 
 
 class CWD(Loss):

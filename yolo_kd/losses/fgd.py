@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from yolo_kd.losses.base import Loss, check_levels, check_range
 from yolo_kd.losses.boxes import box_cells, cell_weights, paint
 from yolo_kd.losses.ops import EPS, attention, same_shape
-from yolo_kd.losses.parts import computable, part_length
+from yolo_kd.losses.parts import add_products, computable, part_length
 from yolo_kd.views import Pair, Step
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -156,25 +156,17 @@ class PairMoments(torch.autograd.Function):
             ones, cells = torch.ones_like(a), torch.ones_like(p)
             out = s - t
             factor = torch.empty_like(out)
-            _add_products(factor, torch.stack([2 * a, 2 * g_sq], 2), torch.stack([g_e, cells], 1), beta=0)
+            add_products(factor, torch.stack([2 * a, 2 * g_sq], 2), torch.stack([g_e, cells], 1), beta=0)
             out.mul_(factor)
             left = torch.stack([ones / s.shape[1], g_c / s.shape[2]], 2)
-            _add_products(factor, left, torch.stack([g_s, cells], 1), beta=0)
+            add_products(factor, left, torch.stack([g_s, cells], 1), beta=0)
             out.addcmul_(factor, s.sign())
             g_m = _through_context(s, p, g_x, masks[:2])
             _through_context(t, t_p, g_tx, masks[2:])
             left = torch.stack([g_d, g_x.squeeze(2), weight.expand_as(a)], 2)
-            _add_products(out, left, torch.stack([cells, p, g_m], 1))
+            add_products(out, left, torch.stack([cells, p, g_m], 1))
             slot.copy_(out)
         return result, None, None, *masks
-
-
-def _add_products(maps: Tensor, left: Tensor, right: Tensor, beta: float = 1.0) -> None:
-    """Make maps, (B, C, HW), beta times themselves plus (B, C, k) @ (B, k, HW), whichever way they lie in memory."""
-    if maps.stride(1) == 1:
-        maps.mT.baddbmm_(right.mT, left.mT, beta=beta)
-    else:
-        maps.baddbmm_(left, right, beta=beta)
 
 
 def _through_context(flat: Tensor, p: Tensor, slope: Tensor, mask: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from yolo_kd.errors import did_you_mean, listed
 from yolo_kd.losses.base import Loss, check_levels, check_range
-from yolo_kd.losses.ops import same_shape, standardise
+from yolo_kd.losses.channels import standardise
+from yolo_kd.losses.ops import same_shape
 from yolo_kd.losses.parts import squared_error_sum
 from yolo_kd.views import Pair, Step
 

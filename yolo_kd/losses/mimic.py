@@ -7,8 +7,9 @@ from torch import Tensor
 
 from yolo_kd.errors import did_you_mean, listed
 from yolo_kd.losses.base import Loss, check_levels
+from yolo_kd.losses.channels import standardising
 from yolo_kd.losses.ops import EPS, same_shape
-from yolo_kd.losses.parts import standardise_and_back, sum_in_parts
+from yolo_kd.losses.parts import squared_error_sum
 from yolo_kd.views import Step, Targets
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -37,17 +38,9 @@ def mimic(student: Tensor, teacher: Tensor, mask: Tensor | None = None, standard
     if mask is not None:
         same_shape(mask=mask, cells=student[:, 0])
 
-    def part(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:  # of the channels
-        back = None
-        if standardised:
-            (s, back), (t, _) = standardise_and_back(s), standardise_and_back(t)
-        error = s.detach() - t
-        slope = error if mask is None else error * mask[:, None]
-        value, slope = (error * slope).sum(), slope.mul_(2)
-        return value, slope if back is None else back(slope)
-
+    scales = (standardising(student), standardising(teacher)) if standardised else None
     cells = student[:, 0].numel() if mask is None else mask.sum() + EPS
-    return sum_in_parts(part, student, teacher, dim=1) / (student.shape[1] * cells)
+    return squared_error_sum(student, teacher, mask, scales) / (student.shape[1] * cells)
 
 
 def box_mask(targets: Targets, shape: tuple[int, int]) -> Tensor:

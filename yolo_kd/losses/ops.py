@@ -130,20 +130,6 @@ def feature_map_nms(scores: Tensor, shapes: Sequence[tuple[int, int]], kernel: i
     return torch.cat(kept, dim=1)
 
 
-def standardise(feature: Tensor, eps: float = 1e-5) -> Tensor:
-    """Give each channel mean 0 and variance 1 over batch and space: batch normalisation without learned scale.
-
-    The gradient flows through mean and variance too. A channel with a single value becomes 0.
-
-    Args:
-        feature: (B, C, H, W).
-        eps: Added to the variance (divided by the count, not by the count less one).
-    """
-    if feature.numel() == feature.shape[1]:
-        return feature - feature
-    return F.batch_norm(feature, None, None, training=True, eps=eps)
-
-
 def attention(strength: Tensor, temperature: float) -> Tensor:
     """Where something is strong: N * softmax(strength / T) over the last dimension of length N; 1 on average.
 

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from yolo_kd.losses.ops import same_shape, standardise
+from yolo_kd.losses.channels import Rescaling
+from yolo_kd.losses.ops import same_shape
 
 PART = 2**19  # values of the student's tensor that are worked on at once
-VECTOR = 16  # float32 values that a processor handles at once
-CELLS, BATCH_AND_CELLS = (2, 3), (0, 2, 3)
 
 Answer = Tensor | tuple[Tensor, ...]
 Part = Callable[..., Answer]
@@ -27,15 +26,9 @@ Parts = Callable[..., Sequence[tuple[Tensor, ...]]]
 
 
 def part_length(tensor: Tensor, dim: int = 0) -> int:
-    """Return how much of a dimension to work on at once: a part on a CPU, all where launches cost and passes do not.
-
-    Along the dimension that lies innermost in memory it is a multiple of `VECTOR`, or less than that.
-    """
+    """Return how much of a dimension to work on at once: a part on a CPU, all where launches cost and passes do not."""
     length = tensor.shape[dim]
-    if tensor.device.type != "cpu":
-        return length
-    fits = max(1, PART * length // max(tensor.numel(), 1))
-    return fits // VECTOR * VECTOR or fits if tensor.stride(dim) == 1 else fits
+    return max(1, PART * length // max(tensor.numel(), 1)) if tensor.device.type == "cpu" else length
 
 
 class _InParts(torch.autograd.Function):
@@ -188,16 +181,26 @@ def points_that_count(student: Tensor, teacher: Tensor, weights: Tensor) -> tupl
     return _Chosen.apply(student, mask)[None], teacher[mask][None], weights[mask][None]
 
 
-def squared_error_sum(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
+def squared_error_sum(
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor | None = None,
+    scales: tuple[Rescaling, Rescaling] | None = None,
+) -> Tensor:
     """Return Σ_bhw w Σ_c (s - t)².
 
     Args:
         student: (B, C, H, W), with gradient.
         teacher: (B, C, H, W).
         weights: (B, H, W) of any dtype, one for each cell by default.
+        scales: What the student's and the teacher's channels are brought to first.
     """
+    if scales is not None:
+        student = scales[0].through(student)
 
     def part(s: Tensor, t: Tensor, *weight: Tensor) -> tuple[Tensor, Tensor]:
+        if scales is not None:
+            s, t = scales[0].of(s), scales[1].of(t)
         error = s.detach() - t
         if not weight:
             return error.square().sum(), error.mul_(2)
@@ -208,39 +211,24 @@ def squared_error_sum(student: Tensor, teacher: Tensor, weights: Tensor | None =
     return sum_in_parts(part, student, teacher, *(() if weights is None else (weights,)))
 
 
-def centred(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (B, C, H, W) with mean 0 per channel over batch and cells, and the sums of its squares, (1, C, 1, 1)."""
-    maps = maps - maps.sum(BATCH_AND_CELLS, keepdim=True).div_(maps[:, 0].numel())
-    return maps, maps.square().sum(BATCH_AND_CELLS, keepdim=True)
+def channels_innermost(maps: Tensor) -> bool:
+    """Return whether neighbours in memory are channels of a cell, for (B, C, ...) maps."""
+    return maps.stride(1) == 1
 
 
-def standardise_and_back(feature: Tensor, eps: float = 1e-5) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Return `ops.standardise` of a map and what takes a gradient back through it, for functions of parts.
+def matrix_times_maps(matrix: Tensor, maps: Tensor) -> Tensor:
+    """Return (P, C) @ (B, C, N), (B, P, N), which lies in memory as the maps do: neither is laid out anew."""
+    if channels_innermost(maps):
+        return (maps.mT @ matrix.mT).mT
+    return matrix.expand(len(maps), -1, -1).bmm(maps)
 
-    On a CPU sums of whole channels take half the time of batch normalisation's kernel; on a GPU that is one launch.
 
-    Args:
-        feature: (B, C, H, W).
-        eps: As there.
-    """
-    if feature.device.type != "cpu":
-        leaf = feature.detach().requires_grad_()
-        with torch.enable_grad():
-            output = standardise(leaf, eps)
-        return output.detach(), lambda slope: torch.autograd.grad(output, leaf, slope)[0]
-    count = feature[:, 0].numel()
-    z, squares = centred(feature.detach())
-    scale = squares.div_(count).add_(eps).rsqrt_()
-    z.mul_(scale)
-
-    def mean(x: Tensor) -> Tensor:
-        return x.sum(BATCH_AND_CELLS, keepdim=True).div_(count)
-
-    def back(slope: Tensor) -> Tensor:
-        from_mean = slope - mean(slope)
-        return from_mean.addcmul_(z, mean(slope * z), value=-1).mul_(scale)
-
-    return z, back
+def add_products(maps: Tensor, left: Tensor, right: Tensor, beta: float = 1.0) -> None:
+    """Make maps, (B, C, N), beta times themselves plus (B, C, k) @ (B, k, N), whichever way they lie in memory."""
+    if channels_innermost(maps):
+        maps.mT.baddbmm_(right.mT, left.mT, beta=beta)
+    else:
+        maps.baddbmm_(left, right, beta=beta)
 
 
 def softmax_kl(

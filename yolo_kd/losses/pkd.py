@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_levels
+from yolo_kd.losses.channels import rescaling
 from yolo_kd.losses.ops import same_shape
-from yolo_kd.losses.parts import BATCH_AND_CELLS, centred, sum_in_parts
+from yolo_kd.losses.parts import squared_error_sum
 from yolo_kd.views import Step
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -44,23 +45,9 @@ def pkd(student: Tensor, teacher: Tensor, *, unbiased: bool = True, resize_stude
         else:
             teacher = F.interpolate(teacher, student.shape[-2:], mode="bilinear", align_corners=False)
     same_shape(student=student, teacher=teacher)
-    values = student.numel()
-
-    count = student[:, 0].numel()
-
-    def part(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:  # of the channels, each of which stands for itself
-        (s, s_squares), (t, t_squares) = centred(s.detach()), centred(t)
-        s_std, t_std = ((x / (count - int(unbiased))).sqrt_() for x in (s_squares, t_squares))
-        slope = s / (s_std + EPS)
-        slope.sub_(t.div_(t_std + EPS))  # s̃ - t̃, whose mean is zero
-        value = slope.square().sum() / 2
-        # s̃ depends on s directly and through its deviation; a constant channel has none
-        along = (slope * s).sum(BATCH_AND_CELLS, keepdim=True)
-        through = along / (s_std + EPS) ** 2 / (max(count - int(unbiased), 1) * s_std)
-        slope.div_(s_std + EPS).addcmul_(s, through.nan_to_num_(0.0, 0.0, 0.0), value=-1)
-        return value / values, slope.div_(values)
-
-    return sum_in_parts(part, student, teacher, dim=1)
+    divisor = student[:, 0].numel() - int(unbiased)
+    scales = rescaling(student, eps=EPS, divisor=divisor), rescaling(teacher, eps=EPS, divisor=divisor)
+    return squared_error_sum(student, teacher, scales=scales) / (2 * student.numel())
 
 
 class PKD(Loss):

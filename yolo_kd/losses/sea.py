@@ -10,7 +10,7 @@ from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_levels, check_range
 from yolo_kd.losses.ops import same_shape
-from yolo_kd.losses.parts import softmax_kl, sums_in_parts
+from yolo_kd.losses.parts import channels_innermost, matrix_times_maps, softmax_kl, sums_in_parts
 from yolo_kd.views import Step, Targets
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -132,9 +132,10 @@ def category_anchors(feature: Tensor, categories: Categories, dtype: torch.dtype
     """
     masks, which, cells = categories
     dtype = dtype or feature.dtype
-    # channels first, so that the gradient comes out in the feature's own layout
-    sums = feature.flatten(2).to(dtype) @ masks.to(dtype).flatten(2).transpose(1, 2)  # (B, C, Q)
-    sums = sums.to(torch.promote_types(dtype, torch.float32)).transpose(1, 2).flatten(0, 1)
+    flat, masks = feature.flatten(2).to(dtype), masks.to(dtype).flatten(2)
+    # (B, Q, C), the way round in which the gradient lies in memory as the feature does
+    sums = masks @ flat.mT if channels_innermost(flat) else (flat @ masks.mT).mT
+    sums = sums.to(torch.promote_types(dtype, torch.float32)).flatten(0, 1)
     pooled = sums.new_zeros(len(cells), feature.shape[1]).index_add(0, which.flatten(), sums)
     return pooled / cells.clamp(min=1)[:, None]
 
@@ -200,7 +201,7 @@ def cell_alignment(
     def logits(feature: Tensor, low: Tensor, axes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # products are divided by the cells' norms, which are far fewer numbers than the cells' features
         square = feature.square().sum(1, keepdim=True)
-        products = axes.to(dtype).expand(len(low), -1, -1).bmm(low).to(feature.dtype)
+        products = matrix_times_maps(axes.to(dtype), low).to(feature.dtype)
         return torch.addcmul(absent, products, square.clamp(min=least).rsqrt_()), products, square
 
     def part(s: Tensor, t: Tensor, axes: Tensor) -> list[tuple[Tensor, ...]]:
@@ -211,12 +212,13 @@ def cell_alignment(
         slope.mul_(square.clamp(min=least).rsqrt_())  # of the products
         # the norm's part; below the least one it is a constant
         through = products.mul_(slope).sum(1, keepdim=True).div_(square.clamp(min=least)).mul_(square > least)
-        slope, low_axes = slope.to(dtype), axes.to(dtype)
-        left = low_axes.T.expand(len(s), -1, -1)
-        slope_s = (slope.mT.bmm(left.mT).mT if s.stride(1) == 1 else left.bmm(slope)).to(s.dtype)  # lies as s does
-        slope_s.addcmul_(s, through, value=-1)
-        slope_axes = slope.bmm(low_s.transpose(1, 2)).to(s.dtype).sum(0)
-        return [(tdd, slope_s, slope_axes), (*softmax_kl(s, t, tau2, 2), torch.zeros_like(axes))]
+        slope = slope.to(dtype)
+        slope_s = matrix_times_maps(axes.to(dtype).T, slope).to(s.dtype).addcmul_(s, through, value=-1)
+        if channels_innermost(s):
+            slope_axes = slope.mT.flatten(0, 1).T @ low_s.mT.flatten(0, 1)
+        else:
+            slope_axes = slope.bmm(low_s.mT).to(s.dtype).sum(0)
+        return [(tdd, slope_s, slope_axes.to(s.dtype)), (*softmax_kl(s, t, tau2, 2), torch.zeros_like(axes))]
 
     tdd, lda = sums_in_parts(part, student.flatten(2), teacher.flatten(2), shared=(axes,))
     return tdd * (tau1**2 / student[:, 0].numel()), lda / student[:, :, 0, 0].numel()

@@ -1,0 +1,151 @@
+"""Channels brought to another mean and deviation over batch and cells, with the kernels of batch normalisation.
+
+These read maps as they lie in memory and in the precision in which they come, and add up in float32 at least.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def standardise(maps: Tensor, eps: float = 1e-5) -> Tensor:
+    """Give each channel mean 0 and variance 1 over batch and space: batch normalisation without learned scale.
+
+    The gradient flows through mean and variance too. A channel with a single value becomes 0.
+
+    Args:
+        maps: (B, C, H, W).
+        eps: Added to the variance (divided by the count, not by the count less one).
+    """
+    if maps.numel() == maps.shape[1]:
+        return maps - maps
+    return F.batch_norm(maps, None, None, training=True, eps=eps)
+
+
+@dataclass(frozen=True)
+class Rescaling:
+    """y = (x - mean) k + shift for each channel, where k follows the deviation of x.
+
+    Attributes:
+        mean: m, (C,), in float32 at least, and so are the others.
+        factor: k, (C,).
+        inverse: r, (C,), so that the gradient is k (g - mean(g)) - k r² (x - m) mean(g (x - m)). Batch normalisation's
+            is that with r in place of one over its deviation and k / r in place of its weight.
+        shift: (C,).
+    """
+
+    mean: Tensor
+    factor: Tensor
+    inverse: Tensor
+    shift: Tensor
+
+    def through(self, maps: Tensor) -> Tensor:
+        """Return maps (B, C, H, W) as they are; a gradient that reaches them is that of y and goes on as that of x."""
+        return _Through.apply(maps, self)
+
+    def of(self, part: Tensor) -> Tensor:
+        """Return y of some images, detached; `part` is (B, C, H, W) in the precision of the statistics."""
+        factor, shift = self._line
+        return torch.addcmul(shift[:, None, None], part.detach(), factor[:, None, None])
+
+    def __call__(self, maps: Tensor) -> Tensor:
+        """Return y of the maps of which the statistics are, in their own precision, with gradient."""
+        return _Rescaled.apply(maps, self)
+
+    @property
+    def _line(self) -> tuple[Tensor, Tensor]:
+        """What x is multiplied by, and what is added. A channel of one value is its shift, whatever the rounding."""
+        factor = torch.where(self.inverse == 0, 0.0, self.factor)
+        return factor, self.shift - self.mean * factor
+
+
+def standardising(maps: Tensor, eps: float = 1e-5) -> Rescaling:
+    """Return what `standardise` does to maps, for losses that work on some images at a time.
+
+    Args:
+        maps: (B, C, H, W).
+        eps: As there.
+    """
+    mean, variance = _moments(maps)
+    factor = (variance + eps).rsqrt_()
+    return Rescaling(mean, factor, factor, torch.zeros_like(mean))
+
+
+def rescaling(
+    maps: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, *, eps: float, divisor: int
+) -> Rescaling:
+    """Return (x - mean(x)) / (std(x) + ε) · scale + shift for each channel, over batch and cells.
+
+    Args:
+        maps: (B, C, H, W).
+        scale: (C,), 1 by default.
+        shift: (C,), 0 by default.
+        eps: ε, added to the deviation.
+        divisor: What sums of squares are divided by: B H W, or one less. Zero makes everything nan.
+    """
+    mean, std = deviations(maps, divisor)
+    factor = (1 if scale is None else scale) / (std + eps)
+    inverse = (maps[:, 0].numel() / max(divisor, 1) / (std * (std + eps))).sqrt_()
+    # a channel of one value has no deviation to go through, and x - m is 0 there
+    inverse = torch.where(std == 0, 0.0, inverse)
+    return Rescaling(mean, factor, inverse, torch.zeros_like(mean) if shift is None else shift)
+
+
+def deviations(maps: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation of each channel over batch and cells, (C,) each, in float32 at least.
+
+    Args:
+        maps: (B, C, H, W).
+        divisor: What sums of squares are divided by: B H W, or one less.
+    """
+    mean, variance = _moments(maps)
+    return mean, (variance * maps[:, 0].numel() / divisor).sqrt_()
+
+
+def _moments(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of each channel over batch and cells."""
+    dtype = torch.promote_types(maps.dtype, torch.float32)
+    # running statistics, which nobody reads, set the precision: those of half precision alone would be rounded to it
+    ignored, too = (maps.new_zeros(maps.shape[1], dtype=dtype) for _ in range(2))
+    return torch.batch_norm_update_stats(maps.detach(), ignored, too, 0.0)
+
+
+class _Through(torch.autograd.Function):
+    """The gradient of a rescaling."""
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, rescaling: Rescaling) -> Tensor:
+        """Return the maps themselves."""
+        ctx.save_for_backward(maps, rescaling.mean, rescaling.factor, rescaling.inverse)
+        return maps.view_as(maps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient, which flows through the mean and the deviation too, laid out like the maps."""
+        maps, mean, factor, inverse = ctx.saved_tensors
+        inverse = torch.where(inverse == 0, 1.0, inverse)
+        lain = maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
+        slope = slope.contiguous(memory_format=torch.channels_last if lain else torch.contiguous_format)
+        gradient, _, _ = torch.ops.aten.native_batch_norm_backward(
+            slope, maps, factor / inverse, None, None, mean, inverse, True, 0.0, [True, False, False]
+        )
+        return gradient, None
+
+
+class _Rescaled(_Through):
+    """A rescaling with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, rescaling: Rescaling) -> Tensor:
+        """Return y."""
+        _Through.forward(ctx, maps, rescaling)
+        factor, shift = rescaling._line
+        one = torch.ones_like(factor)
+        return F.batch_norm(maps, torch.zeros_like(one), one, factor, shift, eps=0.0)
