@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from yolo_kd.errors import PairError
 from yolo_kd.losses.base import Loss, check_levels, check_range
 from yolo_kd.losses.ops import averaging, same_shape
-from yolo_kd.losses.parts import sum_in_parts
+from yolo_kd.losses.parts import add_products, sum_in_parts
 from yolo_kd.views import Pair, Step
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -37,16 +37,27 @@ def hcl(student: Tensor, teacher: Tensor) -> Tensor:
         ValueError: If shapes differ.
     """
     same_shape(student=student, teacher=teacher)
-    sides = [side for side in POOLS if side < student.shape[-2]]
+    height, width = student.shape[-2:]
+    sides = [side for side in POOLS if side < height]
+    exact = torch.promote_types(student.dtype, torch.float32)
+    like = student.new_empty(0, dtype=exact)
+    # all averages of a map are one matrix product, and so is the way back
+    averages = torch.cat(
+        [torch.kron(averaging(height, side, like), averaging(width, side, like)) for side in sides]
+        or [like.new_zeros(0, height * width)]
+    )
+    weights = torch.cat([like.new_full((side**2,), 0.5**k / side**2) for k, side in enumerate(sides, 1)] or [like])
     scale = sum(0.5**k for k in range(len(sides) + 1)) * student[:, :, 0, 0].numel()
-    rows, columns = ([averaging(n, side, student) for side in sides] for n in student.shape[-2:])
 
-    def part(s: Tensor, t: Tensor) -> Tensor:
-        error = s - t  # the error of the averages is the average of the error
-        total = error.square().sum() / error[0, 0].numel()
-        for k, (row, column) in enumerate(zip(rows, columns, strict=True), start=1):
-            total = total + (row @ error @ column.T).square().sum() * (0.5**k / len(row) ** 2)
-        return total / scale
+    def part(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        error = (s.detach() - t).flatten(2)  # the error of the averages is the average of the error
+        matrix = averages.expand(len(error), -1, -1)
+        pooled = error.bmm(matrix.mT)  # (B, C, all averages)
+        weighted = pooled * weights
+        value = error.square().sum() / error.shape[2] + (weighted * pooled).sum()
+        slope = error.mul_(2 / error.shape[2] / scale)
+        add_products(slope, weighted.mul_(2 / scale), matrix)
+        return value / scale, slope.view_as(s)
 
     return sum_in_parts(part, student, teacher)
 
@@ -159,6 +170,6 @@ class ReviewKD(Loss):
                 "reviewkd normalises each level over its cells, and a level of this batch has one only. Raise imgsz "
                 "or batch, or leave the coarsest level out with levels=."
             )
-        fused = step.layers(lambda *maps: review(self.fusions, maps), *features)
-        terms = [hcl(f, step.teacher_feature(i)) for f, i in zip(fused, self.levels, strict=True)]
+        fused = step.layers(lambda *maps: review(self.fusions, maps), *features, as_is=True)
+        terms = [hcl(f, step.teacher_feature(i, as_is=True)) for f, i in zip(fused, self.levels, strict=True)]
         return {"rev_loss": STRENGTH * torch.stack(terms).sum()}
