@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from yolo_kd.losses import channels
 from yolo_kd.losses.channels import deviations, rescaling, standardise, standardising
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -111,6 +112,18 @@ def test_a_channel_of_one_value_becomes_its_shift(value: float) -> None:
         torch.testing.assert_close(y[:, 1], torch.ones(2, 4, 4).double(), rtol=0, atol=1e-8)
     expected = 2.0 / 1e-6 * (slope[:, 1] - slope[:, 1].mean())
     torch.testing.assert_close(maps.grad[:, 1], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_devices_without_a_kernel_for_statistics_have_the_same(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps = draw(3, 5, 4, 2).to(dtype)
+    expected = deviations(maps, 23)
+    monkeypatch.setattr(channels, "WITH_STATISTICS", ())
+    for ours, theirs in zip(deviations(maps, 23), expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_divisor_of_zero_is_nan() -> None:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+WITH_STATISTICS = ("cpu", "cuda")  # devices with a kernel for nothing else; elsewhere maps become float32 first
+
 
 def standardise(maps: Tensor, eps: float = 1e-5) -> Tensor:
     """Give each channel mean 0 and variance 1 over batch and space: batch normalisation without learned scale.
@@ -111,6 +113,9 @@ def deviations(maps: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
 def _moments(maps: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and variance of each channel over batch and cells."""
     dtype = torch.promote_types(maps.dtype, torch.float32)
+    if maps.device.type not in WITH_STATISTICS:
+        variance, mean = torch.var_mean(maps.detach().to(dtype), (0, 2, 3), correction=0)
+        return mean, variance
     # running statistics, which nobody reads, set the precision: those of half precision alone would be rounded to it
     ignored, too = (maps.new_zeros(maps.shape[1], dtype=dtype) for _ in range(2))
     return torch.batch_norm_update_stats(maps.detach(), ignored, too, 0.0)
