@@ -46,7 +46,7 @@ from ultralytics.nn.tasks import DetectionModel
 from yolo_kd.checkpoints import LoadedDetector, load_detector
 from yolo_kd.criterion import TEACHER_VIEW, DistillationCriterion
 from yolo_kd.distiller import Distiller
-from yolo_kd.environment import reused_memory
+from yolo_kd.environment import release_memory, reused_memory
 from yolo_kd.pool import MODES, Pool
 from yolo_kd.pool_criterion import PoolCriterion, teacher_reads
 from yolo_kd.pool_data import POOL_MARK
@@ -343,6 +343,7 @@ def main() -> None:
     with reused_memory() if args.device == "cpu" else nullcontext(), threads(args.threads):
         if args.only_memory:
             bench = Bench(args, [args.only_memory])
+            release_memory()  # what the models were made from is gone, as it is in a training before its first step
             for _ in range(2):
                 bench.step(args.only_memory)
             print(peak_mb(args.device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -80,6 +81,7 @@ def reused_memory() -> Iterator[None]:
 
 def release_memory() -> None:
     """Hand memory that is free back to the system, after work that will not be repeated."""
+    gc.collect()  # models and their hooks hold each other
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     trim = _of_libc("malloc_trim")

@@ -227,19 +227,20 @@ class Step:
             return [*outputs] if as_is else [output.float() for output in outputs]
 
     def teacher_feature(self, level: int, as_is: bool = False) -> Tensor:
-        """Return the teacher's features of one level, detached, (B, C_teacher, H, W), laid out like the student's.
-
-        Arithmetic on two memory formats at once is several times slower.
+        """Return the teacher's features of one level, detached, (B, C_teacher, H, W).
 
         Args:
             level: Index of the level, 0 for the finest.
-            as_is: In the precision in which the teacher ran, for losses that convert part by part; float32 otherwise.
+            as_is: As the teacher left them, for losses that convert part by part. Otherwise float32, laid out like the
+                student's: arithmetic on two memory formats at once is several times slower.
         """
+        feature = self.teacher.features[level].detach()
+        if as_is:
+            return feature
 
         def make() -> Tensor:
             planar = self.student.features[level].is_contiguous()
             layout = torch.contiguous_format if planar else torch.channels_last
-            feature = self.teacher.features[level].detach().contiguous(memory_format=layout)
-            return feature if as_is else feature.float()
+            return feature.contiguous(memory_format=layout).float()
 
-        return self.once(("teacher", level, as_is), make)
+        return self.once(("teacher", level), make)

@@ -190,6 +190,22 @@ def test_points_without_weight_are_left_out_and_nothing_else_changes(share: floa
     assert points_that_count(student, teacher, weights)[2].shape == ((1, count) if count <= 60 else (3, 40))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_others_reach_the_function_as_the_first_lies_in_memory(dtype: torch.dtype) -> None:
+    maps, weights = draw(4, 3, 5, 2).to(dtype), draw(4, 5, 2)
+    other = draw(4, 3, 5, 2, seed=1).to(dtype).contiguous(memory_format=torch.channels_last)
+
+    def function(s: Tensor, t: Tensor, w: Tensor) -> Tensor:
+        assert s.stride() == t.stride()
+        assert s.dtype == t.dtype == torch.promote_types(dtype, torch.float32)
+        return ((s - t).square().sum(1) * w).sum()
+
+    expected = ((maps.double() - other.double()).square().sum(1) * weights).sum()
+    for mine, theirs in ((maps, other), (other, maps)):
+        found = sum_in_parts(function, mine.clone().requires_grad_(), theirs, weights)
+        torch.testing.assert_close(found, expected)
+
+
 def test_gradients_that_float16_cannot_hold_survive_until_they_are_scaled() -> None:
     student, teacher = draw(3, 5, 4).half().requires_grad_(), draw(3, 5, 4, seed=1)
     tiny, loss_scale = 1e-9, 2.0**16

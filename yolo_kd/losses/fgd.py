@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from yolo_kd.losses.base import Loss, check_levels, check_range
 from yolo_kd.losses.boxes import box_cells, cell_weights, paint
 from yolo_kd.losses.ops import EPS, attention, same_shape
-from yolo_kd.losses.parts import add_products, computable, part_length
+from yolo_kd.losses.parts import add_products, beside, computable, part_length
 from yolo_kd.views import Pair, Step
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -117,7 +117,8 @@ class PairMoments(torch.autograd.Function):
         size = part_length(student)
         parts, kept = [], []
         for s, t in zip(student.split(size), teacher.split(size), strict=True):
-            s, t = computable(s), computable(t)
+            s = computable(s)
+            t = beside(t, s)
             buffer = t.abs()
             t_spatial, t_channel = buffer.mean(1), buffer.mean(2)
             a = attention(t_channel, temperature)
@@ -152,7 +153,8 @@ class PairMoments(torch.autograd.Function):
         for s, t, a, p, t_p, g_e, g_sq, g_d, g_s, g_c, g_x, g_tx, slot in zip(
             *(x.split(size) for x in columns), strict=True
         ):
-            s, t = computable(s), computable(t)
+            s = computable(s)
+            t = beside(t, s)
             ones, cells = torch.ones_like(a), torch.ones_like(p)
             out = s - t
             factor = torch.empty_like(out)

@@ -47,7 +47,7 @@ class _InParts(torch.autograd.Function):
         for part, *rest in zip(*(t.split(step, dim) for t in (student, *others)), strict=True):
             leaves = [computable(t).requires_grad_() for t in (part, *whole)]
             with torch.autocast(student.device.type, enabled=False), torch.enable_grad():
-                answers = function(leaves[0], *map(computable, rest), *leaves[1:])
+                answers = function(leaves[0], *(beside(r, leaves[0]) for r in rest), *leaves[1:])
             values.append(torch.stack([answer[0].detach() for answer in answers]))
             slopes += [answer[1].detach().to(kept) for answer in answers]
             own = [slope.detach() for answer in answers for slope in answer[2:]]
@@ -85,6 +85,16 @@ def computable(part: Tensor) -> Tensor:
     """Return a part, detached, in no less than float32: converted part by part, that costs no pass through memory."""
     part = part.detach()
     return part.float() if part.dtype in (torch.float16, torch.bfloat16) else part
+
+
+def beside(part: Tensor, other: Tensor) -> Tensor:
+    """Return a part as `computable` does, and if it has the shape of `other`, laid out in memory as that is.
+
+    Arithmetic on two memory formats at once is several times slower, and whole maps laid out anew would stay in memory.
+    """
+    if part.shape != other.shape or part.stride() == other.stride():
+        return computable(part)
+    return torch.empty_like(other).copy_(part.detach())
 
 
 def sums_in_parts(

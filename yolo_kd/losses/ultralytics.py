@@ -64,7 +64,8 @@ class Ultralytics(Loss):
         terms = []
         for i in self.levels:
             weight = score[i].transpose(1, 2).unflatten(-1, t.shapes[i])
-            terms.append(score_weighted_l2(step.aligned("mlp", i), step.teacher_feature(i), weight) * self.dis)
+            maps = step.aligned("mlp", i, as_is=True), step.teacher_feature(i, as_is=True)
+            terms.append(score_weighted_l2(*maps, weight) * self.dis)
         total = terms[0]
         for term in terms[1:]:
             total = total + term
