@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from yolo_kd.losses import channels
@@ -28,11 +29,16 @@ def plain(maps: Tensor, scale: Tensor, shift: Tensor, eps: float, divisor: int) 
     return centred / (std + eps) * scale[:, None, None] + shift[:, None, None]
 
 
-def test_standardise() -> None:
-    x = draw(2, 4, 3, 5)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_standardise_is_batch_normalisation(layout: torch.memory_format) -> None:
+    x, slope = draw(2, 4, 3, 5).to(memory_format=layout), draw(2, 4, 3, 5, seed=1)
     flat = rows(x)
     expected = (flat - flat.mean(1, keepdims=True)) / np.sqrt(flat.var(1, keepdims=True) + 1e-5)
     np.testing.assert_allclose(rows(standardise(x)), expected, rtol=1e-7)
+    found, theirs = (x.clone(memory_format=torch.preserve_format).requires_grad_() for _ in range(2))
+    standardise(found).backward(slope)
+    F.batch_norm(theirs, None, None, training=True).backward(slope)
+    torch.testing.assert_close(found.grad, theirs.grad)
 
 
 def test_standardise_of_a_single_value_is_zero_in_the_graph() -> None:
@@ -49,6 +55,7 @@ def test_statistics_of_half_precision_are_not_rounded_to_it(dtype: torch.dtype, 
     """A mean of 30 deviations, which bfloat16 knows to an eighth of one."""
     x = (draw(4, 6, 8, 8) / 30 + 3).to(dtype).to(memory_format=layout)
     torch.testing.assert_close(standardising(x).of(x.float()).double(), standardise(x.double()), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(standardise(x).double(), standardise(x.double()), atol=0.02, rtol=0)
     scaled = rescaling(x, eps=0, divisor=256)(x)
     assert scaled.dtype == dtype
     torch.testing.assert_close(
