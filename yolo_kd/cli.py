@@ -204,7 +204,9 @@ def _losses(arguments: list[str]) -> int:
             (name, ", ".join(reads), _modules(loss), boxes, heads, loss.cost, " ".join(loss.columns), loss.paper)
         )
     _print_table(rows)
-    print("\ntrains: modules besides the student's; cost: added to a step of YOLOv8n under YOLOv8s (docs/benchmarks.md)")
+    print(
+        "\ntrains: modules besides the student's; cost: added to a step of YOLOv8n under YOLOv8s (docs/benchmarks.md)"
+    )
     return 0
 
 
