@@ -23,7 +23,7 @@ def rows(maps: Tensor) -> np.ndarray:
 
 
 def plain(maps: Tensor, scale: Tensor, shift: Tensor, eps: float, divisor: int) -> Tensor:
-    """Return what `rescale` does, step by step."""
+    """Return what a `rescaling` does, step by step."""
     centred = maps - maps.mean((0, 2, 3), keepdim=True)
     std = (centred.square().sum((0, 2, 3), keepdim=True) / divisor).sqrt()
     return centred / (std + eps) * scale[:, None, None] + shift[:, None, None]

@@ -6,6 +6,7 @@ These read maps as they lie in memory and in the precision in which they come, a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-WITH_STATISTICS = ("cpu", "cuda")  # devices with a kernel for nothing else; elsewhere maps become float32 first
+WITH_STATISTICS = ("cpu", "cuda")  # devices with a kernel for statistics alone; elsewhere maps become float32 first
 
 
 def standardise(maps: Tensor, eps: float = 1e-5) -> Tensor:
@@ -60,7 +61,7 @@ class Rescaling:
         """Return y of the maps of which the statistics are, in their own precision, with gradient."""
         return _Rescaled.apply(maps, self)
 
-    @property
+    @cached_property
     def _line(self) -> tuple[Tensor, Tensor]:
         """What x is multiplied by, and what is added. A channel of one value is its shift, whatever the rounding."""
         factor = torch.where(self.inverse == 0, 0.0, self.factor)
@@ -136,8 +137,8 @@ class _Through(torch.autograd.Function):
         """Return the gradient, which flows through the mean and the deviation too, laid out like the maps."""
         maps, mean, factor, inverse = ctx.saved_tensors
         inverse = torch.where(inverse == 0, 1.0, inverse)
-        lain = maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
-        slope = slope.contiguous(memory_format=torch.channels_last if lain else torch.contiguous_format)
+        layout = torch.contiguous_format if maps.is_contiguous() else torch.channels_last
+        slope = slope.contiguous(memory_format=layout)
         gradient, _, _ = torch.ops.aten.native_batch_norm_backward(
             slope, maps, factor / inverse, None, None, mean, inverse, True, 0.0, [True, False, False]
         )
