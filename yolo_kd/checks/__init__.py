@@ -101,7 +101,7 @@ class _Check:
             )
         if plan is not None and plan.pool is not None and data is not None and "teacher" in detectors and sets:
             self.say("the unlabelled images")
-            self.guarded("pool", lambda: check_unlabelled(report, plan, detectors["teacher"], sets, keys))
+            self.guarded("pool", lambda: check_unlabelled(report, plan, detectors["teacher"], sets, keys, classes))
         if fits and plan is not None and classes is not None and len(sets) == 2:
             self.say("gradients and cost of the terms")
             self.guarded("terms", lambda: self.terms(plan, detectors, classes))

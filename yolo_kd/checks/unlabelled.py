@@ -13,9 +13,13 @@ from ultralytics.utils.patches import imread
 from ultralytics.utils.torch_utils import select_device
 
 from yolo_kd.checkpoints import LoadedDetector
+from yolo_kd.checks.certainty import check_certainty
 from yolo_kd.checks.models import devices_of
 from yolo_kd.checks.report import Report, number
+from yolo_kd.classes import ClassMap
+from yolo_kd.losses.base import find
 from yolo_kd.plan import Plan, check_pool
+from yolo_kd.pool_criterion import NEEDS_BOXES
 from yolo_kd.teacher import Teacher
 
 IMAGES = 64
@@ -26,9 +30,14 @@ chance would do that less often than the other (two-sample Kolmogorov-Smirnov te
 
 
 def check_unlabelled(
-    report: Report, plan: Plan, teacher: LoadedDetector, sets: Mapping[str, Any], keys: Mapping[str, Any]
+    report: Report,
+    plan: Plan,
+    teacher: LoadedDetector,
+    sets: Mapping[str, Any],
+    keys: Mapping[str, Any],
+    classes: ClassMap | None,
 ) -> None:
-    """Report problems of the pool, and whether its images look to the teacher like the labelled ones.
+    """Report problems of the pool, whether its images look to the teacher like the labelled ones, and its certainty.
 
     Args:
         report: Receives findings and numbers.
@@ -36,6 +45,7 @@ def check_unlabelled(
         teacher: The loaded teacher.
         sets: Ultralytics' data sets: `train`, or without labelled images `val` is compared with.
         keys: Ultralytics' keys of the training.
+        classes: Which class is which, if that is known.
     """
     assert plan.pool is not None
     images, _ = check_pool(plan, keys, lambda sentence: report.add("warning", "pool", sentence))
@@ -43,12 +53,16 @@ def check_unlabelled(
     split = "train" if "train" in sets else "val"
     labelled = sets[split]
     device = select_device(devices_of(keys)[0], verbose=False)
-    seen = Teacher(teacher, device, reads=("scores",))
+    detects = plan.pool.labels or any(find(term.name).reads & NEEDS_BOXES for term in plan.recipe.terms)
+    judged = detects and "val" in sets and not plan.choice.keep_classes  # there labels do not name all objects
+    seen = Teacher(teacher, device, reads=("scores", "boxes"))
     size = int(np.max(keys.get("imgsz") or 640))
     try:
         pool, known = (
             _confidence(seen, files, size, labelled.cv2_flag, device) for files in (images.files, labelled.im_files)
         )
+        if judged and classes is not None:
+            check_certainty(report, plan.pool, seen, sets["val"], classes, device)
     finally:
         seen.close()
     test = ks_2samp(pool, known)
