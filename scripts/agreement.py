@@ -23,7 +23,8 @@ from ultralytics import YOLO
 from ultralytics.utils.metrics import ap_per_class, box_iou
 
 from yolo_kd.checkpoints import restricted_loading
-from yolo_kd.classes import match, short
+from yolo_kd.class_match import match
+from yolo_kd.class_names import short
 from yolo_kd.errors import DataError, PairError, YoloKDError
 from yolo_kd.pool_files import images_below
 

@@ -1,4 +1,4 @@
-"""Which class is which: reading a class map, matching names, merging, and what it makes of scores and targets."""
+"""What merging and matching classes makes of scores and targets."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from yolo_kd.classes import KEEP_CONF, ClassChoice, ClassMap, MappedTail, is_placeholder, match, normalised
-from yolo_kd.errors import CheckpointError, ConfigError, PairError
+from yolo_kd.class_match import match
+from yolo_kd.classes import ClassMap, MappedTail
+from yolo_kd.errors import CheckpointError
 from yolo_kd.views import Assignment, Targets, View
 
 
@@ -20,165 +21,6 @@ def named(*names: str) -> dict[int, str]:
 
 
 ROAD = named("person", "car", "traffic light", "truck")
-
-# ------------------------------------------------------------------------------------------------ names
-
-
-@pytest.mark.parametrize(
-    ("a", "b"), [("Traffic Light", "traffic_light"), ("T.V.", "tv"), ("fire-hydrant ", "Fire Hydrant")]
-)
-def test_case_spaces_and_punctuation_do_not_count(a: str, b: str) -> None:
-    assert normalised(a) == normalised(b)
-
-
-def test_a_name_of_signs_alone_keeps_them() -> None:
-    assert normalised("+") != normalised("-")
-
-
-@pytest.mark.parametrize("name", ["0", "12", "class0", "class_0", "Class 7", "item", "label-3"])
-def test_placeholders(name: str) -> None:
-    assert is_placeholder(name)
-
-
-@pytest.mark.parametrize("name", ["car", "class", "a1", "boeing 747", "items"])
-def test_names_that_say_something(name: str) -> None:
-    assert not is_placeholder(name)
-
-
-# ------------------------------------------------------------------------------------------------ matching
-
-
-def test_the_same_names_are_the_identity() -> None:
-    classes = match(ROAD, named("Person", "car", "traffic_light", "truck"))
-    assert classes.is_identity
-    assert classes.by == "name"
-    assert classes.matched == (0, 1, 2, 3)
-
-
-def test_another_order_is_matched_by_name() -> None:
-    classes = match(ROAD, named("truck", "TRAFFIC-LIGHT", "person", "bus"))
-    assert classes.sources == ((3,), (2,), (0,), ())
-    assert classes.matched == (0, 1, 2)
-    assert not classes.is_identity
-
-
-def test_more_teacher_classes_are_not_the_identity() -> None:
-    assert not match(ROAD, named("person", "car")).is_identity
-
-
-def test_a_map_merges_and_overrides_what_names_say() -> None:
-    ours = named("vehicle", "person", "lamp", "car")
-    classes = match(ROAD, ours, {"car": "vehicle", "Truck": "vehicle", 2: 2})
-    assert classes.sources == ((1, 3), (0,), (2,), ())
-
-
-def test_names_that_differ_in_signs_only_stay_apart() -> None:
-    assert match(named("tv-1", "tv 1"), named("tv 1", "tv-1")).sources == ((1,), (0,))
-    assert match(named("tv-1", "tv 1"), named("tv1", "x")).sources == ((), ())  # either could be meant
-
-
-def test_placeholders_match_only_as_equal_lists() -> None:
-    assert match(named("0", "1"), named("0", "1")).by == "placeholder"
-    assert match(named("class0", "car"), named("class_0", "CAR")).by == "placeholder"
-    assert match(named("0", "1", "2"), named("0", "1")).matched == ()
-    assert match(named("0", "car"), named("car", "0")).sources == ((1,), ())
-    assert match(named("0", "1"), named("0", "1"), "index").by == "index"
-    assert match(named("0", "1"), named("a", "b"), {"0": "b", 1: "a"}).sources == ((1,), (0,))
-
-
-def test_by_index_needs_equal_counts() -> None:
-    assert match(named("a", "b"), named("x", "y"), "index").is_identity
-    assert match(named("a"), named("item"), by_index=True).is_identity
-    with pytest.raises(PairError, match=r"the teacher knows 2 \(a, b\), the data set has 1 \(x\)"):
-        match(named("a", "b"), named("x"), "index")
-
-
-@pytest.mark.parametrize(
-    ("class_map", "message"),
-    [
-        ({"cra": "vehicle"}, r"the teacher has no class 'cra'\. Did you mean 'car'\?"),
-        ({"car": "vehcle"}, r"the student has no class 'vehcle'\. Did you mean 'vehicle'\?"),
-        ({9: "vehicle"}, "the teacher has no class of index 9; it has 0 to 3"),
-        ({"car": -1}, "the student has no class of index -1; it has 0 to 1"),
-        ({"car": "vehicle", 1: "person"}, "maps teacher class 1 'car' twice, as 'car' and as '1'"),
-    ],
-)
-def test_a_map_that_names_what_is_not_there(class_map: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        match(ROAD, named("vehicle", "person"), class_map)
-
-
-def test_every_mistake_of_a_map_is_reported_at_once() -> None:
-    with pytest.raises(ConfigError) as error:
-        match(ROAD, named("vehicle"), {"cra": "vehicle", "car": "x", "truck": "vehicle"})
-    assert len(error.value.problems) == 2
-
-
-# ------------------------------------------------------------------------------------------------ what the user says
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("{car: vehicle, truck: vehicle}", {"car": "vehicle", "truck": "vehicle"}),
-        ("{'car': 'big vehicle'}", {"car": "big vehicle"}),
-        ('{"0": 1}', {"0": 1}),
-        ("index", "index"),
-        ({"car": 0, 1: "x"}, {"car": 0, 1: "x"}),
-    ],
-)
-def test_a_class_map_as_it_is_written(text: object, expected: object) -> None:
-    choice = ClassChoice.of({"class_map": text})
-    assert choice.class_map == expected
-    assert ClassChoice.of(choice.to_keys()) == choice
-
-
-def test_what_is_not_given_stays_out() -> None:
-    assert ClassChoice.of({"class_map": None, "keep_classes": None}) == ClassChoice()
-    assert ClassChoice().to_keys() == {}
-    kept = ClassChoice.of({"keep_classes": "teacher", "keep_conf": 0.2})
-    assert (kept.keep_classes, kept.keep_conf) == (True, 0.2)
-    assert ClassChoice.of(kept.to_keys()) == kept
-    assert ClassChoice.of({"keep_classes": "teacher"}).keep_conf == KEEP_CONF
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"class_map": "car"}, "class_map must be index or a mapping .* received 'car'"),
-        ({"class_map": 3}, "received 3"),
-        ({"class_map": ["car"]}, r"received \['car'\]"),
-        ({"class_map": {}}, "class_map is empty"),
-        ({"class_map": "{}"}, "class_map is empty"),
-        ({"class_map": {"car": ""}}, "'car' is mapped to nothing"),
-        ({"class_map": "{car: }"}, "'car' is mapped to nothing"),
-        ({"class_map": "{car:vehicle}"}, "'car:vehicle' is mapped to nothing"),
-        ({"class_map": {"car": []}}, "'car' is mapped to nothing"),
-        ({"class_map": {"car": ["a"]}}, r"must be mapped to the name or index of one student class, received \['a'\]"),
-        ({"class_map": {"car": True}}, "received True"),
-        ({"class_map": {1.5: "a"}}, "a teacher class is a name or an index, received 1.5"),
-        ({"class_map": "{car: a, car: b}"}, "key 'car' is given twice"),
-        (
-            {"class_map": {"Traffic Light": "a", "traffic_light": "b"}},
-            "'traffic_light' twice, first as 'Traffic Light'",
-        ),
-        ({"class_map": "{0: a}"}, "key '0' is read as a number; put it in quotes"),
-        ({"class_map": "{car: a"}, "not valid YAML"),
-        ({"keep_classes": "student"}, "keep_classes must be teacher, received 'student'"),
-        ({"keep_classes": True}, "keep_classes must be teacher, received True"),
-        ({"keep_classes": "teacher", "keep_conf": 0}, "keep_conf must be a number between 0 and 1, received 0"),
-        ({"keep_classes": "teacher", "keep_conf": 1}, "keep_conf must be a number between 0 and 1, received 1"),
-        ({"keep_classes": "teacher", "keep_conf": "low"}, "received 'low'"),
-        ({"keep_conf": 0.1}, "add keep_classes=teacher, or leave keep_conf out"),
-        ({"keep_classes": "teacher", "class_map": "index"}, "class_map cannot be given with keep_classes"),
-    ],
-)
-def test_mistakes_in_what_the_user_says(keys: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        ClassChoice.of(keys)
-
-
-# ------------------------------------------------------------------------------------------------ scores and targets
 
 
 @settings(max_examples=200, deadline=None)

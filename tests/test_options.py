@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from yolo_kd.classes import CLASS_KEYS
+from yolo_kd.class_choice import CLASS_KEYS
 from yolo_kd.errors import ConfigError
 from yolo_kd.options import DEFAULT_RECIPE, OWN_KEYS, TrainOptions, parse_assignments, parse_train, train_options
 from yolo_kd.pool import POOL_KEYS

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from yolo_kd.errors import ConfigError
 from yolo_kd.losses import base
 from yolo_kd.losses.base import Loss, check_levels, check_range
-from yolo_kd.recipe import Recipe, TermSpec, describe, load_recipe, shipped_recipes
+from yolo_kd.recipe import Recipe, describe, load_recipe, shipped_recipes
+from yolo_kd.recipe_terms import TermSpec
 from yolo_kd.schedules import Schedule
 from yolo_kd.views import Step
 

@@ -1,7 +1,7 @@
-"""Which class of the student is which of the teacher, and what that makes of scores and targets.
+"""What it makes of scores and targets which class of the student is which of the teacher.
 
-Names are compared after normalising case, spaces and punctuation. A class map overrides that and merges: where several
-classes of the teacher are one of the student, the teacher's probability for it is that any of them is there,
+Where several classes of the teacher are one of the student, the teacher's probability for it is that any of them is
+there,
 
     p = 1 - (1 - p_1) (1 - p_2) ...
 
@@ -12,9 +12,7 @@ bit for bit.
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, reduce
 from typing import Any
@@ -22,156 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from yolo_kd.errors import CheckpointError, ConfigError, PairError, did_you_mean
+from yolo_kd.class_names import short
+from yolo_kd.errors import CheckpointError
 from yolo_kd.views import Assignment, Targets, View
-from yolo_kd.yaml_lines import parse_yaml, problem, shown
 
 INDEX = "index"
-TEACHER = "teacher"
-KEEP_CONF = 0.05
-KEEP_BLEND = 0.65
-
-CLASS_KEYS: dict[str, str] = {
-    "class_map": "which teacher class is which of the student: '{car: vehicle, truck: vehicle}', or index for by index",
-    "keep_classes": "teacher: the student keeps the teacher's classes and learns the data set's beside them",
-    "keep_conf": f"with keep_classes: teacher's confidence from which labels do not deny old classes ({KEEP_CONF})",
-    "keep_blend": f"with keep_classes: share of the way from its start that the finished student goes ({KEEP_BLEND})",
-}
-
-_PLACEHOLDER = re.compile(r"(class|cls|category|label|object|obj|item|id)?\d+|item")
 _SHOWN = 12  # rows of a table that only repeat what names say
-
-
-@dataclass(frozen=True)
-class ClassChoice:
-    """What the user says about classes.
-
-    Attributes:
-        class_map: Teacher class to student class, by name or index; "index" to pair all by index; None to pair by name.
-        keep_classes: The student keeps the teacher's classes and learns the data set's beside them.
-        keep_conf: Class probability of the teacher from which the task loss does not deny old classes at a point.
-        keep_blend: Share of the way from its start that the finished student goes, above 0 and at most 1.
-    """
-
-    class_map: Mapping[str | int, str | int] | str | None = None
-    keep_classes: bool = False
-    keep_conf: float = KEEP_CONF
-    keep_blend: float = KEEP_BLEND
-
-    @classmethod
-    def of(cls, keys: Mapping[str, Any]) -> ClassChoice:
-        """Read the keys of `CLASS_KEYS`; those that are missing or None stay at their defaults.
-
-        Raises:
-            ConfigError: With one sentence for every value that is not allowed.
-        """
-        problems: list[str] = []
-        choice = read_choice(keys, problems)
-        if problems:
-            raise ConfigError(problems)
-        return choice
-
-    def to_keys(self) -> dict[str, Any]:
-        """Return the mapping that `of` reads, of plain types, without what is at its default."""
-        keys: dict[str, Any] = {}
-        if self.class_map is not None:
-            keys["class_map"] = self.class_map if isinstance(self.class_map, str) else dict(self.class_map)
-        if self.keep_classes:
-            keys |= {"keep_classes": TEACHER, "keep_conf": self.keep_conf, "keep_blend": self.keep_blend}
-        return keys
-
-
-def read_choice(keys: Mapping[str, Any], problems: list[str], places: Mapping[str, str] | None = None) -> ClassChoice:
-    """Read the keys of `CLASS_KEYS`.
-
-    Args:
-        keys: Them, with any others.
-        problems: Receives a sentence for every mistake.
-        places: Where a key was written, for messages.
-    """
-    places = places or {}
-    kept = keys.get("keep_classes")
-    mapping = _read_class_map(keys.get("class_map"), places.get("class_map", ""), problems)
-    if kept is not None and kept != TEACHER:
-        sentence = f"keep_classes must be {TEACHER}, received {shown(kept)}. Leave it out to train new classes only."
-        problems.append(problem(places.get("keep_classes", ""), sentence))
-    numbers = {"keep_conf": KEEP_CONF, "keep_blend": KEEP_BLEND}
-    for key in numbers:
-        value = keys.get(key)
-        if value is None:
-            continue
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        within = number and (0 < value < 1 or (value == 1 and key == "keep_blend"))  # all of the way is a way
-        if not within:
-            allowed = "above 0 and at most 1" if key == "keep_blend" else "between 0 and 1"
-            sentence = f"{key} must be a number {allowed}, received {shown(value)}."
-            problems.append(problem(places.get(key, ""), sentence))
-        elif kept is None:
-            sentence = f"{key} says how keep_classes works: add keep_classes={TEACHER}, or leave {key} out."
-            problems.append(problem(places.get(key, ""), sentence))
-        else:
-            numbers[key] = float(value)
-    if kept is not None and keys.get("class_map") is not None:
-        sentence = (
-            "class_map cannot be given with keep_classes, where names alone say which class is which. Leave one out."
-        )
-        problems.append(problem(places.get("class_map", ""), sentence))
-    return ClassChoice(mapping, kept == TEACHER, **numbers)
-
-
-def _read_class_map(value: Any, where: str, problems: list[str]) -> dict[str | int, str | int] | str | None:
-    """Return a class map in its plain form; None for none, or for one with mistakes."""
-    example = "class_map='{car: vehicle, truck: vehicle}'"
-    if value is None or value == INDEX:
-        return value
-    if isinstance(value, str) and value.strip().startswith("{"):
-        item = parse_yaml(value, "class_map", problems)
-        if item is None:
-            return None
-        value = item.plain()
-    if not isinstance(value, Mapping):
-        sentence = f"class_map must be {INDEX} or a mapping of teacher classes to student classes, such as {example}"
-        problems.append(problem(where, f"{sentence}, received {shown(value)}."))
-        return None
-    if not value:
-        problems.append(problem(where, f"class_map is empty, so it maps nothing. Write {example}, or leave it out."))
-    found: dict[str | int, str | int] = {}
-    first: dict[str, Any] = {}
-    for key, target in value.items():
-        same = normalised(str(key))
-        if isinstance(key, bool) or not isinstance(key, str | int) or key == "":
-            sentence = f"class_map: a teacher class is a name or an index, received {shown(key)}."
-        elif same in first:
-            sentence = f"class_map maps teacher class '{key}' twice, first as '{first[same]}'. Keep one of them."
-        elif target is None or target in ("", {}, [], ()):
-            sentence = f"class_map: '{key}' is mapped to nothing. Write {{{key}: <student class>}}, or leave it out."
-        elif isinstance(target, bool) or not isinstance(target, str | int):
-            sentence = f"class_map: '{key}' must be mapped to the name or index of one student class, "
-            sentence += f"received {shown(target)}."
-        else:
-            first[same] = key
-            found[key] = target
-            continue
-        problems.append(problem(where, sentence))
-    return found
-
-
-def normalised(name: str) -> str:
-    """Return a class name without case, spaces and punctuation; a name of nothing else keeps its signs."""
-    folded = _folded(name)
-    return re.sub(r"[\W_]+", "", folded) or folded
-
-
-def _folded(name: str) -> str:
-    return str(name).strip().casefold()
-
-
-def is_placeholder(name: str) -> bool:
-    """Return whether a name says nothing about its class: a number, `class0`, or the `item` of `single_cls`."""
-    return _PLACEHOLDER.fullmatch(normalised(name)) is not None
-
-
-# ------------------------------------------------------------------------------------------------ the mapping
 
 
 @dataclass(frozen=True)
@@ -363,133 +217,3 @@ def _index(indices: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------ matching
-
-
-def match(
-    teacher: Mapping[int, str],
-    student: Mapping[int, str],
-    class_map: Mapping[str | int, str | int] | str | None = None,
-    by_index: bool = False,
-) -> ClassMap:
-    """Pair the teacher's classes with the student's.
-
-    Args:
-        teacher: The teacher's class names by index.
-        student: The student's.
-        class_map: What the user says: a mapping overrides what names say of the teacher classes that it names.
-        by_index: Names say nothing: a random teacher, or one class on both sides.
-
-    Returns:
-        The mapping. It may match nothing, which is for the caller to judge.
-
-    Raises:
-        ConfigError: If the class map names a class that is not there, or a teacher class twice.
-        PairError: If classes are to be paired by index and the counts differ.
-    """
-    theirs, ours = (tuple(str(names[i]) for i in sorted(names)) for names in (teacher, student))
-    spelled = [[_folded(n) for n in names] for names in (theirs, ours)]
-    bare = [[normalised(n) for n in names] for names in (theirs, ours)]
-    equal = spelled[0] == spelled[1] or (bare[0] == bare[1] and len({*bare[0]}) == len(bare[0]))
-    meaningless = any(is_placeholder(n) for n in ours)
-    mapped = class_map if isinstance(class_map, Mapping) else None
-    if class_map == INDEX or (mapped is None and (by_index or equal)):
-        if len(theirs) != len(ours):
-            raise PairError(
-                f"classes cannot be paired by index: the teacher knows {len(theirs)} ({short(theirs)}), the data set "
-                f"has {len(ours)} ({short(ours)}). Write class_map='{{<teacher class>: <data class>}}'."
-            )
-        by = "index" if class_map == INDEX or by_index else "placeholder" if meaningless else "name"
-        return ClassMap(theirs, ours, tuple((i,) for i in range(len(ours))), by)
-    pairs = _by_name(theirs, ours)
-    if mapped is not None:
-        pairs |= _resolve(mapped, theirs, ours)
-    sources = tuple(tuple(t for t in sorted(pairs) if pairs[t] == s) for s in range(len(ours)))
-    return ClassMap(theirs, ours, sources)
-
-
-def _by_name(theirs: Sequence[str], ours: Sequence[str]) -> dict[int, int]:
-    """Return the student's class for each class of the teacher whose name it has, and no other class of either."""
-    pairs: dict[int, int] = {}
-    for spell in (_folded, normalised):
-        left = {i: spell(n) for i, n in enumerate(theirs) if i not in pairs and not is_placeholder(n)}
-        right = {i: spell(n) for i, n in enumerate(ours) if i not in pairs.values() and not is_placeholder(n)}
-        counts = Counter(left.values()), Counter(right.values())
-        where = {n: i for i, n in right.items() if counts[1][n] == 1}
-        pairs |= {i: where[n] for i, n in left.items() if n in where and counts[0][n] == 1}
-    return pairs
-
-
-def _resolve(class_map: Mapping[str | int, str | int], theirs: Sequence[str], ours: Sequence[str]) -> dict[int, int]:
-    """Return a class map by indices.
-
-    Raises:
-        ConfigError: With a sentence for every class that is not there or named twice.
-    """
-    problems: list[str] = []
-    pairs: dict[int, int] = {}
-    named: dict[int, str | int] = {}
-    for key, target in class_map.items():
-        source, goal = _find(key, "teacher", theirs, problems), _find(target, "student", ours, problems)
-        if source is not None and source in pairs:
-            problems.append(
-                f"class_map maps teacher class {source} '{theirs[source]}' twice, as '{named[source]}' and as '{key}'. "
-                "Keep one of them."
-            )
-        elif source is not None and goal is not None:
-            pairs[source], named[source] = goal, key
-    if problems:
-        raise ConfigError(problems)
-    return pairs
-
-
-def _find(word: str | int, side: str, names: Sequence[str], problems: list[str]) -> int | None:
-    """Return the index of a class by its name, or by its index where no class is called so."""
-    if isinstance(word, str):
-        for spell in (str, _folded, normalised):
-            if len(found := [i for i, name in enumerate(names) if spell(name) == spell(word)]) == 1:
-                return found[0]
-            if found:
-                problems.append(
-                    f"class_map: the {side} has {len(found)} classes called '{word}'. Write the index of one."
-                )
-                return None
-    if isinstance(word, int) or word.strip().isdecimal():
-        if 0 <= int(word) < len(names):
-            return int(word)
-        problems.append(f"class_map: the {side} has no class of index {word}; it has 0 to {len(names) - 1}.")
-        return None
-    problems.append(
-        f"class_map: the {side} has no class '{word}'.{did_you_mean(word, names)} It has {short(names, 8)}."
-    )
-    return None
-
-
-def indices_of(names: Sequence[str], among: Sequence[str]) -> list[int] | None:
-    """Return the index of each class among others, None unless every one of them is there by name, and once."""
-    sources = match(dict(enumerate(among)), dict(enumerate(names))).sources
-    return [s[0] for s in sources] if all(len(s) == 1 for s in sources) else None
-
-
-def nothing_matched(classes: ClassMap, data: Any, single: bool = False) -> str:
-    """Say that no class of the student is one of the teacher's, and what to write."""
-    equal = len(classes.teacher) == len(classes.student)
-    example = f"class_map='{{{classes.teacher[0]}: {classes.student[0]}}}'"
-    text = (
-        f"none of the {len(classes.student)} classes of data={data} ({short(classes.student)}) has the name of one of "
-        f"the teacher's {len(classes.teacher)} ({short(classes.teacher)})."
-    )
-    if single:
-        return f"{text} single_cls makes one class of all: say which of the teacher's it is, such as {example}."
-    if any(is_placeholder(n) for n in (*classes.teacher, *classes.student)):
-        text += " Names that are mere numbers are never matched."
-    by_index = f", or {example.partition('=')[0]}={INDEX} if they are the same in the same order" if equal else ""
-    return (
-        f"{text} Say which is which, such as {example}{by_index}; or train the teacher on this data set first "
-        "(yolo-kd train kd=none student=<teacher model> data=...)."
-    )
-
-
-def short(names: Sequence[str], limit: int = 4) -> str:
-    """Return the first names of a list and the number of the others."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{', '.join(str(n)[:40] for n in names[:limit])}{more}"

@@ -12,7 +12,8 @@ from yolo_kd.adapters import build_adapters
 from yolo_kd.classes import ClassMap, MappedTail
 from yolo_kd.errors import PairError
 from yolo_kd.losses.base import Loss, find
-from yolo_kd.recipe import Recipe, TermSpec
+from yolo_kd.recipe import Recipe
+from yolo_kd.recipe_terms import TermSpec
 from yolo_kd.schedules import AutoWeights, Schedule
 from yolo_kd.views import Pair, Step, Targets, View
 

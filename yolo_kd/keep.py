@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from ultralytics.nn.modules.head import Detect
 
-from yolo_kd.classes import ClassMap, is_placeholder, normalised, short
+from yolo_kd.class_names import is_placeholder, normalised, short
+from yolo_kd.classes import ClassMap
 from yolo_kd.errors import PairError
 from yolo_kd.taps import ABSENT, CLASS_BRANCHES, head_of, without_classes
 

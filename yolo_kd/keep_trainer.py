@@ -10,7 +10,7 @@ from ultralytics.utils import LOGGER, RANK, YAML
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_kd.blend import Blend, blend_checkpoint
-from yolo_kd.classes import ClassChoice
+from yolo_kd.class_choice import ClassChoice
 from yolo_kd.keep import KeptClasses, extend_head
 from yolo_kd.pool_trainer import PoolTrainer
 from yolo_kd.taps import layers_before_head

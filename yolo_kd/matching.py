@@ -12,7 +12,10 @@ import torch
 from ultralytics.nn.tasks import DetectionModel
 
 from yolo_kd.checkpoints import LoadedDetector, quiet
-from yolo_kd.classes import INDEX, TEACHER, ClassChoice, ClassMap, match, normalised, nothing_matched, short
+from yolo_kd.class_choice import TEACHER, ClassChoice
+from yolo_kd.class_match import match, nothing_matched
+from yolo_kd.class_names import normalised, short
+from yolo_kd.classes import INDEX, ClassMap
 from yolo_kd.errors import PairError
 from yolo_kd.keep import KeptClasses, check_extendable
 from yolo_kd.losses.base import find

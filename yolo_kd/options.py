@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from yolo_kd.classes import CLASS_KEYS, read_choice
+from yolo_kd.class_choice import CLASS_KEYS, read_choice
 from yolo_kd.errors import did_you_mean
+from yolo_kd.plugins import read_plugins, split_names
 from yolo_kd.pool import POOL_KEYS, SOURCE_KEY, Pool, mistakes
-from yolo_kd.recipe import read_plugins, read_recipe, split_names
+from yolo_kd.recipe import read_recipe
 from yolo_kd.speed import SPEED_KEYS, mistake
 from yolo_kd.values import wrong_value
 from yolo_kd.yaml_lines import Item, problem, raise_if, read_yaml, shown, wrap

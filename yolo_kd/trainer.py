@@ -21,7 +21,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 from yolo_kd.audit import AuditRow, table
 from yolo_kd.batch_probe import BatchProbe
 from yolo_kd.checkpoints import LoadedDetector, load_checkpoint_file, load_detector, restricted_loading
-from yolo_kd.classes import CLASS_KEYS, ClassChoice
+from yolo_kd.class_choice import CLASS_KEYS, ClassChoice
 from yolo_kd.criterion import TEACHER_VIEW, DistillationCriterion
 from yolo_kd.distiller import Distiller
 from yolo_kd.environment import check_cpu_bf16, check_torchvision, reused_memory
@@ -44,9 +44,9 @@ from yolo_kd.plan import (
     make_plan,
     read_dataset,
 )
+from yolo_kd.plugins import import_plugins
 from yolo_kd.pool import POOL_KEYS, SOURCE_KEY, Pool, resumed_pool
 from yolo_kd.pool_criterion import PoolCriterion, is_pool_column, teacher_reads
-from yolo_kd.recipe import import_plugins
 from yolo_kd.resume import check_arguments, check_plugins, check_resume_source
 from yolo_kd.saving import restore, usable, write_atomically
 from yolo_kd.speed import AUTO, SPEED_KEYS, Speed, thread_count

@@ -26,7 +26,8 @@ from yolo_kd.distiller import Distiller
 from yolo_kd.errors import YoloKDError
 from yolo_kd.losses.base import find
 from yolo_kd.plan import Plan
-from yolo_kd.recipe import Recipe, TermSpec
+from yolo_kd.recipe import Recipe
+from yolo_kd.recipe_terms import TermSpec
 from yolo_kd.schedules import RATIO
 from yolo_kd.taps import AssignmentTap, find_layers, head_of, head_split_points, pair_of, targets_of, view_of
 from yolo_kd.trainer import DistillationTrainer, cpu_bf16_autocast

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yolo_kd.classes import CLASS_KEYS
+from yolo_kd.class_choice import CLASS_KEYS
 from yolo_kd.errors import ConfigError, did_you_mean, listed
 from yolo_kd.options import (
     DEFAULT_RECIPE,

@@ -25,7 +25,8 @@ from ultralytics.utils.ops import scale_boxes
 from ultralytics.utils.torch_utils import get_flops, get_num_params
 
 from yolo_kd.checkpoints import load_checkpoint_file, load_detector, quiet, restricted_loading, sha256
-from yolo_kd.classes import indices_of, short
+from yolo_kd.class_match import indices_of
+from yolo_kd.class_names import short
 from yolo_kd.compare.runs import fingerprint, write_text
 from yolo_kd.compare.sizes import ImageResult, ap_by_size
 from yolo_kd.datafiles import optional_train
