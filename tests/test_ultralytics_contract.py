@@ -1,4 +1,4 @@
-"""What taps.py and trainer.py rely on in Ultralytics, checked by itself.
+"""What taps and trainer.py rely on in Ultralytics, checked by itself.
 
 Ultralytics changes quickly. When one of these fails after an upgrade, its message says what has moved and where this
 package counts on it; the other tests may then fail for reasons that are harder to read.
@@ -72,7 +72,7 @@ def parameters(function: Callable) -> list[str]:
 )
 def test_signatures(function: Callable, expected: list[str]) -> None:
     found = parameters(function)
-    assert found == expected, f"{function.__qualname__} now takes {found}; yolo_kd/trainer.py or taps.py overrides it"
+    assert found == expected, f"{function.__qualname__} now takes {found}; yolo_kd/trainer.py or yolo_kd/taps overrides it"
 
 
 def said(function: Any, *phrases: str) -> None:

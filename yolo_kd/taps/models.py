@@ -1,0 +1,145 @@
+"""What a model is made of: its head and the layers that feed it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+from torch import nn
+from ultralytics.nn.modules.head import Detect
+
+from yolo_kd.errors import ConfigError, did_you_mean
+
+CLASS_BRANCHES = ("cv3", "one2one_cv3")  # of a head; the second where it is end-to-end
+
+
+def head_of(model: nn.Module) -> Detect:
+    """Return the detection head of an Ultralytics detector."""
+    return model.model[-1]  # type: ignore[index]
+
+
+def neck_layers(model: nn.Module) -> tuple[int, ...]:
+    """Return the indices of the layers that feed the head, finest level first."""
+    return tuple(head_of(model).f)
+
+
+def layers_before_head(model: nn.Module) -> int:
+    """Return how many layers come before the head; as Ultralytics' `freeze`, it leaves only the head to be trained."""
+    return len(model.model) - 1  # type: ignore[arg-type]
+
+
+def strides_of(model: nn.Module) -> tuple[int, ...]:
+    """Return the stride of each head level in pixels."""
+    return tuple(int(s) for s in head_of(model).stride)
+
+
+def channels_of(model: nn.Module) -> tuple[int, ...]:
+    """Return the width of the features that feed the head, per level."""
+    return tuple(
+        next(m for m in branch.modules() if isinstance(m, nn.Conv2d)).in_channels for branch in head_of(model).cv2
+    )
+
+
+def bins_of(model: nn.Module) -> int:
+    """Return the number of bins of the head's distance distributions, 1 where it has none."""
+    return int(head_of(model).reg_max)
+
+
+def neck_and_head(model: nn.Module) -> list[tuple[int, tuple[int, nn.Module]]]:
+    """Return the layers behind the backbone as (distance from the head, (index, layer)), in order."""
+    layers: list[nn.Module] = list(model.model)  # type: ignore[arg-type]
+    first = len(model.yaml["backbone"])  # type: ignore[index]
+    return [(len(layers) - 1 - i, (i, layers[i])) for i in range(first, len(layers))]
+
+
+def class_rows(model: nn.Module) -> frozenset[str]:
+    """Return the names of the tensors in a detector's state dict that have one row for each class."""
+    names = {tensor: name for name, tensor in model.named_parameters()}
+    branches = [b for a in CLASS_BRANCHES for b in getattr(head_of(model), a, None) or ()]
+    return frozenset(names[parameter] for branch in branches for parameter in branch[-1].parameters())
+
+
+def find_layers(model: nn.Module, names: Sequence[str], role: str) -> dict[str, nn.Module]:
+    """Return layers by the names that a recipe gives them: `model.9`, or anything deeper such as `model.9.cv2`.
+
+    Args:
+        model: The detector.
+        names: Layer names.
+        role: teacher or student, for messages.
+
+    Raises:
+        ConfigError: If there is no such layer, with the closest match.
+    """
+    layers = {}
+    known = dict(model.named_modules())
+    for name in names:
+        if name not in known or not name:
+            top = [k for k in known if k.startswith("model.") and k.count(".") == 1]
+            raise ConfigError(
+                f"the {role} has no layer '{name}'.{did_you_mean(name, known)} Its layers are {top[0]} to {top[-1]} "
+                "and everything inside them."
+            )
+        layers[name] = known[name]
+    return layers
+
+
+def head_split_points(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules in the head whose outputs enter the activation of each branch's second convolution.
+
+    They are the normalisation layers, or in a fused model the convolutions themselves, named `cls0`, `box0`, `cls1`...
+    """
+    head = head_of(model)
+    points = {}
+    for i, (box, cls) in enumerate(zip(head.cv2, head.cv3, strict=True)):
+        for name, branch in (("cls", cls), ("box", box)):
+            block = _last_convolution(branch[-2])
+            fused = not hasattr(block, "bn")
+            points[f"{name}{i}"] = block.conv if fused else block.bn
+    return points
+
+
+def head_tails(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """Return the end of each level's class and box branch: the activation and what follows the second convolution."""
+    head = head_of(model)
+    tails: list[tuple[nn.Module, nn.Module]] = []
+    for box, cls in zip(head.cv2, head.cv3, strict=True):
+        pair = []
+        for branch in (cls, box):
+            activation = deepcopy(_last_convolution(branch[-2]).act)
+            if hasattr(activation, "inplace"):
+                activation.inplace = False  # its input is a leaf of the student's graph here
+            pair.append(nn.Sequential(activation, branch[-1]).eval().requires_grad_(False))
+        tails.append((pair[0], pair[1]))
+    return tails
+
+
+def _last_convolution(block: nn.Module) -> Any:
+    """Return the last convolution block (convolution, normalisation, activation) of a branch's part."""
+    return [m for m in block.modules() if hasattr(m, "conv") and hasattr(m, "act")][-1]
+
+
+class OptimizerScope(nn.Module):
+    """Student and distillation modules under the names by which Ultralytics' optimiser builder looks for them.
+
+    Passing this in place of the student puts adapters into the same parameter groups that upstream's own projector
+    gets, so that they are trained alike. It exists only for that one call.
+    """
+
+    def __init__(self, student: nn.Module, distiller: nn.Module):
+        super().__init__()
+        self.student_model = student
+        self.projector = distiller
+
+
+def fuse_keeping_branches(model: nn.Module) -> nn.Module:
+    """Fuse convolutions with their normalisation, keeping both branches of an end-to-end head.
+
+    Ultralytics' own fusion deletes the branch that inference will not use.
+    """
+    head = head_of(model)
+    head.fuse = lambda *_args, **_kwargs: None
+    try:
+        return model.fuse(verbose=False)  # type: ignore[operator]
+    finally:
+        del head.fuse
