@@ -72,7 +72,9 @@ def parameters(function: Callable) -> list[str]:
 )
 def test_signatures(function: Callable, expected: list[str]) -> None:
     found = parameters(function)
-    assert found == expected, f"{function.__qualname__} now takes {found}; yolo_kd/trainer.py or yolo_kd/taps overrides it"
+    assert found == expected, (
+        f"{function.__qualname__} now takes {found}; yolo_kd/trainer.py or yolo_kd/taps overrides it"
+    )
 
 
 def said(function: Any, *phrases: str) -> None:

@@ -12,6 +12,7 @@ from yolo_kd.losses.parts import (
     gap_cross_entropy_sum,
     points_that_count,
     softmax_kl,
+    sum_cells,
     sum_in_parts,
     sums_in_parts,
     weighted_binary_kl,
@@ -219,3 +220,15 @@ def test_gradients_that_float16_cannot_hold_survive_until_they_are_scaled() -> N
     assert student.grad.dtype == torch.float16
     torch.testing.assert_close(student.grad.float(), expected, rtol=1e-2, atol=1e-7)
     assert (student.grad != 0).sum() > 50
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_sums_over_cells(channels_last: bool) -> None:
+    maps, weights = draw(2, 5, 6).requires_grad_(), draw(2, 6, seed=1).requires_grad_()
+    lain = maps.mT.contiguous().mT if channels_last else maps
+    found, expected = sum_cells(lain, weights), (maps * weights[:, None]).sum(2)
+    torch.testing.assert_close(found, expected)
+    for ours, plain in zip(
+        *(torch.autograd.grad(x.square().sum(), (maps, weights)) for x in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(ours, plain)

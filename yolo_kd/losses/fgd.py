@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from yolo_kd.losses.base import Loss, check_levels, check_range
 from yolo_kd.losses.boxes import box_cells, cell_weights, paint
 from yolo_kd.losses.ops import EPS, attention, same_shape
-from yolo_kd.losses.parts import add_products, beside, computable, part_length
+from yolo_kd.losses.parts import add_products, beside, computable, part_length, sum_cells
 from yolo_kd.views import Pair, Step
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -72,7 +72,7 @@ class ContextBlock(nn.Module):
         """Return the (B, C, H, W) map with its context added."""
         flat = feature.flatten(2)
         p = context_weights(flat, *self.mask_parameters())
-        return feature + self.transform(flat @ p[..., None])[..., None, None]
+        return feature + self.transform(sum_cells(flat, p)[..., None])[..., None, None]
 
     def mask_parameters(self) -> tuple[Tensor, Tensor]:
         """Return weight (C,) and bias (1,) of the convolution to one channel."""
@@ -128,8 +128,8 @@ class PairMoments(torch.autograd.Function):
             torch.mul(d, d, out=buffer)
             differences = (a[:, None] @ buffer).squeeze(1), buffer.sum(2), d.sum(2)
             torch.abs(s, out=buffer)
-            own = buffer.mean(1), buffer.mean(2), s @ p[..., None]
-            parts.append((*differences, *own, t_spatial, t_channel, t @ t_p[..., None]))
+            own = buffer.mean(1), buffer.mean(2), sum_cells(s, p)[..., None]
+            parts.append((*differences, *own, t_spatial, t_channel, sum_cells(t, t_p)[..., None]))
         ctx.save_for_backward(student, teacher, weight, *(torch.cat(column) for column in zip(*kept, strict=True)))
         results = tuple(torch.cat(column) for column in zip(*parts, strict=True))
         ctx.mark_non_differentiable(*results[6:8])
@@ -175,7 +175,7 @@ def _through_context(flat: Tensor, p: Tensor, slope: Tensor, mask: Sequence[Tens
     """Take the gradient of a context to the logits of p, which are returned; add that of weight and bias to `mask`."""
     through = (slope.transpose(1, 2) @ flat).squeeze(1)
     logits = p * (through - (p * through).sum(-1, keepdim=True))
-    mask[0].add_((flat @ logits[..., None]).sum((0, 2)))
+    mask[0].add_(sum_cells(flat, logits).sum(0))
     mask[1].add_(logits.sum())
     return logits
 

@@ -233,6 +233,14 @@ def matrix_times_maps(matrix: Tensor, maps: Tensor) -> Tensor:
     return matrix.expand(len(maps), -1, -1).bmm(maps)
 
 
+def sum_cells(maps: Tensor, weights: Tensor) -> Tensor:
+    """Return Σ_n w_bn maps_bcn, (B, C), of (B, C, N) maps and (B, N) weights, whichever way the maps lie in memory.
+
+    As a row times a matrix: a matrix times a column is ten times slower on a CPU.
+    """
+    return (weights[:, None] @ maps.mT).squeeze(1)
+
+
 def add_products(maps: Tensor, left: Tensor, right: Tensor, beta: float = 1.0) -> None:
     """Make maps, (B, C, N), beta times themselves plus (B, C, k) @ (B, k, N), whichever way they lie in memory."""
     if channels_innermost(maps):
