@@ -212,7 +212,7 @@ BAD: list[tuple[str, str]] = [
     ("train model={small.pt}", "key 'model' is not used here: write student="),
     ("train distill_model=x.pt", "write teacher= with kd=ultralytics"),
     ("train trust_checkpoints=1", "trust_checkpoints must be true or false, received 1"),
-    ("train inherit=maybe", "inherit must be true or false, received 'maybe'"),
+    ("train inherit=maybe", "inherit must be true, false or thinned, received 'maybe'"),
     ("train plugins=no_such_module_of_mine", "plugin 'no_such_module_of_mine' cannot be imported"),
     ("train plugins=[a/b]", "a plugin must be the name of a module, received 'a/b'"),
     ("train pretrained={text.pt}", "pretrained=text.pt is not a loadable checkpoint"),

@@ -129,7 +129,7 @@ def test_a_recipe_is_read(write):
         ("losses: [objectness]", "x.yaml:1: losses must be a mapping from the name of a loss to its keys, received"),
         (
             "lossses:\n  objectness:",
-            "x.yaml:1: unknown key 'lossses' of a recipe. Did you mean 'losses'? Allowed: losses, plugins.",
+            "x.yaml:1: unknown key 'lossses' of a recipe. Did you mean 'losses'? Allowed: losses, plugins, inherit.",
         ),
         ("losses:\n  objectnes:", "x.yaml:2: unknown loss 'objectnes'. Did you mean 'objectness'? Known losses: "),
         (
@@ -444,6 +444,7 @@ def test_to_dict_is_complete_and_plain():
             }
         },
         "plugins": [],
+        "inherit": False,
     }
     assert load_recipe(full).to_dict() == full
     assert yaml.safe_load(yaml.safe_dump(full)) == full

@@ -37,7 +37,7 @@ Keys of train besides Ultralytics' own:
   kd.<loss>.<key>=         changes the recipe, such as kd.objectness.weight=0.5
   plugins=                 modules with losses of your own to import, as [my_package.my_loss]; importing runs their code
   cfg=                     experiment file: any of these keys in YAML
-  inherit=true             start the student's neck and head from the teacher's where shapes agree
+  inherit=thinned          start as a thinned copy of the teacher; true: what fits of neck and head; false: neither
   trust_checkpoints=true   load files that ask for more than weights; they can run code
   class_map=               which teacher class is which of the student: '{{car: vehicle, truck: vehicle}}', or index
   keep_classes=teacher     keep the teacher's classes beside the data set's; keep_conf= (0.05), keep_blend= (0.65)
@@ -132,7 +132,7 @@ def _train(arguments: list[str]) -> int:
         "kd": options.kd,
         "trust_checkpoints": options.trust_checkpoints or None,
         "random_teacher": options.random_teacher or None,
-        "inherit": options.inherit or None,
+        "inherit": options.inherit,
         "model": options.student,
         "plugins": list(options.plugins) or None,
         "resume": options.resume,

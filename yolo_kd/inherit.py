@@ -1,4 +1,4 @@
-"""The inheriting strategy of FGD and MGD: the student's neck and head start from the teacher's where shapes agree."""
+"""Starts from the teacher: neck and head where shapes agree, as FGD and MGD do, or everything, thinned."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from yolo_kd.taps import class_rows, neck_and_head
+from yolo_kd.taps import Thinning, class_rows, neck_and_head
+
+THINNED = "thinned"  # value of `inherit`
 
 
 @dataclass(frozen=True)
@@ -18,19 +20,21 @@ class Inheritance:
         taken: Names of the tensors that were copied, in the student's numbering.
         kept: Names of the tensors of neck and head that were not, with the reason.
         parameters: Number of values that were copied.
-        total: Number of values in the student's neck and head.
+        total: Number of values in the layers that were looked at.
+        of: What was looked at.
     """
 
     taken: tuple[str, ...]
     kept: dict[str, str]
     parameters: int
     total: int
+    of: str = "neck and head"
 
     def report(self) -> str:
         """Say in a few lines what was inherited and what was not, by layer."""
         share = self.parameters / self.total if self.total else 0.0
         lines = [
-            f"Inherited {len(self.taken)} of {len(self.taken) + len(self.kept)} tensors of neck and head "
+            f"Inherited {len(self.taken)} of {len(self.taken) + len(self.kept)} tensors of {self.of} "
             f"({share:.0%} of their values) from the teacher"
         ]
         for title, names in (("inherited", self.taken), ("kept its own", tuple(self.kept))):
@@ -85,3 +89,43 @@ def inherit(student: nn.Module, teacher: nn.Module, same_classes: bool = True) -
                 taken.append(full)
                 copied += tensor.numel()
     return Inheritance(tuple(taken), kept, copied, total)
+
+
+@torch.no_grad()
+def thin(student: nn.Module, teacher: nn.Module, same_classes: bool = True) -> Inheritance:
+    """Start a student as a thinned copy of its teacher: of every layer as many channels as it has, evenly spread.
+
+    Xu et al., "Initializing Models with Larger Ones", ICLR 2024, arXiv 2311.18823: uniform selection, of the first
+    blocks where the teacher is deeper. Where we depart: what a layer reads of several others is thinned for each of
+    them by itself, see `Thinning`. Models of one family agree in nearly every tensor; what has no counterpart keeps the
+    student's own numbers.
+
+    Args:
+        student: The student, changed in place.
+        teacher: The teacher.
+        same_classes: Class i is class i on both sides; otherwise the rows of classes stay the student's.
+
+    Returns:
+        What was copied and what was not.
+    """
+    thinning = Thinning(student, teacher)
+    theirs, rows = teacher.state_dict(), class_rows(student)
+    taken: list[str] = []
+    kept: dict[str, str] = {}
+    copied = total = 0
+    for name, tensor in student.state_dict().items():
+        total += tensor.numel()
+        thinned = None
+        if not same_classes and name in rows:
+            kept[name] = "the classes are others, or in another order"
+        elif reason := thinning.refuses(name):
+            kept[name] = reason
+        elif name not in theirs:
+            kept[name] = "the teacher has no such tensor"
+        elif (thinned := thinning(name, tensor, theirs[name])) is None:
+            kept[name] = f"shape {tuple(tensor.shape)} here, {tuple(theirs[name].shape)} in the teacher"
+        if thinned is not None:
+            tensor.copy_(thinned)
+            taken.append(name)
+            copied += tensor.numel()
+    return Inheritance(tuple(taken), kept, copied, total, "the student, thinned,")

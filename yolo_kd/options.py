@@ -13,7 +13,7 @@ from yolo_kd.class_choice import CLASS_KEYS, read_choice
 from yolo_kd.errors import did_you_mean
 from yolo_kd.plugins import read_plugins, split_names
 from yolo_kd.pool import POOL_KEYS, SOURCE_KEY, Pool, mistakes
-from yolo_kd.recipe import read_recipe
+from yolo_kd.recipe import inherit_mistake, read_recipe
 from yolo_kd.speed import SPEED_KEYS, mistake
 from yolo_kd.values import wrong_value
 from yolo_kd.yaml_lines import Item, problem, raise_if, read_yaml, shown, wrap
@@ -30,14 +30,14 @@ OWN_KEYS: dict[str, str] = {
     "plugins": "modules to import for losses of your own, e.g. plugins=[my_package.my_loss]; importing runs their code",
     "cfg": "experiment file: a YAML file of these same keys; the command line wins over it",
     "trust_checkpoints": "load checkpoints that hold more than tensors and known classes, which can run code (false)",
-    "inherit": "start the student's neck and head from the teacher's where shapes agree (false)",
+    "inherit": "start from the teacher: true (what fits of neck and head), thinned (all of it) or false (by the recipe)",
     "random_teacher": "allow a teacher that was never trained, to try things out (false)",
     **CLASS_KEYS,
     **SPEED_KEYS,
     **POOL_KEYS,
 }
 
-_SWITCHES = ("trust_checkpoints", "random_teacher", "inherit")
+_SWITCHES = ("trust_checkpoints", "random_teacher")
 _PATHS = ("teacher", "student", "data")
 # Ultralytics takes these two from Python although its list of keys lacks them
 _PYTHON_KEYS = ("augmentations", "save_dir")
@@ -68,7 +68,7 @@ class TrainOptions:
         resume: Checkpoint of the run to continue.
         trust_checkpoints: Load checkpoints that can run code.
         random_teacher: Allow a teacher that was never trained.
-        inherit: Start the student's neck and head from the teacher's where shapes agree.
+        inherit: What the student starts from, see `Recipe`; None for what the recipe says.
         speed: Keys of `yolo_kd.speed` that were given.
         classes: Keys of `yolo_kd.classes` that were given.
         pool: Keys of `yolo_kd.pool` that were given.
@@ -83,7 +83,7 @@ class TrainOptions:
     resume: str | None = None
     trust_checkpoints: bool = False
     random_teacher: bool = False
-    inherit: bool = False
+    inherit: bool | str | None = None
     speed: dict[str, Any] = field(default_factory=dict)
     classes: dict[str, Any] = field(default_factory=dict)
     pool: dict[str, Any] = field(default_factory=dict)
@@ -98,7 +98,14 @@ class TrainOptions:
     def plan_keys(self) -> dict[str, Any]:
         """What `plan.make_plan` looks at before a training, by key."""
         switches = {key: getattr(self, key) for key in _SWITCHES}
-        return {"teacher": self.teacher, "kd": self.kd, **switches, **self.classes, **self.pool}
+        return {
+            "teacher": self.teacher,
+            "kd": self.kd,
+            "inherit": self.inherit,
+            **switches,
+            **self.classes,
+            **self.pool,
+        }
 
 
 def parse_assignments(arguments: Sequence[str]) -> dict[str, Any]:
@@ -254,6 +261,9 @@ def _resolve(items: dict[str, Item], problems: list[str]) -> TrainOptions:
     resuming = _given(items, "resume") and items["resume"].value is not False
     paths = {key: _path(key, items.get(key), problems) for key in _PATHS}
     switches = {key: _switch(key, items.get(key), problems) for key in _SWITCHES}
+    inherit = items["inherit"] if _given(items, "inherit") else Item(None)
+    if sentence := inherit_mistake(inherit.value):
+        problems.append(problem(inherit.where, sentence))
     speed = {key: items[key] for key in SPEED_KEYS if _given(items, key)}
     problems += [problem(item.where, text) for key, item in speed.items() if (text := mistake(key, item.value))]
     classes = {key: items[key] for key in CLASS_KEYS if _given(items, key)}
@@ -295,6 +305,7 @@ def _resolve(items: dict[str, Item], problems: list[str]) -> TrainOptions:
         kd_overrides={key: item.plain() for key, item in overrides.items()},
         plugins=modules,
         resume=resume,
+        inherit=inherit.value,
         speed={key: item.value for key, item in speed.items()},
         classes=choice,
         pool=pool,

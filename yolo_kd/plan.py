@@ -25,7 +25,7 @@ from yolo_kd.plugins import import_plugins
 from yolo_kd.pool import SOURCE_KEY, Pool
 from yolo_kd.pool_files import PoolImages, check_apart, find_images, has_labels, log_warning, readable_images
 from yolo_kd.position import Position
-from yolo_kd.recipe import Recipe, load_recipe
+from yolo_kd.recipe import Recipe, inherit_mistake, load_recipe
 from yolo_kd.speed import Speed
 from yolo_kd.taps import check_levels
 from yolo_kd.values import wrong_values
@@ -40,7 +40,7 @@ class Plan:
     teacher_sha256: str
     trust_checkpoints: bool = False
     random_teacher: bool = False
-    inherit: bool = False
+    inherit: bool | str | None = None  # None for what the recipe says of students without weights
     speed: Speed = field(default_factory=Speed)
     choice: ClassChoice = field(default_factory=ClassChoice)
     classes: ClassMap | None = None  # what came of the choice, None until both models are known
@@ -73,13 +73,15 @@ class Plan:
         """
         try:
             texts = [state[key] for key in ("name", "teacher", "teacher_sha256")]
-            switches = [state[key] for key in ("trust_checkpoints", "random_teacher", "inherit")]
+            switches = [state[key] for key in ("trust_checkpoints", "random_teacher")]
+            inherit = state["inherit"]
             recipe = state["recipe"]
         except (KeyError, TypeError) as error:
             raise CheckpointError(
                 f"the checkpoint's record of its distillation lacks {error}. Start a new run instead."
             ) from error
-        if not all(isinstance(t, str) for t in texts) or not all(isinstance(s, bool) for s in switches):
+        types_agree = all(isinstance(t, str) for t in texts) and all(isinstance(s, bool) for s in switches)
+        if not types_agree or inherit_mistake(inherit):
             raise CheckpointError("the checkpoint's record of its distillation is damaged: a value has another type.")
         speed = state.get("speed") or {}
         if not isinstance(speed, Mapping):
@@ -90,7 +92,7 @@ class Plan:
         if not isinstance(recipe, Mapping):
             raise CheckpointError("the checkpoint's record of its distillation is damaged: it holds no recipe.")
         name, teacher, digest = texts
-        trust, random, inherit = switches
+        trust, random = switches
         return cls(
             load_recipe(recipe, name=name),
             teacher,
@@ -149,7 +151,10 @@ def make_plan(own: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Plan 
     plugins = import_plugins(own.get("plugins"))
     recipe = load_recipe(default_recipe(choice.keep_classes) if source is None else source, changes)
     recipe = replace(recipe, plugins=tuple(dict.fromkeys((*plugins, *recipe.plugins))))
-    trust, random, inherit = (bool(own.get(k, False)) for k in ("trust_checkpoints", "random_teacher", "inherit"))
+    trust, random = (bool(own.get(k, False)) for k in ("trust_checkpoints", "random_teacher"))
+    inherit = own.get("inherit")
+    if sentence := inherit_mistake(inherit):
+        raise ConfigError(sentence)
     if inherit and choice.keep_classes:
         raise ConfigError("inherit cannot be combined with keep_classes, where the head starts from the student's own.")
     if str(teacher).lower().endswith((".yaml", ".yml")):

@@ -28,7 +28,8 @@ from yolo_kd.yaml_lines import Item, problem, raise_if, read_yaml, shown, wrap
 
 T = TypeVar("T")
 
-TOP_KEYS = ("losses", "plugins")
+TOP_KEYS = ("losses", "plugins", "inherit")
+THINNED = "thinned"  # of the values of inherit: all layers, with fewer channels; true is what fits of neck and head
 INLINE = "inline"  # the name of a recipe that came from no file
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -44,11 +45,14 @@ class Recipe:
         name: Name of the file without its ending, `inline` for a mapping.
         terms: Losses in the order in which they were written, which is the order of the columns.
         plugins: Modules to import before the losses are looked up.
+        inherit: What a student without weights of its own starts from: nothing (False), what fits of the teacher's neck
+            and head (True), or all of the teacher, `thinned`.
     """
 
     name: str
     terms: tuple[TermSpec, ...]
     plugins: tuple[str, ...] = ()
+    inherit: bool | str = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe with every default filled in, in plain types that YAML and `load_recipe` read back."""
@@ -62,7 +66,7 @@ class Recipe:
                 **{k: list(getattr(term, k)) for k in LAYER_KEYS if getattr(term, k)},
                 **{k: plain(v) for k, v in arguments.items()},
             }
-        return {"losses": losses, "plugins": list(self.plugins)}
+        return {"losses": losses, "plugins": list(self.plugins), "inherit": self.inherit}
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -140,6 +144,10 @@ def read_recipe(
         return None
     unknown_keys(root.value, TOP_KEYS, "of a recipe", problems)
     plugins = read_plugins(root.value.get("plugins"), problems)
+    inherit = root.value.get("inherit")
+    wrong = None if inherit is None else inherit_mistake(inherit.value)
+    if inherit is not None and wrong:
+        problems.append(problem(inherit.where, wrong))
     losses = read_losses(root, problems)
     if losses is None:
         return None
@@ -150,7 +158,16 @@ def read_recipe(
     if valid and len(valid) == len(terms) and not any(term.weight for term in valid):
         where = root.value["losses"].where
         problems.append(problem(where, "every weight is 0: nothing would be distilled. Raise one, or write kd=none."))
-    return Recipe(name, tuple(valid), plugins) if len(problems) == before else None
+    if len(problems) > before:
+        return None
+    return Recipe(name, tuple(valid), plugins, (inherit is not None and inherit.value) or False)
+
+
+def inherit_mistake(value: Any) -> str | None:
+    """Return what is wrong with a value of inherit, None if nothing is."""
+    if value is None or isinstance(value, bool) or value == THINNED:
+        return None
+    return f"inherit must be true, false or {THINNED}, received {shown(value)}.{did_you_mean(value, (THINNED,))}"
 
 
 def _find(source: Item, problems: list[str]) -> Path | None:

@@ -28,7 +28,7 @@ from yolo_kd.environment import check_cpu_bf16, check_torchvision, reused_memory
 from yolo_kd.errors import AuditError, ConfigError, DataError
 from yolo_kd.folders import exclusive_run_folder, shared_data
 from yolo_kd.guards import FiniteGuard
-from yolo_kd.inherit import inherit
+from yolo_kd.inherit import inherit, thin
 from yolo_kd.keep import KeptClasses
 from yolo_kd.keep_trainer import KeepTrainer
 from yolo_kd.losses.base import find
@@ -47,6 +47,7 @@ from yolo_kd.plan import (
 from yolo_kd.plugins import import_plugins
 from yolo_kd.pool import POOL_KEYS, SOURCE_KEY, Pool, resumed_pool
 from yolo_kd.pool_criterion import PoolCriterion, is_pool_column, teacher_reads
+from yolo_kd.recipe import THINNED
 from yolo_kd.resume import check_arguments, check_plugins, check_resume_source
 from yolo_kd.saving import restore, usable, write_atomically
 from yolo_kd.speed import AUTO, SPEED_KEYS, Speed, thread_count
@@ -108,6 +109,7 @@ class DistillationTrainer(KeepTrainer):
         self._student_taps: dict[str, nn.Module] = {}
         self._views: ViewCache | None = None
         self._detector: LoadedDetector | None = None
+        self._weightless = False
         self._batch_in_epoch = (-1, 0)  # epoch, batches seen in it
         self._own = own
         told = own["kd"] if is_resolved(own.get("kd")) else own
@@ -234,10 +236,7 @@ class DistillationTrainer(KeepTrainer):
         self.plan = replace(self.plan, classes=classes)
         self.args.kd = {**self.args.kd, "classes": classes.to_dict()}
         student = unwrap_model(self.model)
-        if self.plan.inherit and not self.resume:
-            report = inherit(student, detector.model, classes.is_identity).report()
-            if RANK in {-1, 0}:
-                LOGGER.info(report)
+        self._inherit(student, detector, classes.is_identity)
         terms = self.plan.recipe.terms
         split = any(find(term.name).head_split for term in terms)
         layers = _names(term.teacher_layers for term in terms)
@@ -269,6 +268,23 @@ class DistillationTrainer(KeepTrainer):
             LOGGER.info(classes.table())
             origin = "random weights" if detector.random else f"sha256 {detector.sha256[:12]}"
             LOGGER.info(f"Distilling {', '.join(self.distiller.terms)} from {detector.path} ({origin}, frozen)")
+
+    def _inherit(self, student: nn.Module, teacher: LoadedDetector, same_classes: bool) -> None:
+        """Let the student start from the teacher, if the user says so, or the recipe of one that has no weights."""
+        assert self.plan is not None
+        how = self.plan.inherit
+        if how is None:
+            how = self._weightless and not teacher.random and not self.choice.keep_classes and self.plan.recipe.inherit
+        if not how or self.resume:
+            return
+        report = (thin if how == THINNED else inherit)(student, teacher.model, same_classes).report()
+        if RANK in {-1, 0}:
+            LOGGER.info(report)
+
+    def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
+        """Note whether the student has weights of its own."""
+        self._weightless = weights is None
+        return super().get_model(cfg, weights, verbose)
 
     def _load_teacher(self, data: Mapping[str, Any]) -> LoadedDetector:
         assert self.plan is not None

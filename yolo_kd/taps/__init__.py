@@ -33,6 +33,7 @@ from yolo_kd.taps.native import (
     without_classes,
 )
 from yolo_kd.taps.pairs import check_levels, pair_of
+from yolo_kd.taps.thinning import Thinning
 
 __all__ = [
     "ABSENT",
@@ -41,6 +42,7 @@ __all__ = [
     "LayerTap",
     "OptimizerScope",
     "TeacherTap",
+    "Thinning",
     "bins_of",
     "branches_of",
     "channels_of",

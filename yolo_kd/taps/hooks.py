@@ -58,6 +58,34 @@ class LayerTap:
         self._captured.clear()
 
 
+def probe_size(model: nn.Module) -> int:
+    """Return the side in pixels of the blank image that `outputs_of` shows a model."""
+    return 2 * max(strides_of(model))
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return what layers make of a blank image, (1, C, H, W) by name; the model is left as it was.
+
+    Raises:
+        ConfigError: If a layer does not yield one map.
+    """
+    if not layers:
+        return {}
+    size = probe_size(model)
+    images = next(model.parameters()).new_zeros(1, model.yaml.get("channels", 3), size, size)  # type: ignore[union-attr, operator]
+    training = {module: module.training for module in model.modules()}
+    tap = LayerTap(layers)
+    try:
+        model.eval()
+        model(images)
+        return tap.take()
+    finally:
+        tap.remove()
+        for module, mode in training.items():
+            module.training = mode
+
+
 def view_of(predictions: Any, model: nn.Module, layers: Mapping[str, Tensor] | None = None) -> View:
     """Turn a detector's raw training outputs into a view.
 

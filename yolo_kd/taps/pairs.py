@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import nn
 
 from yolo_kd.errors import PairError, listed
-from yolo_kd.taps.hooks import LayerTap
+from yolo_kd.taps.hooks import outputs_of, probe_size
 from yolo_kd.taps.models import bins_of, channels_of, head_of, strides_of
 from yolo_kd.views import Pair
 
@@ -70,20 +69,5 @@ def check_levels(student: nn.Module, teacher: nn.Module) -> None:
 
 def _measure(model: nn.Module, taps: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
     """Return width and stride of layers, seen in one forward pass of a blank image."""
-    if not taps:
-        return {}
-    parameter = next(model.parameters())
-    size = 2 * max(strides_of(model))
-    images = parameter.new_zeros(1, model.yaml.get("channels", 3), size, size)  # type: ignore[union-attr, operator]
-    training = {module: module.training for module in model.modules()}
-    tap = LayerTap(taps)
-    try:
-        model.eval()
-        with torch.no_grad():
-            model(images)
-        found = tap.take()
-    finally:
-        tap.remove()
-        for module, mode in training.items():
-            module.training = mode
-    return {name: (map_.shape[1], size // map_.shape[-1]) for name, map_ in found.items()}
+    size = probe_size(model)
+    return {name: (map_.shape[1], size // map_.shape[-1]) for name, map_ in outputs_of(model, taps).items()}
