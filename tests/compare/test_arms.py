@@ -160,3 +160,13 @@ def test_mistakes_in_a_file_of_arms(text: str, message: str) -> None:
     write("arms.yaml", text)
     problems = mistakes(*WORDS, "arms=arms.yaml")
     assert any(message in line for line in problems), problems
+
+
+def test_a_start_from_the_teacher_is_a_difference() -> None:
+    write("arms.yaml", "baseline:\ndefault:\nrandom: {kd: default, inherit: false}\nobjectness:\n")
+    words = ["teacher=t.pt", "data=d.yaml", "arms=arms.yaml"]
+    found = parse_compare([*words, "student=s.yaml"])
+    assert [a.differs for a in found.arms] == [{}, {"inherit": "thinned"}, {"inherit": False}, {}]
+    # a student with weights keeps them
+    for own in (["student=s.pt"], ["student=s.yaml", "pretrained=s.pt"]):
+        assert parse_compare([*words, *own]).arms[1].differs == {}

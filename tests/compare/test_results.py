@@ -96,6 +96,20 @@ def test_a_comparison_without_a_teacher(tmp_path: Path, monkeypatch: pytest.Monk
     assert any("slow also differs in lr0=0.001" in note for note in summary["notes"])
 
 
+def test_a_start_from_the_teacher_is_told_apart_from_distillation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("arms.yaml").write_text("baseline:\ndefault:\nrandom: {kd: default, inherit: false}\n")
+    comparison = parse_compare(["teacher=t.pt", "student=s.yaml", "data=d.yaml", "arms=arms.yaml", "seeds=1"])
+    runs = plan_runs(comparison)
+    for run in runs:
+        fail(run)
+    notes = summarise(comparison, runs, {}, {}, {}, {}, Settings("d.yaml", ("val",), {}))["notes"]
+    (note,) = [note for note in notes if "inherit" in note]
+    assert note.startswith("default starts from its teacher (inherit=thinned), so part of its difference is that start")
+
+
 def test_runs_csv(tmp_path: Path) -> None:
     summary, _, _ = fake_summary(tmp_path, {"fgd": CLEAR}, broken=("fgd seed 2",))
     rows = list(csv.DictReader(io.StringIO(runs_csv(summary))))

@@ -22,7 +22,7 @@ from yolo_kd.options import (
 )
 from yolo_kd.options import OWN_KEYS as TRAIN_KEYS
 from yolo_kd.pool import POOL_KEYS
-from yolo_kd.recipe import shipped_recipes
+from yolo_kd.recipe import load_recipe, shipped_recipes
 from yolo_kd.yaml_lines import Item, problem, raise_if, read_yaml, shown
 
 BASELINE = "baseline"  # the student alone
@@ -322,4 +322,14 @@ def _arm(name: str, keys: dict[str, Item], common: Mapping[str, Item], problems:
         for key, item in keys.items()
         if key not in ("kd", "teacher", *_UPSTREAM_KEYS) and not key.startswith("kd.")
     }
+    if kind == DISTILLED and options.inherit is None and (start := _start(options)):
+        differs["inherit"] = start
     return Arm(name, kind, options, {k: i.plain() for k, i in extra.items()}, differs)
+
+
+def _start(options: TrainOptions) -> bool | str:
+    """Return what a student without weights of its own starts from by its recipe; False for one that has some."""
+    weightless = str(options.student).lower().endswith((".yaml", ".yml"))
+    if not weightless or isinstance(options.ultralytics.get("pretrained"), str) or options.kd is None:
+        return False
+    return load_recipe(options.kd, options.kd_overrides).inherit

@@ -292,8 +292,14 @@ def _notes(
         if dropped and arm["name"] != comparison.reference:
             seeds = ", ".join(map(str, dropped))
             notes.append(f"{arm['name']}: seed {seeds} has no partner and is left out of the differences.")
-        if arm["differs"]:
-            keys = ", ".join(f"{k}={v}" for k, v in arm["differs"].items())
+        other_keys = {key: value for key, value in arm["differs"].items() if key != "inherit"}
+        if start := arm["differs"].get("inherit"):
+            notes.append(
+                f"{arm['name']} starts from its teacher (inherit={start}), so part of its difference is that start: an "
+                "arm with inherit: false tells the two apart."
+            )
+        if other_keys:
+            keys = ", ".join(f"{k}={v}" for k, v in other_keys.items())
             notes.append(f"{arm['name']} also differs in {keys}, so its difference is not that of its recipe alone.")
     continued = [run.name for run in runs if any(a["resumed"] for a in run.attempts)]
     if continued:
