@@ -82,7 +82,7 @@ def test_half_the_channels_of_every_layer(tmp_path: Path) -> None:
 
 
 def scaled(folder: Path, depth: float, width: float, limit: int) -> DetectionModel:
-    """Return a YOLOv8 whose weights are the numbers of their input channels, and shifts those of the output channels."""
+    """Return a YOLOv8 whose weights are the numbers of their input channels, shifts those of the output channels."""
     path = narrow_yaml("yolov8n", folder)
     config = yaml.safe_load(path.read_text())
     config["scales"] = {"n": [depth, width, limit]}
@@ -178,6 +178,17 @@ def test_a_narrower_teacher_and_other_classes(tmp_path: Path) -> None:
     result = thin(student, teacher, same_classes=False)
     assert set(result.kept.values()) == {"the classes are others, or in another order"}
     assert len(result.kept) == 6  # weight and bias of each level
+
+
+def test_single_layers_of_another_family_are_no_start(tmp_path: Path) -> None:
+    student, teacher = narrow_model("yolov8n", tmp_path, seed=1), narrow_model("yolo11n", tmp_path / "w", width=0.25)
+    before = copy.deepcopy(student.state_dict())
+    assert not thin(student, teacher, least=0.5).taken
+    result = thin(student, teacher, least=0.5)
+    assert result.parameters == 0
+    assert any("of the student has a counterpart in the teacher" in reason for reason in result.kept.values())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+    assert 0 < thin(student, teacher).parameters < 0.5 * result.total
 
 
 def started(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from yolo_kd.taps import Thinning, class_rows, neck_and_head
 
@@ -92,7 +92,7 @@ def inherit(student: nn.Module, teacher: nn.Module, same_classes: bool = True) -
 
 
 @torch.no_grad()
-def thin(student: nn.Module, teacher: nn.Module, same_classes: bool = True) -> Inheritance:
+def thin(student: nn.Module, teacher: nn.Module, same_classes: bool = True, least: float = 0.0) -> Inheritance:
     """Start a student as a thinned copy of its teacher: of every layer as many channels as it has, evenly spread.
 
     Xu et al., "Initializing Models with Larger Ones", ICLR 2024, arXiv 2311.18823: uniform selection, of the first
@@ -104,17 +104,16 @@ def thin(student: nn.Module, teacher: nn.Module, same_classes: bool = True) -> I
         student: The student, changed in place.
         teacher: The teacher.
         same_classes: Class i is class i on both sides; otherwise the rows of classes stay the student's.
+        least: Share of the student's values below which nothing is taken: single layers of another family are no start.
 
     Returns:
         What was copied and what was not.
     """
     thinning = Thinning(student, teacher)
-    theirs, rows = teacher.state_dict(), class_rows(student)
-    taken: list[str] = []
+    own, theirs, rows = student.state_dict(), teacher.state_dict(), class_rows(student)
+    found: dict[str, Tensor] = {}
     kept: dict[str, str] = {}
-    copied = total = 0
-    for name, tensor in student.state_dict().items():
-        total += tensor.numel()
+    for name, tensor in own.items():
         thinned = None
         if not same_classes and name in rows:
             kept[name] = "the classes are others, or in another order"
@@ -125,7 +124,11 @@ def thin(student: nn.Module, teacher: nn.Module, same_classes: bool = True) -> I
         elif (thinned := thinning(name, tensor, theirs[name])) is None:
             kept[name] = f"shape {tuple(tensor.shape)} here, {tuple(theirs[name].shape)} in the teacher"
         if thinned is not None:
-            tensor.copy_(thinned)
-            taken.append(name)
-            copied += tensor.numel()
-    return Inheritance(tuple(taken), kept, copied, total, "the student, thinned,")
+            found[name] = thinned
+    copied, total = (sum(t.numel() for t in tensors.values()) for tensors in (found, own))
+    if copied < least * total:
+        few = f"only {copied / total:.0%} of the student has a counterpart in the teacher"
+        found, kept, copied = {}, kept | dict.fromkeys(found, few), 0
+    for name, thinned in found.items():
+        own[name].copy_(thinned)
+    return Inheritance(tuple(found), kept, copied, total, "the student, thinned,")

@@ -14,7 +14,6 @@ import yaml
 from torch import distributed as dist
 from torch import nn
 from ultralytics.cfg import get_cfg
-from ultralytics.engine import trainer as engine
 from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
@@ -22,6 +21,7 @@ from yolo_kd.audit import AuditRow, table
 from yolo_kd.batch_probe import BatchProbe
 from yolo_kd.checkpoints import LoadedDetector, load_checkpoint_file, load_detector, restricted_loading
 from yolo_kd.class_choice import CLASS_KEYS, ClassChoice
+from yolo_kd.cpu_precision import cpu_bf16_autocast, is_cpu_bf16
 from yolo_kd.criterion import TEACHER_VIEW, DistillationCriterion
 from yolo_kd.distiller import Distiller
 from yolo_kd.environment import check_cpu_bf16, check_torchvision, reused_memory
@@ -124,7 +124,7 @@ class DistillationTrainer(KeepTrainer):
                 check_cacheable(vars(get_cfg(cfg, overrides)))
             if self.plan is not None and self.plan.pool is not None:
                 self._pool, self._labelled = check_pool(self.plan, vars(get_cfg(cfg, overrides)))
-        if _is_cpu_bf16(overrides):
+        if is_cpu_bf16(overrides):
             check_cpu_bf16()
         with restricted_loading(self.trust_checkpoints), exclusive_run_folder():
             super().__init__(cfg, overrides, _callbacks)
@@ -224,7 +224,7 @@ class DistillationTrainer(KeepTrainer):
     def set_model_attributes(self) -> None:
         """Lay the student out and hang the criterion on it, as soon as it is on its device."""
         super().set_model_attributes()
-        if _is_cpu_bf16(vars(self.args), self.device.type) and self.args.channels_last is None:
+        if is_cpu_bf16(vars(self.args), self.device.type) and self.args.channels_last is None:
             # a fifth faster there; Ultralytics does it on a GPU only
             self.model = self.model.to(memory_format=torch.channels_last)
         if self.plan is None:
@@ -272,14 +272,17 @@ class DistillationTrainer(KeepTrainer):
     def _inherit(self, student: nn.Module, teacher: LoadedDetector, same_classes: bool) -> None:
         """Let the student start from the teacher, if the user says so, or the recipe of one that has no weights."""
         assert self.plan is not None
-        how = self.plan.inherit
-        if how is None:
+        how, asked = self.plan.inherit, self.plan.inherit is not None
+        if not asked:
             how = self._weightless and not teacher.random and not self.choice.keep_classes and self.plan.recipe.inherit
         if not how or self.resume:
             return
-        report = (thin if how == THINNED else inherit)(student, teacher.model, same_classes).report()
+        if how == THINNED:
+            result = thin(student, teacher.model, same_classes, least=0.0 if asked else 0.5)
+        else:
+            result = inherit(student, teacher.model, same_classes)
         if RANK in {-1, 0}:
-            LOGGER.info(report)
+            LOGGER.info(result.report())
 
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
         """Note whether the student has weights of its own."""
@@ -427,7 +430,7 @@ class DistillationTrainer(KeepTrainer):
         try:
             with (
                 reused_memory() if self.device.type == "cpu" else nullcontext(),
-                cpu_bf16_autocast() if _is_cpu_bf16(vars(self.args), self.device.type) else nullcontext(),
+                cpu_bf16_autocast() if is_cpu_bf16(vars(self.args), self.device.type) else nullcontext(),
             ):
                 super()._do_train()
             if self.teacher is not None:
@@ -554,34 +557,6 @@ class DistillationTrainer(KeepTrainer):
             return {}
         audit = [vars(row) for row in self.audit_rows]
         return {"yolo_kd": {**self.plan.to_dict(), "audit": audit, "skipped_batches": self.guard.skipped}}
-
-
-@contextmanager
-def cpu_bf16_autocast() -> Iterator[None]:
-    """Replace the trainer module's autocast by one that allows bfloat16 on a CPU, for the duration.
-
-    Ultralytics' own raises there, although processors with AMX or AVX512-BF16 train two to three times faster with it.
-    """
-    original = engine.autocast
-
-    def autocast(enabled: Any, device: str = "cuda") -> Any:
-        if enabled is torch.bfloat16 and device == "cpu":
-            return torch.autocast("cpu", dtype=torch.bfloat16)
-        return original(enabled, device=device)
-
-    engine.autocast = autocast
-    try:
-        yield
-    finally:
-        engine.autocast = original
-
-
-def _is_cpu_bf16(args: Mapping[str, Any], device: str | None = None) -> bool:
-    """Return whether bfloat16 training on the CPU was asked for."""
-    if str(args.get("amp", "")).lower() != "bf16":
-        return False
-    on_cpu = str(args.get("device") or "").strip().lower() == "cpu" or not torch.cuda.is_available()
-    return device == "cpu" if device is not None else on_cpu
 
 
 def _names(groups: Iterable[Sequence[str]]) -> list[str]:

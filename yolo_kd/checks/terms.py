@@ -21,6 +21,7 @@ from yolo_kd.audit import AuditRow, balance, measure
 from yolo_kd.checks.models import devices_of
 from yolo_kd.checks.report import Report, number
 from yolo_kd.classes import ClassMap
+from yolo_kd.cpu_precision import cpu_bf16_autocast
 from yolo_kd.criterion import TEACHER_VIEW, DistillationCriterion
 from yolo_kd.distiller import Distiller
 from yolo_kd.errors import YoloKDError
@@ -30,7 +31,7 @@ from yolo_kd.recipe import Recipe
 from yolo_kd.recipe_terms import TermSpec
 from yolo_kd.schedules import RATIO
 from yolo_kd.taps import AssignmentTap, find_layers, head_of, head_split_points, pair_of, targets_of, view_of
-from yolo_kd.trainer import DistillationTrainer, cpu_bf16_autocast
+from yolo_kd.trainer import DistillationTrainer
 
 BATCHES = 3
 SECONDS = 20.0
