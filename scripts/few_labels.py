@@ -16,6 +16,8 @@ labels. The list names the training images that keep their labels, one stem a li
     all_kd     all labels, distilled
     none_distill, none_both   no label at all: every training image is in the pool
 
+The default recipe of these arms has the losses of `default` but not its start, so that all arms start alike.
+
 An arm with a pool may name its own unlabeled_ratio=: both@4 has four images of the pool for each labelled one.
 
 A list of few images is repeated, so that an epoch of every arm has as many steps. A run that is finished is not
@@ -39,7 +41,6 @@ import yaml
 
 from yolo_kd.checkpoints import quiet
 from yolo_kd.compare.statistics import paired, points, spread
-from yolo_kd.options import DEFAULT_RECIPE
 
 POOL_ARMS = ("distill", "pseudo", "both")
 ARMS = ("few", "few_kd", "hard", "hard_kd", *POOL_ARMS, "all", "all_kd", "none_distill", "none_both")
@@ -68,7 +69,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--labels", type=Path, required=True, help="list of the images that keep their labels")
     parser.add_argument("--teacher", type=Path, required=True, help="teacher that was trained on all labels")
     parser.add_argument("--student", default="yolov8n.yaml", help="student: model YAML or checkpoint")
-    parser.add_argument("--kd", default=DEFAULT_RECIPE, help="recipe of the distilled arms")
+    parser.add_argument("--kd", default="objectness_cwd", help="recipe of the distilled arms")
     parser.add_argument("--arms", nargs="+", type=known_arm, default=list(ARMS), help="arms to train")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm")
     parser.add_argument("--hard", type=float, default=0.4, help="least confidence of a plain pseudo-label")

@@ -30,7 +30,7 @@ OWN_KEYS: dict[str, str] = {
     "plugins": "modules to import for losses of your own, e.g. plugins=[my_package.my_loss]; importing runs their code",
     "cfg": "experiment file: a YAML file of these same keys; the command line wins over it",
     "trust_checkpoints": "load checkpoints that hold more than tensors and known classes, which can run code (false)",
-    "inherit": "start from the teacher: thinned (all of it), true (what fits of neck and head) or false (as kd= says)",
+    "inherit": "start from the teacher: thinned (all of it), true (what fits of neck and head), false; else as kd says",
     "random_teacher": "allow a teacher that was never trained, to try things out (false)",
     **CLASS_KEYS,
     **SPEED_KEYS,
