@@ -19,7 +19,7 @@ from torch.utils.data import Subset
 from ultralytics import YOLO
 from ultralytics.utils import LOGGER
 
-from tests.models import narrow_checkpoint
+from tests.models import narrow_checkpoint, narrow_yaml
 from yolo_kd.audit import AuditRow
 from yolo_kd.checkpoints import load_detector, sha256
 from yolo_kd.checks import check, terms
@@ -86,6 +86,13 @@ def test_a_pair_that_fits(
     assert text.splitlines()[-1].startswith(f"verdict: {report.verdict}")
     assert "conv1x1 (fgd)" in text
     json.dumps(facts, allow_nan=False)
+
+
+def test_a_student_that_will_start_from_its_teacher(few: None, shapes: Path, teacher: Path, tmp_path: Path) -> None:
+    fresh = narrow_yaml("yolov8n", tmp_path)
+    report = check(asked(teacher, fresh, shapes))
+    assert found(report, "note", "start: inherited 355 of 355 tensors of the student (100% of their values)", "thinned")
+    assert not found(check(asked(teacher, fresh, shapes, inherit=False)), "note", "start:")
 
 
 def snapshot(*folders: Path) -> dict[Path, tuple[int, int]]:

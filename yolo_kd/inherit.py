@@ -22,6 +22,7 @@ class Inheritance:
         parameters: Number of values that were copied.
         total: Number of values in the layers that were looked at.
         of: What was looked at.
+        how: What was done to it, for the report.
     """
 
     taken: tuple[str, ...]
@@ -29,14 +30,20 @@ class Inheritance:
     parameters: int
     total: int
     of: str = "neck and head"
+    how: str = ""
+
+    @property
+    def summary(self) -> str:
+        """One line that says how much was inherited."""
+        share = self.parameters / self.total if self.total else 0.0
+        return (
+            f"Inherited {len(self.taken)} of {len(self.taken) + len(self.kept)} tensors of {self.of} "
+            f"({share:.0%} of their values) from the teacher{self.how}"
+        )
 
     def report(self) -> str:
         """Say in a few lines what was inherited and what was not, by layer."""
-        share = self.parameters / self.total if self.total else 0.0
-        lines = [
-            f"Inherited {len(self.taken)} of {len(self.taken) + len(self.kept)} tensors of {self.of} "
-            f"({share:.0%} of their values) from the teacher"
-        ]
+        lines = [self.summary]
         for title, names in (("inherited", self.taken), ("kept its own", tuple(self.kept))):
             layers = list(dict.fromkeys(".".join(name.split(".")[:3]) for name in names))
             if layers:
@@ -131,4 +138,4 @@ def thin(student: nn.Module, teacher: nn.Module, same_classes: bool = True, leas
         found, kept, copied = {}, kept | dict.fromkeys(found, few), 0
     for name, thinned in found.items():
         own[name].copy_(thinned)
-    return Inheritance(tuple(found), kept, copied, total, "the student, thinned,")
+    return Inheritance(tuple(found), kept, copied, total, "the student", ", thinned")

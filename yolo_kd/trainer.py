@@ -28,7 +28,7 @@ from yolo_kd.environment import check_cpu_bf16, check_torchvision, reused_memory
 from yolo_kd.errors import AuditError, ConfigError, DataError
 from yolo_kd.folders import exclusive_run_folder, shared_data
 from yolo_kd.guards import FiniteGuard
-from yolo_kd.inherit import inherit, thin
+from yolo_kd.inherit import Inheritance, inherit, thin
 from yolo_kd.keep import KeptClasses
 from yolo_kd.keep_trainer import KeepTrainer
 from yolo_kd.losses.base import find
@@ -110,6 +110,7 @@ class DistillationTrainer(KeepTrainer):
         self._views: ViewCache | None = None
         self._detector: LoadedDetector | None = None
         self._weightless = False
+        self.inheritance: Inheritance | None = None
         self._batch_in_epoch = (-1, 0)  # epoch, batches seen in it
         self._own = own
         told = own["kd"] if is_resolved(own.get("kd")) else own
@@ -278,11 +279,11 @@ class DistillationTrainer(KeepTrainer):
         if not how or self.resume:
             return
         if how == THINNED:
-            result = thin(student, teacher.model, same_classes, least=0.0 if asked else 0.5)
+            self.inheritance = thin(student, teacher.model, same_classes, least=0.0 if asked else 0.5)
         else:
-            result = inherit(student, teacher.model, same_classes)
+            self.inheritance = inherit(student, teacher.model, same_classes)
         if RANK in {-1, 0}:
-            LOGGER.info(result.report())
+            LOGGER.info(self.inheritance.report())
 
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
         """Note whether the student has weights of its own."""

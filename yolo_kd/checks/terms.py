@@ -83,6 +83,11 @@ def check_terms(report: Report, plan: Plan, terms: tuple[TermSpec, ...], keys: M
     try:
         with cpu_bf16_autocast() if bf16 and device == "cpu" else nullcontext():
             trainer._setup_train()
+            if trainer.inheritance is not None:
+                start = trainer.inheritance.summary
+                report.add(
+                    "note", "start", f"{start[0].lower()}{start[1:]}; inherit=false leaves the student as it is."
+                )
             trainer.epoch = 0
             trainer._model_train()
             batches = _batches(trainer)
@@ -122,7 +127,9 @@ def _trainer(
         "task": "detect",
         "mode": "train",
         "teacher": plan.teacher,
-        "kd": {k: v for k, v in Recipe("check", terms, plan.recipe.plugins).to_dict().items() if v},
+        "kd": {
+            k: v for k, v in Recipe("check", terms, plan.recipe.plugins, plan.recipe.inherit).to_dict().items() if v
+        },
         "trust_checkpoints": plan.trust_checkpoints,
         "random_teacher": plan.random_teacher,
         "inherit": plan.inherit,
