@@ -37,7 +37,7 @@ def test_a_label_is_found_once_and_by_the_most_certain() -> None:
     labels = torch.randint(0, 2, (60,), generator=generator)
     theirs, own = boxes[:25], boxes[25:]
     confidence = torch.rand(35, generator=generator).sort(descending=True).values
-    ours = objects(Detections(own, labels[25:], confidence, torch.zeros(35)), labels[25:], theirs, labels[:25])
+    ours = objects(Detections(own, labels[25:], confidence, torch.zeros(35)), theirs, labels[:25])
     expected, free = [], dict(enumerate(theirs.tolist()))
     for box, label in zip(own.tolist(), labels[25:].tolist(), strict=True):
         cover = {i: overlap(box, other) for i, other in free.items() if labels[i] == label}
@@ -52,7 +52,7 @@ def test_a_label_is_found_once_and_by_the_most_certain() -> None:
 @pytest.mark.parametrize(("detections", "labelled"), [(3, 0), (0, 3), (0, 0)])
 def test_nothing_there(detections: int, labelled: int) -> None:
     found_ = Detections(torch.rand(detections, 4), torch.zeros(detections), torch.rand(detections), torch.zeros(0))
-    hit = objects(found_, torch.zeros(detections), torch.rand(labelled, 4), torch.zeros(labelled))
+    hit = objects(found_, torch.rand(labelled, 4), torch.zeros(labelled))
     assert hit.tolist() == [False] * detections
 
 
@@ -114,4 +114,6 @@ def test_in_the_whole_check(
     assert sum(facts["objects"]) < 0.2 * sum(facts["detections"]), "weights are random"
     assert found(report, "warning", "detections above unlabeled_conf=0.4", "unlabeled_mode=distill")
     assert not found(report, "error", ""), texts(report)
+    some = check(asked(sure, student, shapes, **keys, unlabeled_mode="both", classes=[1])).to_dict()["certainty"]
+    assert 0 < sum(some["detections"]) < sum(facts["detections"]), "of one class of three"
     assert "certainty" not in check(asked(sure, student, shapes, **keys)).to_dict(), "nothing reads boxes there"

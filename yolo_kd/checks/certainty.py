@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,13 @@ LIKELY, SELDOM = 0.5, 0.2
 
 
 def check_certainty(
-    report: Report, pool: Pool, teacher: Teacher, dataset: Any, classes: ClassMap, device: torch.device
+    report: Report,
+    pool: Pool,
+    teacher: Teacher,
+    dataset: Any,
+    classes: ClassMap,
+    device: torch.device,
+    only: Sequence[int] | None = None,
 ) -> None:
     """Compare the teacher's detections with the labels of validation images, by confidence.
 
@@ -38,6 +46,7 @@ def check_certainty(
         dataset: Ultralytics' validation set, without augmentation.
         classes: Which class is which.
         device: Where the teacher runs.
+        only: Classes of the student that are trained, all by default; labels of others are not in the set.
     """
     chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), IMAGES)).round().astype(int).tolist()
     confidence, hit = [], []
@@ -45,27 +54,29 @@ def check_certainty(
         sample = dataset[index]
         view = teacher(sample["img"][None].to(device).float() / 255)
         found = detect(classes.teacher_view(view), LOWEST, pool.iou)
+        found = replace(found, labels=classes.student_labels(found.labels))
+        if only is not None:
+            found = found.where(torch.isin(found.labels, torch.tensor(only, device=device)))
         sides = torch.tensor(sample["img"].shape[-1:-3:-1], device=device).repeat(2)
         boxes = box_convert(sample["bboxes"].to(device), "cxcywh", "xyxy") * sides
         labels = sample["cls"].to(device).flatten().long()
         confidence.append(found.confidence.cpu().numpy())
-        hit.append(objects(found, classes.student_labels(found.labels), boxes, labels))
+        hit.append(objects(found, boxes, labels))
     judge(report, pool, np.concatenate(confidence), np.concatenate(hit), len(chosen))
 
 
-def objects(found: Detections, classes: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+def objects(found: Detections, boxes: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
     """Return which detections on an image find a label: a label goes to the most certain one that covers it best.
 
     Args:
-        found: Detections of one image, the most confident first.
-        classes: Their classes in the data set's numbers, (M,).
+        found: Detections of one image, the most confident first, with classes in the data set's numbers.
         boxes: Labelled boxes in pixels, xyxy, (N, 4).
         labels: Their classes, (N,).
 
     Returns:
         (M,) bool.
     """
-    overlaps = torch.where(classes[:, None] == labels, box_iou(found.boxes, boxes), 0).cpu().numpy()
+    overlaps = torch.where(found.labels[:, None] == labels, box_iou(found.boxes, boxes), 0).cpu().numpy()
     hit = np.zeros(len(found), dtype=bool)
     for i in range(len(found) if len(boxes) else 0):
         best = overlaps[i].argmax()

@@ -61,8 +61,8 @@ def check_unlabelled(
         pool, known = (
             _confidence(seen, files, size, labelled.cv2_flag, device) for files in (images.files, labelled.im_files)
         )
-        if judged and classes is not None:
-            check_certainty(report, plan.pool, seen, sets["val"], classes, device)
+        if judged and classes is not None and classes.matched:
+            check_certainty(report, plan.pool, seen, sets["val"], classes, device, keys.get("classes"))
     finally:
         seen.close()
     test = ks_2samp(pool, known)
