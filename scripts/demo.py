@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where everything is written")
     parser.add_argument("--teacher", default="yolov8s.yaml", help="model YAML of the teacher")
     parser.add_argument("--student", default="yolov8n.yaml", help="model YAML of the student")
-    parser.add_argument("--kd", default="objectness", help="recipe")
+    parser.add_argument("--kd", default="default", help="recipe")
     parser.add_argument("--epochs", type=int, default=10, help="epochs of each student")
     parser.add_argument("--teacher-epochs", type=int, default=12, help="epochs of the teacher, which must know more")
     parser.add_argument("--imgsz", type=int, default=128, help="height and width of the images in pixels")
