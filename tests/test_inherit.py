@@ -202,6 +202,7 @@ def started(
             overrides={"data": str(data), "project": str(folder), "name": "run", "exist_ok": True, **keys}
         )
         trainer._setup_train()
+    assert ("inherit=false leaves them random" in caplog.text) == ("Inherited" in caplog.text and "inherit" not in keys)
     return "Inherited" in caplog.text, {k: v.clone() for k, v in trainer.model.state_dict().items()}
 
 

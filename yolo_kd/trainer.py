@@ -283,7 +283,8 @@ class DistillationTrainer(KeepTrainer):
         else:
             self.inheritance = inherit(student, teacher.model, same_classes)
         if RANK in {-1, 0}:
-            LOGGER.info(self.inheritance.report())
+            why = f"\n  kd={self.plan.recipe.name} starts students without weights so; inherit=false leaves them random"
+            LOGGER.info(f"{self.inheritance.report()}{'' if asked else why}")
 
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
         """Note whether the student has weights of its own."""
