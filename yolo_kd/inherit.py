@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from yolo_kd.taps import Thinning, class_rows, neck_and_head
 
-THINNED = "thinned"  # value of `inherit`
-
 
 @dataclass(frozen=True)
 class Inheritance:
