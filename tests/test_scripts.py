@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionValidator
 
 from tests.conftest import ROOT, load_script
-from tests.models import narrow_checkpoint
+from tests.models import narrow_checkpoint, narrow_yaml
 
 SCRIPTS = sorted(p.name for p in (ROOT / "scripts").glob("*.py"))
 
@@ -144,3 +145,18 @@ def test_few_labels_and_a_pool(shapes: Path, tmp_path: Path) -> None:
     again = run("few_labels.py", *words)
     assert "starts" not in again.stdout
     assert again.stdout.splitlines()[-len(arms) :] == found.stdout.splitlines()[-len(arms) :]
+
+
+@pytest.mark.e2e
+def test_a_thinned_start_in_a_file(tmp_path: Path) -> None:
+    teacher = narrow_checkpoint("yolov8n", tmp_path / "teacher", width=0.25)
+    words = ["thin.py", "--student", str(narrow_yaml("yolov8n", tmp_path)), "--out", str(tmp_path / "thin.pt")]
+    found = run(*words, "--teacher", str(teacher))
+    assert found.returncode == 0, found.stderr
+    assert "Inherited 355 of 355 tensors" in found.stdout
+    small, large = (YOLO(path).model.float() for path in (tmp_path / "thin.pt", teacher))
+    assert small.names == large.names
+    assert torch.equal(small.model[0].conv.weight, large.model[0].conv.weight[::2])
+    missing = run(*words, "--teacher", "no.pt")
+    assert missing.returncode == 2
+    assert missing.stderr.strip() == "teacher=no.pt does not exist."

@@ -1,0 +1,45 @@
+#!/usr/bin/env python3
+"""Write a student that is a thinned copy of a teacher, as a checkpoint that plain Ultralytics trains from.
+
+It is the start that `inherit=thinned` gives a distillation, for trainings without a teacher: the start alone.
+
+    python scripts/thin.py --teacher runs/bccd/teacher/weights/best.pt --student yolov8n.yaml --out thin.pt
+    yolo-kd train kd=none student=thin.pt data=my.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from yolo_kd.checkpoints import load_detector
+from yolo_kd.errors import YoloKDError
+from yolo_kd.inherit import thin
+
+
+def main() -> None:
+    """Write the file and say what of the teacher is in it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, required=True, help="trained detector")
+    parser.add_argument("--student", default="yolov8n.yaml", help="model YAML of the same family")
+    parser.add_argument("--out", type=Path, required=True, help="file to write")
+    args = parser.parse_args()
+    try:
+        teacher = load_detector(args.teacher, role="teacher").model
+        student = load_detector(args.student, role="student", nc=len(teacher.names)).model
+    except YoloKDError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    result = thin(student, teacher)
+    print(result.report())
+    student.names = teacher.names
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"epoch": -1, "model": student.half(), "train_args": {}}, args.out)
+    print(f"Written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
