@@ -91,3 +91,11 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.models import narrow_checkpoint
 
     return narrow_checkpoint("yolov8n", tmp_path_factory.mktemp("student"), seed=2)
+
+
+@pytest.fixture(scope="module")
+def sure(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random detector that finds objects with probabilities from 0 to 1."""
+    from tests.models import narrow_checkpoint
+
+    return narrow_checkpoint("yolov8n", tmp_path_factory.mktemp("sure"), width=0.25, seed=1, sure=True)

@@ -9,18 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models import narrow_checkpoint
 from tests.test_checks import asked, few, found, texts  # noqa: F401  (few is a fixture)
 from yolo_kd.checks import check
 from yolo_kd.checks.certainty import ENOUGH, OVERLAP, judge, objects
 from yolo_kd.checks.report import Report
 from yolo_kd.detections import Detections
 from yolo_kd.pool import Pool
-
-
-@pytest.fixture(scope="module")
-def sure(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return narrow_checkpoint("yolov8n", tmp_path_factory.mktemp("sure"), width=0.25, seed=1, sure=True)
 
 
 def overlap(a: list[float], b: list[float]) -> float:

@@ -10,14 +10,8 @@ import pytest
 from PIL import Image
 from scipy.stats import ks_2samp
 
-from tests.models import narrow_checkpoint
 from tests.test_checks import asked, few, found, texts  # noqa: F401  (few is a fixture)
 from yolo_kd.checks import check, unlabelled
-
-
-@pytest.fixture(scope="module")
-def sure(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return narrow_checkpoint("yolov8n", tmp_path_factory.mktemp("sure"), width=0.25, seed=1, sure=True)
 
 
 @pytest.fixture

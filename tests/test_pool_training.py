@@ -30,12 +30,6 @@ SURE = {"unlabeled_conf": 0.5, "unlabeled_low": 0.2}
 
 
 @pytest.fixture(scope="module")
-def sure(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random teacher that sees objects."""
-    return narrow_checkpoint("yolov8n", tmp_path_factory.mktemp("sure"), width=0.25, seed=1, sure=True)
-
-
-@pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
     """A folder of eight images without labels."""
     folder = tmp_path_factory.mktemp("unlabelled") / "pool"

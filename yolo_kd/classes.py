@@ -214,6 +214,3 @@ def _either(a: Tensor, b: Tensor) -> Tensor:
 @lru_cache(maxsize=64)
 def _index(indices: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(indices, dtype=torch.int64, device=device)
-
-
-# ------------------------------------------------------------------------------------------------ matching

@@ -25,8 +25,27 @@ NEEDS_BOXES = frozenset({"targets", "assignment"})
 
 def teacher_reads(pool: Pool | None, reads: Collection[str]) -> frozenset[str]:
     """Return what must be computed of the teacher's head when the terms read `reads`."""
-    detected = pool is not None and (pool.labels or bool(NEEDS_BOXES & {*reads}))
-    return frozenset(reads) | ({"scores", "boxes"} if detected else set())
+    return frozenset(reads) | ({"scores", "boxes"} if pool is not None and detects(pool, reads) else set())
+
+
+def detects(pool: Pool, reads: Collection[str]) -> bool:
+    """Return whether the teacher's detections on pool images are used, for the task loss or for terms."""
+    return pool.labels or bool(NEEDS_BOXES & {*reads})
+
+
+def as_student(found: Detections, classes: ClassMap | None, chosen: Collection[int] | None) -> Detections:
+    """Return detections of matched classes in the student's numbers.
+
+    Args:
+        found: Detections in the numbers of matched classes.
+        classes: Which class is which, None where all are the same.
+        chosen: What `classes=` leaves, None for all.
+    """
+    if classes is not None:
+        found = replace(found, labels=classes.student_labels(found.labels))
+    if chosen is None:
+        return found
+    return found.where(torch.isin(found.labels, torch.as_tensor(chosen, device=found.labels.device)))
 
 
 def is_pool_column(name: str) -> bool:
@@ -170,12 +189,7 @@ class PoolCriterion(DistillationCriterion):
 
     def _as_student(self, found: Detections) -> Detections:
         """Return detections of matched classes in the student's numbers, without what `classes=` leaves out."""
-        if self._classes is not None:
-            found = replace(found, labels=self._classes.student_labels(found.labels))
-        chosen = getattr(self._student.args, "classes", None)
-        if chosen is None:
-            return found
-        return found.where(torch.isin(found.labels, torch.as_tensor(chosen, device=found.labels.device)))
+        return as_student(found, self._classes, getattr(self._student.args, "classes", None))
 
     @property
     def _reads_boxes(self) -> bool:

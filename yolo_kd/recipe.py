@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yolo_kd.losses  # noqa: F401  registers the losses that ship with the package
 from yolo_kd.errors import did_you_mean, listed
@@ -25,8 +25,6 @@ from yolo_kd.recipe_terms import (
     unknown_keys,
 )
 from yolo_kd.yaml_lines import Item, problem, raise_if, read_yaml, shown, wrap
-
-T = TypeVar("T")
 
 TOP_KEYS = ("losses", "plugins", "inherit")
 THINNED = "thinned"  # of the values of inherit: all layers, with fewer channels; true is what fits of neck and head
@@ -144,9 +142,8 @@ def read_recipe(
         return None
     unknown_keys(root.value, TOP_KEYS, "of a recipe", problems)
     plugins = read_plugins(root.value.get("plugins"), problems)
-    inherit = root.value.get("inherit")
-    wrong = None if inherit is None else inherit_mistake(inherit.value)
-    if inherit is not None and wrong:
+    inherit = root.value.get("inherit", Item(False))
+    if wrong := inherit_mistake(inherit.value):
         problems.append(problem(inherit.where, wrong))
     losses = read_losses(root, problems)
     if losses is None:
@@ -160,7 +157,7 @@ def read_recipe(
         problems.append(problem(where, "every weight is 0: nothing would be distilled. Raise one, or write kd=none."))
     if len(problems) > before:
         return None
-    return Recipe(name, tuple(valid), plugins, (inherit is not None and inherit.value) or False)
+    return Recipe(name, tuple(valid), plugins, inherit.value or False)
 
 
 def inherit_mistake(value: Any) -> str | None:

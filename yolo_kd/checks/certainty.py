@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torchvision.ops import box_convert, box_iou
 
+from yolo_kd.checks.models import evenly_spread
 from yolo_kd.checks.report import Report
 from yolo_kd.classes import ClassMap
 from yolo_kd.detections import Detections, detect
 from yolo_kd.pool import Pool
+from yolo_kd.pool_criterion import as_student
 from yolo_kd.teacher import Teacher
 
 IMAGES = 64
@@ -48,15 +49,12 @@ def check_certainty(
         device: Where the teacher runs.
         only: Classes of the student that are trained, all by default; labels of others are not in the set.
     """
-    chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), IMAGES)).round().astype(int).tolist()
+    chosen = evenly_spread(min(len(dataset), IMAGES), len(dataset))
     confidence, hit = [], []
     for index in chosen:
         sample = dataset[index]
         view = teacher(sample["img"][None].to(device).float() / 255)
-        found = detect(classes.teacher_view(view), LOWEST, pool.iou)
-        found = replace(found, labels=classes.student_labels(found.labels))
-        if only is not None:
-            found = found.where(torch.isin(found.labels, torch.tensor(only, device=device)))
+        found = as_student(detect(classes.teacher_view(view), LOWEST, pool.iou), classes, only)
         sides = torch.tensor(sample["img"].shape[-1:-3:-1], device=device).repeat(2)
         boxes = box_convert(sample["bboxes"].to(device), "cxcywh", "xyxy") * sides
         labels = sample["cls"].to(device).flatten().long()

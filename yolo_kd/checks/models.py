@@ -191,7 +191,12 @@ def _choose(detector: LoadedDetector, dataset: Any, keys: Mapping[str, Any]) -> 
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - began
     count = min(len(dataset), IMAGES, max(8, int(SECONDS / seconds)))
-    return np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
+    return evenly_spread(count, len(dataset))
+
+
+def evenly_spread(count: int, among: int) -> list[int]:
+    """Return that many of the indices below `among`, the first and the last included."""
+    return np.linspace(0, among - 1, count).round().astype(int).tolist()
 
 
 def evaluate(

@@ -19,7 +19,7 @@ from yolo_kd.checks.report import Report, number
 from yolo_kd.classes import ClassMap
 from yolo_kd.losses.base import find
 from yolo_kd.plan import Plan, check_pool
-from yolo_kd.pool_criterion import NEEDS_BOXES
+from yolo_kd.pool_criterion import detects
 from yolo_kd.teacher import Teacher
 
 IMAGES = 64
@@ -53,15 +53,17 @@ def check_unlabelled(
     split = "train" if "train" in sets else "val"
     labelled = sets[split]
     device = select_device(devices_of(keys)[0], verbose=False)
-    detects = plan.pool.labels or any(find(term.name).reads & NEEDS_BOXES for term in plan.recipe.terms)
-    judged = detects and "val" in sets and not plan.choice.keep_classes  # there labels do not name all objects
-    seen = Teacher(teacher, device, reads=("scores", "boxes"))
+    reads = frozenset().union(*(find(term.name).reads for term in plan.recipe.terms))
+    # where classes are kept, labels do not name all objects
+    judged = detects(plan.pool, reads) and "val" in sets and not plan.choice.keep_classes
+    judged = judged and classes is not None and bool(classes.matched)
+    seen = Teacher(teacher, device, reads=("scores", "boxes") if judged else ("scores",))
     size = int(np.max(keys.get("imgsz") or 640))
     try:
         pool, known = (
             _confidence(seen, files, size, labelled.cv2_flag, device) for files in (images.files, labelled.im_files)
         )
-        if judged and classes is not None and classes.matched:
+        if judged and classes is not None:
             check_certainty(report, plan.pool, seen, sets["val"], classes, device, keys.get("classes"))
     finally:
         seen.close()

@@ -72,15 +72,15 @@ class ContextBlock(nn.Module):
         """Return the (B, C, H, W) map with its context added."""
         flat = feature.flatten(2)
         p = context_weights(flat, *self.mask_parameters())
-        return feature + self.transform(sum_cells(flat, p)[..., None])[..., None, None]
+        return feature + self.transform(sum_cells(flat, p))[..., None, None]
 
     def mask_parameters(self) -> tuple[Tensor, Tensor]:
         """Return weight (C,) and bias (1,) of the convolution to one channel."""
         return self.mask.weight.flatten(), self.mask.get_parameter("bias")
 
     def transform(self, context: Tensor) -> Tensor:
-        """Turn c, (B, C, 1), into what is added to every cell, (B, C)."""
-        return self.add(context[..., None]).flatten(1)
+        """Turn c, (B, C), into what is added to every cell, (B, C)."""
+        return self.add(context[..., None, None]).flatten(1)
 
 
 def context_weights(flat: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class PairMoments(torch.autograd.Function):
     For S, T (B, C, HW), the temperature of the attentions and the mask convolutions of both sides' context blocks, with
     d = S - T and the teacher's channel attention a, it returns Σ_c a d² (B, HW), Σ_hw d² (B, C), Σ_hw d (B, C); of S
     and then of T the means over channels of magnitudes (B, HW), those over cells (B, C) and the context Σ_hw p F
-    (B, C, 1). Maps may be in half precision, sums are float32 at least. Gradient flows to S and the convolutions.
+    (B, C). Maps may be in half precision, sums are float32 at least. Gradient flows to S and the convolutions.
     """
 
     @staticmethod
@@ -128,8 +128,8 @@ class PairMoments(torch.autograd.Function):
             torch.mul(d, d, out=buffer)
             differences = (a[:, None] @ buffer).squeeze(1), buffer.sum(2), d.sum(2)
             torch.abs(s, out=buffer)
-            own = buffer.mean(1), buffer.mean(2), sum_cells(s, p)[..., None]
-            parts.append((*differences, *own, t_spatial, t_channel, sum_cells(t, t_p)[..., None]))
+            own = buffer.mean(1), buffer.mean(2), sum_cells(s, p)
+            parts.append((*differences, *own, t_spatial, t_channel, sum_cells(t, t_p)))
         ctx.save_for_backward(student, teacher, weight, *(torch.cat(column) for column in zip(*kept, strict=True)))
         results = tuple(torch.cat(column) for column in zip(*parts, strict=True))
         ctx.mark_non_differentiable(*results[6:8])
@@ -165,7 +165,7 @@ class PairMoments(torch.autograd.Function):
             out.addcmul_(factor, s.sign())
             g_m = _through_context(s, p, g_x, masks[:2])
             _through_context(t, t_p, g_tx, masks[2:])
-            left = torch.stack([g_d, g_x.squeeze(2), weight.expand_as(a)], 2)
+            left = torch.stack([g_d, g_x, weight.expand_as(a)], 2)
             add_products(out, left, torch.stack([cells, p, g_m], 1))
             slot.copy_(out)
         return result, None, None, *masks
@@ -173,7 +173,7 @@ class PairMoments(torch.autograd.Function):
 
 def _through_context(flat: Tensor, p: Tensor, slope: Tensor, mask: Sequence[Tensor]) -> Tensor:
     """Take the gradient of a context to the logits of p, which are returned; add that of weight and bias to `mask`."""
-    through = (slope.transpose(1, 2) @ flat).squeeze(1)
+    through = (slope[:, None] @ flat).squeeze(1)
     logits = p * (through - (p * through).sum(-1, keepdim=True))
     mask[0].add_(sum_cells(flat, logits).sum(0))
     mask[1].add_(logits.sum())

@@ -90,31 +90,24 @@ def _joined(model: nn.Module) -> dict[str, Parts]:
     sources = {i: reads[i] for i, layer in enumerate(layers) if isinstance(layer, Concat)}
     wanted = {str(j): layers[j] for js in sources.values() for j in js}
     widths = {int(name): map_.shape[1] for name, map_ in outputs_of(model, wanted).items()}
+    modules = dict(model.named_modules())
     found: dict[str, Parts] = {}
-    for i, layer in enumerate(layers):
+    for i in range(len(layers)):
         if len(reads[i]) == 1 and reads[i][0] in sources:
             parts = [(f"{k}", widths[j]) for k, j in enumerate(sources[reads[i][0]])]
             total = sum(width for _, width in parts)
             # a block's first convolutions read what the block reads
             for name in ("conv", "cv1.conv", "cv2.conv"):
-                conv = _at(layer, name)
+                conv = modules.get(f"model.{i}.{name}")
                 if isinstance(conv, nn.Conv2d) and conv.in_channels == total:
                     found[f"model.{i}.{name}"] = parts
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         if isinstance(module, C2f | A2C2f):  # they join what each of their inner blocks yields
             blocks = [f"block {k}" for k in range(len(module.m))]
             before = ["first", "second"] if isinstance(module, C2f) else ["first"]
             names = [*before, *blocks]
             conv = module.cv2.conv
             found[f"{name}.cv2.conv"] = [(part, conv.in_channels // len(names)) for part in names]
-    return found
-
-
-def _at(module: nn.Module, name: str) -> nn.Module | None:
-    """Return a module inside another by its dotted name, None if there is none."""
-    found: nn.Module | None = module
-    for part in name.split("."):
-        found = getattr(found, part, None)
     return found
 
 
