@@ -127,18 +127,8 @@ def _train(arguments: list[str]) -> int:
     from yolo_kd.trainer import DistillationTrainer
 
     overrides: dict[str, Any] = {**options.ultralytics, "task": "detect", "mode": "train"}
-    own = {
-        "teacher": options.teacher,
-        "kd": options.kd,
-        "trust_checkpoints": options.trust_checkpoints or None,
-        "random_teacher": options.random_teacher or None,
-        "inherit": options.inherit,
-        "model": options.student,
-        "plugins": list(options.plugins) or None,
-        "resume": options.resume,
-    }
-    overrides |= {k: v for k, v in own.items() if v is not None}
-    overrides |= options.speed | options.classes | options.pool
+    overrides |= {k: v for k, v in (("model", options.student), ("resume", options.resume)) if v is not None}
+    overrides |= options.own_keys
     overrides |= {f"kd.{k}": v for k, v in options.kd_overrides.items()}
     trainer = DistillationTrainer(overrides=overrides)
     trainer.train()

@@ -73,12 +73,12 @@ def detect(view: View, conf: float, iou: float) -> Detections:
         conf: Detections are more probable than this.
         iou: Overlap above which the less probable of two detections of a class is dropped.
     """
-    probability, label = view.scores.float().sigmoid().max(-1)
+    probability = view.objectness
     image, point = (probability > conf).nonzero(as_tuple=True)
     centres, strides = points_of(view)
     raw = view.boxes[image, point].float()
     boxes = corners(raw[:, None], view.reg_max)[:, 0] * strides[point] + centres[point].repeat(1, 2)
-    confidence, labels = probability[image, point], label[image, point]
+    confidence, labels = probability[image, point], view.scores[image, point].float().sigmoid().argmax(-1)
     kept = batched_nms(boxes, confidence, image * view.scores.shape[-1] + labels, iou)  # the most confident first
     kept = kept[image[kept].sort(stable=True).indices]
     found = Detections(boxes[kept], labels[kept], confidence[kept], image[kept])

@@ -95,17 +95,16 @@ class TrainOptions:
         return Pool.of(self.pool) is not None
 
     @property
-    def plan_keys(self) -> dict[str, Any]:
-        """What `plan.make_plan` looks at before a training, by key."""
-        switches = {key: getattr(self, key) for key in _SWITCHES}
-        return {
+    def own_keys(self) -> dict[str, Any]:
+        """This package's keys that were given, as a training takes them, but the student and changes to the recipe."""
+        keys = {
             "teacher": self.teacher,
             "kd": self.kd,
+            "plugins": list(self.plugins) or None,
             "inherit": self.inherit,
-            **switches,
-            **self.classes,
-            **self.pool,
+            **{key: getattr(self, key) or None for key in _SWITCHES},
         }
+        return {k: v for k, v in keys.items() if v is not None} | self.speed | self.classes | self.pool
 
 
 def parse_assignments(arguments: Sequence[str]) -> dict[str, Any]:

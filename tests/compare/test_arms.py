@@ -168,5 +168,9 @@ def test_a_start_from_the_teacher_is_a_difference() -> None:
     found = parse_compare([*words, "student=s.yaml"])
     assert [a.differs for a in found.arms] == [{}, {"inherit": "thinned"}, {"inherit": False}, {}]
     # a student with weights keeps them
+    assert parse_compare([*words, "student=s.pt", "pretrained=False"]).arms[1].differs == {"inherit": "thinned"}
     for own in (["student=s.pt"], ["student=s.yaml", "pretrained=s.pt"]):
         assert parse_compare([*words, *own]).arms[1].differs == {}
+    # and a teacher that was never trained is no start
+    words[0] = "teacher=t.yaml"
+    assert parse_compare([*words, "student=s.yaml", "random_teacher=true"]).arms[1].differs == {}

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from filelock import FileLock
 
 from tests.compare.fakes import fake_comparison, finish
 from yolo_kd.compare.arms import parse_compare
 from yolo_kd.compare.runs import FINISHED, WAITING, Run, keys_of, locked, plan_runs
 from yolo_kd.errors import ConfigError
+from yolo_kd.options import parse_train
 
 
 def test_runs_are_planned_seed_by_seed(tmp_path: Path) -> None:
@@ -139,3 +141,26 @@ def test_a_pool_and_keys_of_speed_reach_the_arms_that_take_them(
     Path("arms.yaml").write_text("baseline:\nup: {kd: distill_model, unlabeled: pool}\n")
     with pytest.raises(ConfigError, match="unlabeled has no meaning for Ultralytics' own trainer"):
         parse_compare([*words[:3], "arms=arms.yaml"])
+
+
+def test_a_run_is_trained_with_what_its_arm_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("harmless_plugin.py").touch()
+    Path("arms.yaml").write_text(
+        "baseline:\n"
+        "random: {kd: default, inherit: false, kd.cwd.weight: 2.0}\n"
+        "thinned: {kd: objectness, inherit: thinned, unlabeled: [pool], unlabeled_ratio: 2}\n"
+        "mapped: {kd: cwd, inherit: true, class_map: {car: vehicle}, teacher_precision: fp32, lr0: 0.002}\n"
+    )
+    words = ["teacher=t.pt", "student=s.yaml", "data=d.yaml", "arms=arms.yaml", "plugins=[harmless_plugin]", "seeds=1"]
+    for run in plan_runs(parse_compare([*words, "epochs=3", "amp=bf16"])):
+        run.experiment.parent.mkdir(parents=True, exist_ok=True)
+        run.experiment.write_text(yaml.safe_dump(run.keys))
+        folders = [f"{key}={run.keys[key]}" for key in ("project", "name")]
+        trained = parse_train([f"cfg={run.experiment}", *folders])
+        asked, pool = run.arm.options.own_keys, trained.pool.get("unlabeled")
+        assert trained.own_keys | ({"unlabeled": ["pool"]} if pool else {}) == asked
+        assert pool in (None, [str(tmp_path / "pool")])
+        assert trained.kd_overrides == run.arm.options.kd_overrides
+        assert run.arm.options.ultralytics.items() <= trained.ultralytics.items()

@@ -131,7 +131,7 @@ class _Check:
     def load(self, data: dict[str, Any] | None) -> tuple[Plan | None, dict[str, LoadedDetector]]:
         """Load teacher and student, as far as they can be loaded."""
         options = self.options
-        made = self.attempt("files", lambda: make_plan(options.plan_keys, options.kd_overrides))
+        made = self.attempt("files", lambda: make_plan(options.own_keys, options.kd_overrides))
         plan, teacher = made or (None, None)
         build: dict[str, Any] = {"trust": options.trust_checkpoints}
         if data is not None:

@@ -328,8 +328,11 @@ def _arm(name: str, keys: dict[str, Item], common: Mapping[str, Item], problems:
 
 
 def _start(options: TrainOptions) -> bool | str:
-    """Return what a student without weights of its own starts from by its recipe; False for one that has some."""
-    weightless = str(options.student).lower().endswith((".yaml", ".yml"))
-    if not weightless or isinstance(options.ultralytics.get("pretrained"), str) or options.kd is None:
+    """Return what the recipe lets a student start from: nothing (False) if it has weights or the teacher has none."""
+    pretrained = options.ultralytics.get("pretrained")
+    untrained = {key: str(getattr(options, key)).lower().endswith((".yaml", ".yml")) for key in ("student", "teacher")}
+    weightless = untrained["student"] or pretrained is False
+    if not weightless or isinstance(pretrained, str) or untrained["teacher"] or options.classes.get("keep_classes"):
         return False
+    assert options.kd is not None
     return load_recipe(options.kd, options.kd_overrides).inherit

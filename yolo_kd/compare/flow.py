@@ -121,7 +121,7 @@ def _check(arm: Arm) -> None:
         str(keys.get("device")) == "cpu" or not torch.cuda.is_available()
     ):
         check_cpu_bf16()
-    plan, detector = make_plan(options.plan_keys, options.kd_overrides)
+    plan, detector = make_plan(options.own_keys, options.kd_overrides)
     with restricted_loading(options.trust_checkpoints):
         check_models(plan, detector, keys, options.trust_checkpoints)
         if plan is not None and plan.pool is not None:

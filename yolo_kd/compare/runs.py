@@ -200,13 +200,8 @@ def keys_of(arm: Arm) -> dict[str, Any]:
     if arm.kind == UPSTREAM:
         keys = {"model": options.student, "distill_model": options.teacher, **arm.extra, **keys}
     else:
-        own: dict[str, Any] = {"teacher": options.teacher, "student": options.student, "kd": options.kd}
-        switches = ("inherit", "trust_checkpoints", "random_teacher")
-        own |= {key: True for key in switches if getattr(options, key)}
-        own |= options.classes
-        own |= options.speed | _anywhere(options.pool)
-        own |= {f"kd.{key}": value for key, value in options.kd_overrides.items()}
-        keys = {**{k: v for k, v in own.items() if v is not None}, **keys}
+        changes = {f"kd.{key}": value for key, value in options.kd_overrides.items()}
+        keys = {"student": options.student, **options.own_keys, **_anywhere(options.pool), **changes, **keys}
     for key in _PATHS:  # so that a comparison can be continued from another folder
         if isinstance(keys.get(key), str) and os.path.isfile(keys[key]):
             keys[key] = os.path.abspath(keys[key])
