@@ -6,48 +6,12 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pytest
-import torch
 
 from tests.test_checks import asked, few, found, texts  # noqa: F401  (few is a fixture)
 from yolo_kd.checks import check
-from yolo_kd.checks.certainty import ENOUGH, OVERLAP, judge, objects
+from yolo_kd.checks.certainty import ENOUGH, judge
 from yolo_kd.checks.report import Report
-from yolo_kd.detections import Detections
 from yolo_kd.pool import Pool
-
-
-def overlap(a: list[float], b: list[float]) -> float:
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    both = max(width, 0) * max(height, 0)
-    areas = [(x[2] - x[0]) * (x[3] - x[1]) for x in (a, b)]
-    return both / (sum(areas) - both)
-
-
-def test_a_label_is_found_once_and_by_the_most_certain() -> None:
-    generator = torch.Generator().manual_seed(0)
-    corner = torch.rand(60, 2, generator=generator) * 40
-    boxes = torch.cat([corner, corner + 10 + torch.rand(60, 2, generator=generator) * 6], 1)
-    labels = torch.randint(0, 2, (60,), generator=generator)
-    theirs, own = boxes[:25], boxes[25:]
-    confidence = torch.rand(35, generator=generator).sort(descending=True).values
-    ours = objects(Detections(own, labels[25:], confidence, torch.zeros(35)), theirs, labels[:25])
-    expected, free = [], dict(enumerate(theirs.tolist()))
-    for box, label in zip(own.tolist(), labels[25:].tolist(), strict=True):
-        cover = {i: overlap(box, other) for i, other in free.items() if labels[i] == label}
-        best = max(cover, key=cover.__getitem__, default=None)
-        expected.append(best is not None and cover[best] >= OVERLAP)
-        if best is not None and expected[-1]:
-            del free[best]
-    assert ours.tolist() == expected
-    assert 5 < sum(expected) < 25, "the test would show little"
-
-
-@pytest.mark.parametrize(("detections", "labelled"), [(3, 0), (0, 3), (0, 0)])
-def test_nothing_there(detections: int, labelled: int) -> None:
-    found_ = Detections(torch.rand(detections, 4), torch.zeros(detections), torch.rand(detections), torch.zeros(0))
-    hit = objects(found_, torch.rand(labelled, 4), torch.zeros(labelled))
-    assert hit.tolist() == [False] * detections
 
 
 def outcome(shares: list[float], pool: Pool, each: int = 100) -> Report:

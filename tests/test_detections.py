@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.nms import non_max_suppression
 
 from tests.models import make_sure, narrow_model
-from yolo_kd.detections import Detections, detect, inside, points_of, pseudo_labels
+from yolo_kd.detections import Detections, detect, inside, labels_found, points_of, pseudo_labels
 from yolo_kd.taps import view_of
 from yolo_kd.views import View
 
@@ -102,3 +103,21 @@ def test_nothing_seen(model: DetectionModel) -> None:
     assert len(found.certain) == 0
     assert found.certain.boxes.shape == (0, 4)
     assert not found.ignored.any()
+
+
+def test_a_label_is_found_once_and_by_the_most_certain() -> None:
+    overlaps = np.random.default_rng(0).random((35, 25)) * (np.random.default_rng(1).random((35, 25)) < 0.2)
+    expected, free = [], set(range(25))
+    for row in overlaps:
+        best = max(free, key=lambda label: row[label])
+        expected.append(best if row[best] >= 0.5 else -1)
+        free -= {expected[-1]}
+    before = overlaps.copy()
+    assert labels_found(overlaps, 0.5).tolist() == expected
+    assert (overlaps == before).all()
+    assert 5 < sum(label >= 0 for label in expected) < 25, "the test would show little"
+
+
+@pytest.mark.parametrize(("detections", "labelled"), [(3, 0), (0, 3), (0, 0)])
+def test_no_detections_or_no_labels(detections: int, labelled: int) -> None:
+    assert labels_found(np.zeros((detections, labelled)), 0.5).tolist() == [-1] * detections

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
@@ -132,3 +133,24 @@ def pseudo_labels(view: View, low: float, conf: float, iou: float) -> Pseudo:
     images, _, classes = view.scores.shape
     band = inside(found.where(found.confidence <= conf), centres, images, classes)
     return Pseudo(certain, band & ~inside(certain, centres, images, classes))
+
+
+def labels_found(overlaps: np.ndarray, least: float) -> np.ndarray:
+    """Return which label each detection of an image finds, -1 for none: of those still to be found the best covered.
+
+    Args:
+        overlaps: Intersection over union of every detection with every label, 0 where their classes differ, the most
+            confident detection first, (M, N).
+        least: Overlap that is enough.
+
+    Returns:
+        (M,) indices of labels, each of them once at most.
+    """
+    free = overlaps.copy()
+    found = np.full(len(free), -1)
+    for i in range(len(free) if free.shape[1] else 0):
+        best = free[i].argmax()
+        if free[i, best] >= least:
+            found[i] = best
+            free[:, best] = -1
+    return found

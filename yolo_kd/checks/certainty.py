@@ -12,7 +12,7 @@ from torchvision.ops import box_convert, box_iou
 from yolo_kd.checks.models import evenly_spread
 from yolo_kd.checks.report import Report
 from yolo_kd.classes import ClassMap
-from yolo_kd.detections import Detections, detect
+from yolo_kd.detections import detect, labels_found
 from yolo_kd.pool import Pool
 from yolo_kd.pool_criterion import as_student
 from yolo_kd.teacher import Teacher
@@ -59,29 +59,9 @@ def check_certainty(
         boxes = box_convert(sample["bboxes"].to(device), "cxcywh", "xyxy") * sides
         labels = sample["cls"].to(device).flatten().long()
         confidence.append(found.confidence.cpu().numpy())
-        hit.append(objects(found, boxes, labels))
+        overlaps = torch.where(found.labels[:, None] == labels, box_iou(found.boxes, boxes), 0)
+        hit.append(labels_found(overlaps.cpu().numpy(), OVERLAP) >= 0)
     judge(report, pool, np.concatenate(confidence), np.concatenate(hit), len(chosen))
-
-
-def objects(found: Detections, boxes: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
-    """Return which detections on an image find a label: a label goes to the most certain one that covers it best.
-
-    Args:
-        found: Detections of one image, the most confident first, with classes in the data set's numbers.
-        boxes: Labelled boxes in pixels, xyxy, (N, 4).
-        labels: Their classes, (N,).
-
-    Returns:
-        (M,) bool.
-    """
-    overlaps = torch.where(found.labels[:, None] == labels, box_iou(found.boxes, boxes), 0).cpu().numpy()
-    hit = np.zeros(len(found), dtype=bool)
-    for i in range(len(found) if len(boxes) else 0):
-        best = overlaps[i].argmax()
-        hit[i] = overlaps[i, best] >= OVERLAP
-        if hit[i]:
-            overlaps[:, best] = 0
-    return hit
 
 
 def judge(report: Report, pool: Pool, confidence: np.ndarray, hit: np.ndarray, images: int) -> None:

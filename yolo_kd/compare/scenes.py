@@ -16,6 +16,7 @@ from ultralytics.utils.patches import imread
 
 from yolo_kd.checkpoints import load_detector
 from yolo_kd.compare.sizes import ImageResult, overlaps
+from yolo_kd.detections import labels_found
 from yolo_kd.taps import strides_of, view_of
 
 CONFIDENCE = 0.25  # predictions below are neither counted nor drawn here
@@ -71,18 +72,12 @@ def f1(image: ImageResult) -> float:
 
 def outcome(image: ImageResult) -> tuple[list[int], list[int], list[int]]:
     """Return the predictions that found an object, those that did not, and the objects that were missed, as indices."""
-    sure = [int(i) for i in np.argsort(-image.scores, kind="mergesort") if image.scores[i] >= CONFIDENCE]
-    iou = overlaps(image.boxes, image.true_boxes)
-    free = set(range(len(image.true_boxes)))
-    found, wrong = [], []
-    for p in sure:
-        fits = [t for t in free if image.true_classes[t] == image.classes[p] and iou[p, t] >= IOU]
-        if fits:
-            free.remove(max(fits, key=lambda t: iou[p, t]))
-            found.append(p)
-        else:
-            wrong.append(p)
-    return found, wrong, sorted(free)
+    sure = np.argsort(-image.scores, kind="mergesort")
+    sure = sure[image.scores[sure] >= CONFIDENCE]
+    same = image.classes[sure][:, None] == image.true_classes
+    label = labels_found(np.where(same, overlaps(image.boxes[sure], image.true_boxes), 0), IOU)
+    missed = np.setdiff1d(np.arange(len(image.true_boxes)), label)
+    return sure[label >= 0].tolist(), sure[label < 0].tolist(), missed.tolist()
 
 
 def choose(reference: Sequence[Sequence[ImageResult]], arm: Sequence[Sequence[ImageResult]]) -> list[Choice]:
