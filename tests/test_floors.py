@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("adapters", "archive", "class_names", "detections", "guards", "pool", "position", "saving"),
         *("schedules", "signals", "speed", "values", "view_cache", "yaml_lines"),
     ),
-    ("history", "classes"),
+    ("history", "classes", "assignments"),
     ("class_choice", "class_match"),
     ("taps", "checkpoints", "cpu_precision", "plugins", "datafiles", "environment", "folders", "parallel"),
     ("teacher", "blend", "inherit", "keep", "recipe", "recipe_terms", "options", "distiller", "pool_files"),
@@ -115,6 +116,13 @@ def floor(name: str) -> int:
 @pytest.mark.parametrize("name", MODULES)
 def test_every_module_stands_on_a_floor(name: str) -> None:
     assert floor(name) >= 0
+
+
+def test_the_design_shows_the_same_floors() -> None:
+    text = (PACKAGE.parent / "docs" / "design.md").read_text(encoding="utf-8")
+    block = text.partition("## Floors")[2].partition("```text\n")[2].partition("```")[0]
+    shown = [re.split(" {2,}", line)[0].split(", ") for line in block.strip().replace(",\n", ", ").splitlines()]
+    assert [sorted(names) for names in shown] == [sorted(names) for names in FLOORS[:-1]]
 
 
 @pytest.mark.parametrize("name", MODULES)

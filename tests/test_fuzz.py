@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from tests.loss_contract import evaluate, leaves, make_loss, make_pair, make_step
 from tests.models import narrow_checkpoint
 from yolo_kd.archive import Refused, inspect
+from yolo_kd.assignments import parse_assignments
 from yolo_kd.checkpoints import load_checkpoint_file
 from yolo_kd.datafiles import check_size
 from yolo_kd.errors import CheckpointError, ConfigError, DataError, YoloKDError
 from yolo_kd.losses.base import registered
-from yolo_kd.options import parse_assignments, parse_train
+from yolo_kd.options import parse_train
 from yolo_kd.recipe import load_recipe, read_recipe, shipped_recipes
 from yolo_kd.resume import is_plain
 from yolo_kd.yaml_lines import parse_yaml

@@ -138,7 +138,8 @@ def _train(arguments: list[str]) -> int:
 
 
 def _check(arguments: list[str]) -> int:
-    from yolo_kd.options import parse_assignments, parse_train
+    from yolo_kd.assignments import parse_assignments
+    from yolo_kd.options import parse_train
 
     words = ["json=true" if a == "--json" else a for a in arguments]
     as_json = parse_assignments([w for w in words if w.startswith("json=")]).get("json", False)
@@ -159,7 +160,7 @@ def _compare(arguments: list[str]) -> int:
 
 
 def _export(arguments: list[str]) -> int:
-    from yolo_kd.options import parse_assignments
+    from yolo_kd.assignments import parse_assignments
 
     options = parse_assignments(arguments)
     if not options.get("model"):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from yolo_kd.assignments import NO_RECIPE, assignments
 from yolo_kd.class_choice import CLASS_KEYS, read_choice
 from yolo_kd.errors import did_you_mean
 from yolo_kd.plugins import read_plugins, split_names
@@ -20,7 +19,6 @@ from yolo_kd.yaml_lines import Item, problem, raise_if, read_yaml, shown, wrap
 
 DEFAULT_RECIPE = "default"
 KEEPING_RECIPE = "objectness"  # the default with keep_classes, where terms on features would have nothing to train
-NO_RECIPE = "none"
 
 OWN_KEYS: dict[str, str] = {
     "teacher": "checkpoint of the large model that is imitated",
@@ -47,12 +45,7 @@ _REPLACED = {
     "dis": "write kd=ultralytics kd.ultralytics.dis=... (with teacher=), which is the same gain.",
 }
 _FIXED = {"task": "detect", "mode": "train"}
-# text as it stands: a run named 007 is not run 7
-_VERBATIM = frozenset(
-    {"teacher", "student", "kd", "cfg", "data", "name", "project", "plugins", "class_map", SOURCE_KEY}
-)
 _FOLDERS = ("project", "name", "save_dir")  # they say where files are written
-_BRACKETS = {"[": "]", "(": ")", "{": "}"}
 
 
 @dataclass(frozen=True)
@@ -107,20 +100,6 @@ class TrainOptions:
         return {k: v for k, v in keys.items() if v is not None} | self.speed | self.classes | self.pool
 
 
-def parse_assignments(arguments: Sequence[str]) -> dict[str, Any]:
-    """Turn `key=value` words into values: None, true/false, numbers, lists, otherwise text.
-
-    Spaces around `=` and inside brackets may have split a word, as in Ultralytics' own command line.
-
-    Raises:
-        ConfigError: With one line for every word that is not key=value, has no key or no value, or repeats a key.
-    """
-    problems: list[str] = []
-    values = _assignments(arguments, problems)
-    raise_if(problems)
-    return values
-
-
 def parse_train(arguments: Sequence[str]) -> TrainOptions:
     """Return the options that a command line asks for; `cfg=` reads an experiment file, over which its words win.
 
@@ -154,7 +133,7 @@ def resolve_items(items: Mapping[str, Item]) -> TrainOptions:
 
 def _items(arguments: Sequence[str], problems: list[str]) -> dict[str, Item]:
     items = {}
-    for key, value in _assignments(arguments, problems).items():
+    for key, value in assignments(arguments, problems).items():
         override = key.startswith("kd.") and key not in SPEED_KEYS
         items[key] = wrap(value, f"{key} on the command line", problems) if override else Item(value)
     return items
@@ -181,73 +160,6 @@ def train_options(mapping: Mapping[str, Any]) -> TrainOptions:
         else:
             items[key] = Item(value)  # Ultralytics' values are handed on as they are
     return _resolve(items, problems)
-
-
-def _assignments(arguments: Sequence[str], problems: list[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    words: dict[str, str] = {}
-    for word in _merged(arguments):
-        key, sign, text = (part.strip() for part in word.partition("="))
-        if not sign:
-            dashed = key.lstrip("-")
-            fix = f"Write {dashed}=<value>, without dashes." if dashed != key else f"Write {key}=<value>."
-            problems.append(problem("", f"{shown(word)} is not key=value. {fix}"))
-        elif not key:
-            problems.append(problem("", f"{shown(word)} has no key before '='."))
-        elif key in words:
-            problems.append(problem("", f"key '{key}' is given twice: {words[key]} and {word}. Keep one."))
-        else:
-            words[key] = word
-            if not text:
-                problems.append(problem("", f"'{key}=' has no value. Write {key}=<value>, or leave it out."))
-            elif text[0] in _BRACKETS and _open_brackets(text) > 0:
-                problems.append(problem("", f"{shown(word)} opens a bracket that is never closed."))
-            else:
-                values[key] = _value(key, text)
-    return values
-
-
-def _merged(arguments: Sequence[str]) -> list[str]:
-    """Join words that spaces around '=' or inside brackets have split."""
-    words: list[str] = []
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if word.startswith("=") and words and "=" not in words[-1]:
-            word = words.pop() + word
-        if word.endswith("=") and word.count("=") == 1 and rest and "=" not in rest[0]:
-            word += rest.pop(0)
-        text = word.partition("=")[2].strip()
-        if text and text[0] in _BRACKETS:
-            joined, ahead = text, 0
-            while _open_brackets(joined) > 0 and ahead < len(rest) and "=" not in rest[ahead]:
-                joined = f"{joined} {rest[ahead]}"
-                ahead += 1
-            if _open_brackets(joined) <= 0:
-                word, rest = f"{word.partition('=')[0]}={joined}", rest[ahead:]
-        words.append(word)
-    return words
-
-
-def _open_brackets(text: str) -> int:
-    return sum(text.count(left) - text.count(right) for left, right in _BRACKETS.items())
-
-
-def _value(key: str, text: str) -> Any:
-    if key == "kd" and text.lower() == NO_RECIPE:
-        return NO_RECIPE
-    constants = {"none": None, "true": True, "false": False}
-    if key in _VERBATIM:
-        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-        return None if text.lower() == "none" else text[1:-1] if quoted else text
-    if text.lower() in constants:
-        return constants[text.lower()]
-    try:
-        with warnings.catch_warnings():  # '\d' and '1if' are only worth a warning in code
-            warnings.simplefilter("ignore")
-            return ast.literal_eval(text)
-    except Exception:  # anything else is text, as in Ultralytics' parser
-        return text
 
 
 def _resolve(items: dict[str, Item], problems: list[str]) -> TrainOptions:

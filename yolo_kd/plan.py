@@ -13,6 +13,7 @@ from ultralytics.data.utils import check_det_dataset
 from ultralytics.utils import LOGGER
 
 from yolo_kd import __version__
+from yolo_kd.assignments import NO_RECIPE
 from yolo_kd.checkpoints import LoadedDetector, load_detector, sha256
 from yolo_kd.class_choice import ClassChoice
 from yolo_kd.classes import ClassMap
@@ -20,7 +21,7 @@ from yolo_kd.datafiles import optional_train, restricted_data
 from yolo_kd.errors import CheckpointError, ConfigError, DataError, PairError
 from yolo_kd.losses.base import find
 from yolo_kd.matching import kept_problems, match_classes
-from yolo_kd.options import NO_RECIPE, default_recipe
+from yolo_kd.options import default_recipe
 from yolo_kd.plugins import import_plugins
 from yolo_kd.pool import SOURCE_KEY, Pool
 from yolo_kd.pool_files import PoolImages, check_apart, find_images, has_labels, log_warning, readable_images

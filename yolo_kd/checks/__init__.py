@@ -12,6 +12,7 @@ from ultralytics import __version__ as ultralytics_version
 from ultralytics.utils.torch_utils import select_device
 
 from yolo_kd import __version__
+from yolo_kd.assignments import NO_RECIPE
 from yolo_kd.checkpoints import LoadedDetector, load_detector, restricted_loading
 from yolo_kd.checks.dataset import check_dataset
 from yolo_kd.checks.dryrun import Trace, nothing_written
@@ -24,7 +25,7 @@ from yolo_kd.datafiles import optional_train
 from yolo_kd.environment import check_torchvision
 from yolo_kd.errors import ConfigError, YoloKDError
 from yolo_kd.matching import match_classes
-from yolo_kd.options import NO_RECIPE, TrainOptions
+from yolo_kd.options import TrainOptions
 from yolo_kd.plan import Plan, make_plan, pair_problems, read_dataset
 
 __all__ = ["Report", "check"]

@@ -9,17 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from yolo_kd.assignments import NO_RECIPE, parse_assignments
 from yolo_kd.class_choice import CLASS_KEYS
 from yolo_kd.errors import ConfigError, did_you_mean, listed
-from yolo_kd.options import (
-    DEFAULT_RECIPE,
-    NO_RECIPE,
-    TrainOptions,
-    default_recipe,
-    parse_assignments,
-    read_items,
-    resolve_items,
-)
+from yolo_kd.options import DEFAULT_RECIPE, TrainOptions, default_recipe, read_items, resolve_items
 from yolo_kd.options import OWN_KEYS as TRAIN_KEYS
 from yolo_kd.pool import POOL_KEYS
 from yolo_kd.recipe import load_recipe, shipped_recipes
