@@ -94,7 +94,7 @@ def test_confidences_in_the_order_of_labels() -> None:
     assert torch.equal(found.padded_confidence(4), expected)
     nothing = found.where(torch.zeros(5, dtype=torch.bool))
     assert nothing.padded_confidence(2).shape == (2, 0)
-    assert not inside(nothing, torch.rand(7, 2), 2, 3).any()
+    assert [part.shape for part in inside(nothing, torch.rand(7, 2), 3)] == [(0,), (0, 7)]
 
 
 def test_nothing_seen(model: DetectionModel) -> None:

@@ -87,21 +87,23 @@ def detect(view: View, conf: float, iou: float) -> Detections:
 
 
 @torch.no_grad()
-def inside(detections: Detections, centres: Tensor, images: int, classes: int) -> Tensor:
-    """Return at which points a detection of which class lies: (images, classes, A), bool.
+def inside(detections: Detections, centres: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Return at which points a detection of which class lies, for the pairs of an image and a class that occur.
 
     Args:
         detections: The detections.
         centres: Centres of the points in pixels, (A, 2).
-        images: Number of images.
         classes: Number of classes.
+
+    Returns:
+        The pairs, image * classes + class, each once, (U,) int64; the points of each, (U, A) bool.
     """
     x, y = centres.unbind(-1)
     x1, y1, x2, y2 = detections.boxes[..., None].unbind(1)
     covered = (x > x1) & (x < x2) & (y > y1) & (y < y2)
-    counts = torch.zeros(images * classes, len(centres), device=centres.device)
-    counts.index_add_(0, detections.image_index * classes + detections.labels, covered.to(counts))
-    return (counts > 0).view(images, classes, -1)
+    pairs, place = (detections.image_index * classes + detections.labels).unique(return_inverse=True)
+    counts = torch.zeros(len(pairs), len(centres), device=centres.device).index_add_(0, place, covered.float())
+    return pairs, counts > 0
 
 
 @dataclass(frozen=True)
@@ -130,9 +132,14 @@ def pseudo_labels(view: View, low: float, conf: float, iou: float) -> Pseudo:
     found = detect(view, low, iou)
     certain = found.where(found.confidence > conf)
     centres, _ = points_of(view)
-    images, _, classes = view.scores.shape
-    band = inside(found.where(found.confidence <= conf), centres, images, classes)
-    return Pseudo(certain, band & ~inside(certain, centres, images, classes))
+    images, points, classes = view.scores.shape
+    # a map of all classes is large, and few of them occur in an image
+    ignored = torch.zeros(images * classes, points, dtype=torch.bool, device=centres.device)
+    pairs, covered = inside(found.where(found.confidence <= conf), centres, classes)
+    ignored[pairs] = covered
+    pairs, covered = inside(certain, centres, classes)
+    ignored[pairs] &= ~covered
+    return Pseudo(certain, ignored.view(images, classes, points))
 
 
 def labels_found(overlaps: np.ndarray, least: float) -> np.ndarray:
