@@ -100,14 +100,19 @@ def test_a_start_from_the_teacher_is_told_apart_from_distillation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("arms.yaml").write_text("baseline:\ndefault:\nrandom: {kd: default, inherit: false}\n")
+    arms = "baseline:\ndefault:\nrandom: {kd: default, inherit: false}\nhalf: {kd: objectness, inherit: true}\n"
+    Path("arms.yaml").write_text(arms)
     comparison = parse_compare(["teacher=t.pt", "student=s.yaml", "data=d.yaml", "arms=arms.yaml", "seeds=1"])
     runs = plan_runs(comparison)
     for run in runs:
         fail(run)
     notes = summarise(comparison, runs, {}, {}, {}, {}, Settings("d.yaml", ("val",), {}))["notes"]
-    (note,) = [note for note in notes if "inherit" in note]
-    assert note.startswith("default starts from its teacher (inherit=thinned), so part of its difference is that start")
+    assert [note for note in notes if "inherit" in note] == [
+        "default starts from its teacher (inherit=thinned), so part of its difference is that start: random does the "
+        "same without it.",
+        "half starts from its teacher (inherit=true), so part of its difference is that start: an arm with inherit: "
+        "false tells the two apart.",
+    ]
 
 
 def test_runs_csv(tmp_path: Path) -> None:

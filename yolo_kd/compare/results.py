@@ -7,7 +7,7 @@ import io
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from yolo_kd.compare import statistics
@@ -226,7 +226,9 @@ def teacher_of(arm: Arm) -> str | None:
 
 
 def _shown(value: Any) -> Any:
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+    if isinstance(value, bool):
+        return str(value).lower()  # as it is written
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 def _teacher(path: str, result: Mapping[str, Any], latencies: Mapping[str, float]) -> dict[str, Any]:
@@ -274,8 +276,9 @@ def _notes(
     notes = [
         f"Runs of one seed share initial weights, batches and budget, so arms are compared with {comparison.reference} "
         "seed by seed. Intervals are 95 % t intervals of the mean of these differences.",
-        f"The sign-flip test asks how often random signs give a mean at least as large. With {pairs} pairs its "
-        f"smallest possible p is {smallest:.3g}; it cannot go below 0.05 with fewer than 6.",
+        "The sign-flip test asks how often random signs give a mean at least as large. "
+        f"With {pairs} {'pair' if pairs == 1 else 'pairs'} its smallest possible p is {smallest:.3g}; it cannot go "
+        "below 0.05 with fewer than 6.",
     ]
     if "test" in settings.splits:
         notes.append("The verdict is on test: every best.pt was chosen on val, which flatters val a little.")
@@ -293,10 +296,11 @@ def _notes(
             seeds = ", ".join(map(str, dropped))
             notes.append(f"{arm['name']}: seed {seeds} has no partner and is left out of the differences.")
         other_keys = {key: value for key, value in arm["differs"].items() if key != "inherit"}
-        if start := arm["differs"].get("inherit"):
+        if (start := arm["differs"].get("inherit", "false")) != "false":
+            apart = _without_start(comparison, arm["name"])
             notes.append(
-                f"{arm['name']} starts from its teacher (inherit={start}), so part of its difference is that start: an "
-                "arm with inherit: false tells the two apart."
+                f"{arm['name']} starts from its teacher (inherit={start}), so part of its difference is that start: "
+                + (f"{apart} does the same without it." if apart else "an arm with inherit: false tells the two apart.")
             )
         if other_keys:
             keys = ", ".join(f"{k}={v}" for k, v in other_keys.items())
@@ -316,6 +320,13 @@ def _notes(
     if unequal:
         notes.append(f"Stopped before the last epoch by patience= or time=: {', '.join(unequal)}.")
     return notes
+
+
+def _without_start(comparison: Comparison, name: str) -> str | None:
+    """Return the arm that differs from another in its start alone, None if there is none."""
+    arm = next(arm for arm in comparison.arms if arm.name == name)
+    same = replace(arm.options, inherit=False)
+    return next((other.name for other in comparison.arms if other.kind == arm.kind and other.options == same), None)
 
 
 def runs_csv(summary: Mapping[str, Any]) -> str:
