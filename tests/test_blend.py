@@ -33,8 +33,9 @@ def test_every_value_goes_a_share_of_its_way_but_new_rows_go_all(family: str, tm
     head = len(start.model) - 1
     ends = [f"model.{head}.{a}.{i}.2." for a in ("cv3", "one2one_cv3") for i in range(3)]
     rows = 0
+    starts, ends_at = start.state_dict(), trained.state_dict()
     for name, tensor in blended.state_dict().items():
-        before, after = start.state_dict()[name], trained.state_dict()[name]
+        before, after = starts[name], ends_at[name]
         expected = before + (after - before) * 0.25 if tensor.is_floating_point() else after
         if any(name.startswith(end) for end in ends):
             rows += 1
@@ -51,8 +52,9 @@ def test_the_whole_way_is_what_was_trained_and_frozen_tensors_are_not_kept(tmp_p
     assert any(name.startswith("model.1.") for name in blend.start)
     result = deepcopy(trained)
     blend.apply(result, new=())
+    ends_at = trained.state_dict()
     for name, tensor in result.state_dict().items():
-        assert torch.equal(tensor, trained.state_dict()[name]), name
+        assert torch.equal(tensor, ends_at[name]), name
 
 
 def test_a_finished_checkpoint_is_not_blended_again(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.test_checks import asked, few, found, texts  # noqa: F401  (few is a fixture)
 from yolo_kd.checks import check
@@ -56,6 +57,7 @@ def test_few_detections_say_nothing() -> None:
     assert outcome([0.0] * 9, Pool(("p",), conf=0.9 - 1e-9), each=ENOUGH - 1).findings == []
 
 
+@pytest.mark.e2e
 def test_in_the_whole_check(
     few: None,  # noqa: F811
     shapes: Path,

@@ -70,16 +70,15 @@ def test_the_band_holds_what_is_not_certain(model: DetectionModel) -> None:
     centres, strides = points_of(view)
     assert len(centres) == view.scores.shape[1]
     expected = torch.zeros_like(found.ignored)
+    columns = (everything.image_index, everything.labels, everything.confidence, everything.boxes)
+    seen = list(zip(*(column.tolist() for column in columns), strict=True))
     for i in range(3):
         for a, (x, y) in enumerate(centres.tolist()):
             for c in range(view.scores.shape[-1]):
                 hits = [
-                    everything.confidence[k] > conf
-                    for k in range(len(everything))
-                    if everything.image_index[k] == i
-                    and everything.labels[k] == c
-                    and everything.boxes[k, 0] < x < everything.boxes[k, 2]
-                    and everything.boxes[k, 1] < y < everything.boxes[k, 3]
+                    confidence > conf
+                    for image, label, confidence, (x1, y1, x2, y2) in seen
+                    if image == i and label == c and x1 < x < x2 and y1 < y < y2
                 ]
                 expected[i, c, a] = bool(hits) and not any(hits)
     assert torch.equal(found.ignored, expected)

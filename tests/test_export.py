@@ -148,6 +148,7 @@ def test_onnx_file_of_v8_agrees_and_the_report_says_so(exported: Path) -> None:
     assert 0.98 < report["initializer_elements"] / report["student_elements"] < 1.02
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("name", "keys", "output"),
     [
@@ -159,12 +160,7 @@ def test_onnx_file_of_v8_agrees_and_the_report_says_so(exported: Path) -> None:
         ("yolov8n", {"nms": True, "max_det": 5, "batch": 2, "dynamic": True}, "detections after NMS"),
         ("yolov8n", {"dynamic": True, "batch": 2, "simplify": False}, "raw"),
         ("yolov8n", {"batch": 2, "imgsz": [64, 128]}, "raw"),
-        pytest.param(
-            "yolo26n",
-            {"nms": False, "dynamic": True, "agnostic_nms": True, "max_det": 20},
-            "one-to-one detections",
-            marks=pytest.mark.e2e,
-        ),
+        ("yolo26n", {"nms": False, "dynamic": True, "agnostic_nms": True, "max_det": 20}, "one-to-one detections"),
     ],
 )
 def test_every_head_mode_agrees(

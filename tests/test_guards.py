@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -79,20 +79,22 @@ POISONS = {"a term": poison_term, "the teacher": poison_teacher, "the task": poi
 BLAMED = {"a term": "dis_loss (1x)", "the teacher": "the teacher's features (1x)", "the task": "box_loss (1x)"}
 
 
-def micro_batches(students: dict, family: str, poison: Any, bad: set[int], lazy: bool) -> tuple[dict, FiniteGuard]:
-    """Sum the gradients of three batches, some of them bad, and return all gradients by name."""
+def micro_batches(
+    students: dict, family: str, lazy: bool, poison: Any = None, batches: Sequence[int] = (0, 1, 2)
+) -> tuple[dict, FiniteGuard]:
+    """Sum the gradients of some batches, of which `poison` spoils the second, and return all gradients by name."""
     torch.manual_seed(0)
     student, distiller, frozen, _, _ = make_step(students[family], students["yolov8n"], RECIPE)
     guard = FiniteGuard(distiller.trained_parameters(), lazy)
     student.criterion._guard = guard
     student.criterion._on_audit = None
-    for i in range(3):
+    for i in batches:
         batch = make_batch()
         batch["img"] = (batch["img"] + i / 3) % 1
         batch[TEACHER_VIEW] = frozen(batch["img"])
         forwards = {name: loss.forward for name, loss in distiller.losses.items()}
         native = student.criterion.native
-        if i in bad:
+        if i == 1 and poison is not None:
             poison(student, batch)
         loss, items = student(batch)
         loss.sum().backward()
@@ -104,25 +106,32 @@ def micro_batches(students: dict, family: str, poison: Any, bad: set[int], lazy:
     return {k: v.grad for k, v in named.items() if v.grad is not None}, guard
 
 
+@pytest.fixture(scope="module")
+def without_second(students: dict) -> dict[str, dict]:
+    """Gradients of the first and the third batch, of which the second never was, by family."""
+    return {family: micro_batches(students, family, False, batches=(0, 2))[0] for family in students}
+
+
 @LAZY
 @pytest.mark.parametrize("family", ["yolov8n", "yolo26n"])
 @pytest.mark.parametrize("poison", POISONS)
-def test_only_the_bad_batch_is_lost_of_a_sum(students: dict, family: str, poison: str, lazy: bool) -> None:
+def test_only_the_bad_batch_is_lost_of_a_sum(
+    students: dict, without_second: dict, family: str, poison: str, lazy: bool
+) -> None:
     """The second of three batches is bad: what is left in every gradient is the sum of the other two."""
-    hurt, guard = micro_batches(students, family, POISONS[poison], {1}, lazy)
-    first, _ = micro_batches(students, family, POISONS[poison], {1, 2}, lazy)
-    expected, _ = micro_batches(students, family, POISONS[poison], {0, 1}, lazy)
+    hurt, guard = micro_batches(students, family, lazy, POISONS[poison])
     assert guard.skipped == 1
     assert BLAMED[poison] in guard.summary()
     assert any(k.startswith("kd.adapters") for k in hurt)
+    assert hurt.keys() == without_second[family].keys()
     for name, gradient in hurt.items():
         assert gradient.isfinite().all(), name
-        torch.testing.assert_close(gradient, first[name] + expected[name], rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(gradient, without_second[family][name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 @LAZY
 def test_a_good_batch_is_not_touched(students: dict, lazy: bool) -> None:
-    ours, guard = micro_batches(students, "yolov8n", None, set(), lazy)
+    ours, guard = micro_batches(students, "yolov8n", lazy)
     torch.manual_seed(0)
     student, _, frozen, _, _ = make_step(students["yolov8n"], students["yolov8n"], RECIPE)
     student.criterion._on_audit = None
