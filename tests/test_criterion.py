@@ -19,11 +19,13 @@ from yolo_kd.criterion import TEACHER_VIEW, DistillationCriterion
 from yolo_kd.distiller import Distiller
 from yolo_kd.errors import AuditError, PairError
 from yolo_kd.recipe import load_recipe
+from yolo_kd.speed import Speed
 from yolo_kd.taps import AssignmentTap, pair_of, targets_of, view_of
 from yolo_kd.teacher import Teacher
 
 RECIPE = {"losses": {"objectness": {}, "ultralytics": {}}}
 CPU = torch.device("cpu")
+PLAIN = Speed.of({"teacher_precision": "fp32", "teacher_channels_last": False})  # nothing is timed, on any machine
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def make_step(student: DetectionModel, teacher: DetectionModel, recipe: dict = R
     """Hang a criterion on a copy of the student and return it with distiller, teacher and batch."""
     student = copy.deepcopy(student).train()
     student.args = get_cfg()
-    frozen = Teacher(LoadedDetector(teacher, {}, Path("teacher.pt"), "0" * 64), CPU)
+    frozen = Teacher(LoadedDetector(teacher, {}, Path("teacher.pt"), "0" * 64), CPU, PLAIN)
     distiller = Distiller(load_recipe(recipe), pair_of(student, teacher))
     rows: list = []
     student.criterion = DistillationCriterion(student, distiller, on_audit=rows.extend)
@@ -197,7 +199,7 @@ def test_teacher_is_fused_yet_equal(models: dict) -> None:
     """The fast teacher sees what the plain one sees, in training form, on both branches."""
     for family in ("yolov8n", "yolo26n"):
         model = models[family]
-        frozen = Teacher(LoadedDetector(model, {}, Path("teacher.pt"), ""), CPU)
+        frozen = Teacher(LoadedDetector(model, {}, Path("teacher.pt"), ""), CPU, PLAIN)
         images = make_batch()["img"]
         plain = copy.deepcopy(model).eval()
         with torch.no_grad():

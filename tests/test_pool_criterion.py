@@ -14,6 +14,7 @@ from ultralytics.cfg import get_cfg
 from ultralytics.nn.tasks import DetectionModel
 
 from tests.models import make_sure, narrow_model
+from tests.test_criterion import CPU, PLAIN
 from yolo_kd.checkpoints import LoadedDetector
 from yolo_kd.classes import ClassMap
 from yolo_kd.criterion import TEACHER_VIEW, DistillationCriterion
@@ -27,7 +28,6 @@ from yolo_kd.recipe import load_recipe
 from yolo_kd.taps import AssignmentTap, branches_of, labels_of, pair_of, part_of, targets_of, view_of
 from yolo_kd.teacher import Teacher
 
-CPU = torch.device("cpu")
 TERMS = {"losses": {"objectness": {}, "ultralytics": {}, "fgd": {}, "bckd": {}}}
 LABELLED, POOLED = 2, 3
 FAMILIES = ["yolov8n", "yolo26n"]
@@ -61,7 +61,7 @@ class Setting:
         self.student.args = get_cfg()
         self.pool = Pool(("x",), mode=mode, conf=0.5, low=0.2, **keys)
         self.distiller = Distiller(load_recipe(recipe), pair_of(student, teacher))
-        self.teacher = Teacher(LoadedDetector(teacher, {}, Path("teacher.pt"), ""), CPU)
+        self.teacher = Teacher(LoadedDetector(teacher, {}, Path("teacher.pt"), ""), CPU, PLAIN)
         self.rows: list = []
         self.criterion = PoolCriterion(self.student, self.distiller, on_audit=self.rows.extend, pool=self.pool)
         self.labelled, self.pooled = labelled, pooled
