@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -45,8 +46,15 @@ _OWN: list[str] = []
 _isolate()
 
 
+def pytest_collection_finish() -> None:
+    """Take what the imports made out of garbage collections, of which every teacher asks for one: each looks at all."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_unconfigure() -> None:
-    """Remove the settings folder, where it is ours."""
+    """Undo that, and remove the settings folder, where it is ours."""
+    gc.unfreeze()
     for folder in _OWN:
         shutil.rmtree(folder, ignore_errors=True)
 
