@@ -129,7 +129,6 @@ def _train(arguments: list[str]) -> int:
     overrides: dict[str, Any] = {**options.ultralytics, "task": "detect", "mode": "train"}
     overrides |= {k: v for k, v in (("model", options.student), ("resume", options.resume)) if v is not None}
     overrides |= options.own_keys
-    overrides |= {f"kd.{k}": v for k, v in options.kd_overrides.items()}
     trainer = DistillationTrainer(overrides=overrides)
     trainer.train()
     if trainer.best.exists():

@@ -79,7 +79,8 @@ def detect(view: View, conf: float, iou: float) -> Detections:
     centres, strides = points_of(view)
     raw = view.boxes[image, point].float()
     boxes = corners(raw[:, None], view.reg_max)[:, 0] * strides[point] + centres[point].repeat(1, 2)
-    confidence, labels = probability[image, point], view.scores[image, point].float().sigmoid().argmax(-1)
+    confidence = probability[image, point]
+    labels = view.scores[image, point].float().sigmoid().argmax(-1)  # of several that round to 1 the first, as there
     kept = batched_nms(boxes, confidence, image * view.scores.shape[-1] + labels, iou)  # the most confident first
     kept = kept[image[kept].sort(stable=True).indices]
     found = Detections(boxes[kept], labels[kept], confidence[kept], image[kept])

@@ -89,7 +89,7 @@ class TrainOptions:
 
     @property
     def own_keys(self) -> dict[str, Any]:
-        """This package's keys that were given, as a training takes them, but the student and changes to the recipe."""
+        """This package's keys that were given, as a training takes them, all but the student."""
         keys = {
             "teacher": self.teacher,
             "kd": self.kd,
@@ -97,7 +97,8 @@ class TrainOptions:
             "inherit": self.inherit,
             **{key: getattr(self, key) or None for key in _SWITCHES},
         }
-        return {k: v for k, v in keys.items() if v is not None} | self.speed | self.classes | self.pool
+        changes = {f"kd.{key}": value for key, value in self.kd_overrides.items()}
+        return {k: v for k, v in keys.items() if v is not None} | self.speed | self.classes | self.pool | changes
 
 
 def parse_train(arguments: Sequence[str]) -> TrainOptions:

@@ -323,9 +323,9 @@ def _arm(name: str, keys: dict[str, Item], common: Mapping[str, Item], problems:
 def _start(options: TrainOptions) -> bool | str:
     """Return what the recipe lets a student start from: nothing (False) if it has weights or the teacher has none."""
     pretrained = options.ultralytics.get("pretrained")
-    untrained = {key: str(getattr(options, key)).lower().endswith((".yaml", ".yml")) for key in ("student", "teacher")}
-    weightless = untrained["student"] or pretrained is False
-    if not weightless or isinstance(pretrained, str) or untrained["teacher"] or options.classes.get("keep_classes"):
+    student, teacher = (str(name).lower().endswith((".yaml", ".yml")) for name in (options.student, options.teacher))
+    weightless = not isinstance(pretrained, str) and (student or pretrained is False)
+    if not weightless or teacher or options.classes.get("keep_classes"):
         return False
     assert options.kd is not None
     return load_recipe(options.kd, options.kd_overrides).inherit

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from yolo_kd.compare import pictures, scenes
 from yolo_kd.compare.evaluate import METRICS, load_predictions, predictions_file
-from yolo_kd.compare.results import runs_csv
+from yolo_kd.compare.results import assigned, runs_csv
 from yolo_kd.compare.runs import write_text
 from yolo_kd.compare.statistics import GAIN, LOSS, NOISE, NOTHING, THIN, UNCERTAIN, points
 
@@ -73,7 +73,7 @@ def _arms(summary: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
     for arm in summary["arms"]:
         total = [run for run in summary["runs"] if run["arm"] == arm["name"]]
         done = sum(run["status"] == "finished" for run in total)
-        keys = ", ".join(f"{k}={v}" for k, v in arm["differs"].items())
+        keys = assigned(arm["differs"])
         role = "what the others are compared with" if arm["name"] == summary["reference"] else _word(arm)
         rows.append([arm["name"], arm["about"] + (f"; also {keys}" if keys else ""), f"{done} of {len(total)}", role])
     return "What was trained", ["arm", "how it trains", "runs finished", "verdict"], rows

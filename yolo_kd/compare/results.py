@@ -226,9 +226,12 @@ def teacher_of(arm: Arm) -> str | None:
 
 
 def _shown(value: Any) -> Any:
-    if isinstance(value, bool):
-        return str(value).lower()  # as it is written
-    return value if isinstance(value, str | int | float | None) else str(value)
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def assigned(keys: Mapping[str, Any]) -> str:
+    """Return keys and their values as one writes them on a command line, for readers."""
+    return ", ".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in keys.items())
 
 
 def _teacher(path: str, result: Mapping[str, Any], latencies: Mapping[str, float]) -> dict[str, Any]:
@@ -295,16 +298,19 @@ def _notes(
         if dropped and arm["name"] != comparison.reference:
             seeds = ", ".join(map(str, dropped))
             notes.append(f"{arm['name']}: seed {seeds} has no partner and is left out of the differences.")
-        other_keys = {key: value for key, value in arm["differs"].items() if key != "inherit"}
-        if (start := arm["differs"].get("inherit", "false")) != "false":
+        other_keys = dict(arm["differs"])
+        if start := other_keys.pop("inherit", False):
             apart = _without_start(comparison, arm["name"])
             notes.append(
-                f"{arm['name']} starts from its teacher (inherit={start}), so part of its difference is that start: "
+                f"{arm['name']} starts from its teacher ({assigned({'inherit': start})}), so part of its difference is "
+                "that start: "
                 + (f"{apart} does the same without it." if apart else "an arm with inherit: false tells the two apart.")
             )
         if other_keys:
-            keys = ", ".join(f"{k}={v}" for k, v in other_keys.items())
-            notes.append(f"{arm['name']} also differs in {keys}, so its difference is not that of its recipe alone.")
+            notes.append(
+                f"{arm['name']} also differs in {assigned(other_keys)}, so its difference is not that of its recipe "
+                "alone."
+            )
     continued = [run.name for run in runs if any(a["resumed"] for a in run.attempts)]
     if continued:
         notes.append(

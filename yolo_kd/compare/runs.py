@@ -200,8 +200,7 @@ def keys_of(arm: Arm) -> dict[str, Any]:
     if arm.kind == UPSTREAM:
         keys = {"model": options.student, "distill_model": options.teacher, **arm.extra, **keys}
     else:
-        changes = {f"kd.{key}": value for key, value in options.kd_overrides.items()}
-        keys = {"student": options.student, **options.own_keys, **_anywhere(options.pool), **changes, **keys}
+        keys = {"student": options.student, **options.own_keys, **_anywhere(options.pool), **keys}
     for key in _PATHS:  # so that a comparison can be continued from another folder
         if isinstance(keys.get(key), str) and os.path.isfile(keys[key]):
             keys[key] = os.path.abspath(keys[key])
