@@ -146,6 +146,21 @@ def test_softmax_kl_and_its_gradient(dim: int | tuple[int, ...], temperature: fl
     assert torch.equal(teacher, given[1])
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.01])  # powers to the latter are too large: it looks after all
+def test_softmax_kl_of_logits_whose_size_is_known(temperature: float) -> None:
+    """As when the largest is looked for; a category that does not occur, far below the others, stays out."""
+    student, teacher = (draw(5, 4, 3, 9, seed=i, spread=1.0).clamp(-2, 2).float() for i in (0, 1))
+    for x in (student, teacher):
+        x[:, 1] = -1e4
+    given = student.clone(), teacher.clone()
+    expected = softmax_kl(student, teacher, temperature, 1)
+    found = softmax_kl(student, teacher, temperature, 1, highest=2.0)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert torch.equal(student, given[0])
+    assert torch.equal(teacher, given[1])
+
+
 def test_several_sums_are_each_what_it_would_be_alone(monkeypatch):
     """Values, and gradients under different scales, of all tensors; a sum that goes unused has no part in them."""
     monkeypatch.setattr(parts, "PART", 12)

@@ -83,11 +83,11 @@ def semantic_masks(
     Returns:
         (B, 2 * K + 1, H, W) bool: K centres, K edges, background.
     """
-    slot = image_index * classes + labels
+    slot, slots = image_index * classes + labels, batch_size * classes
     middle, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * shrink
     shrunk = torch.cat([middle - half, middle + half], dim=1)
-    whole = covered_cells(boxes, slot, batch_size * classes, shape, stride).view(batch_size, classes, *shape)
-    centre = covered_cells(shrunk, slot, batch_size * classes, shape, stride).view(batch_size, classes, *shape)
+    both = covered_cells(torch.cat([boxes, shrunk]), torch.cat([slot, slot + slots]), 2 * slots, shape, stride)
+    whole, centre = both.view(2, batch_size, classes, *shape)
     background = ~whole.any(dim=1, keepdim=True)
     return torch.cat([centre, whole & ~centre, background], dim=1)
 
@@ -208,7 +208,8 @@ def cell_alignment(
         s, axes = s.detach(), axes.detach()
         low_s = s.to(dtype)
         z, products, square = logits(s, low_s, axes)
-        tdd, slope = softmax_kl(z, logits(t, t.to(dtype), teacher_axes)[0], 1.0, 1)
+        # background or a class is always present, and a cosine times 1 / τ₁ is no larger than that, but for rounding
+        tdd, slope = softmax_kl(z, logits(t, t.to(dtype), teacher_axes)[0], 1.0, 1, highest=1.1 / tau1)
         slope.mul_(square.clamp(min=least).rsqrt_())  # of the products
         # the norm's part; below the least one it is a constant
         through = products.mul_(slope).sum(1, keepdim=True).div_(square.clamp(min=least)).mul_(square > least)
