@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import platform
 import resource
 import statistics
@@ -36,6 +37,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+# oneDNN keeps the kernels of 1024 shapes, enough for a training, but not for all rows of a table in turn
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 
 import torch
 from torch import Tensor, nn
@@ -280,7 +284,7 @@ class Bench:
         """Time every row once, and the parts of the recipes' bounds."""
         times = {name: self.seconds(lambda name=name: self.step(name)) for name in rows}
         for key, teacher in self.teachers.items():
-            times[f"teacher {key}"] = self.seconds(lambda teacher=teacher: teacher(self.batch["img"]) and None)
+            times[f"teacher {label(*key)}"] = self.seconds(lambda teacher=teacher: teacher(self.batch["img"]) and None)
         dtype = self.autocast or torch.bfloat16
         for name, calls in self.calls.items():
             times[f"modules {name}"] = self.seconds(lambda calls=calls: [call(dtype) for call in calls] and None)
@@ -288,7 +292,12 @@ class Bench:
 
     def bound(self, name: str, times: dict[str, float]) -> float:
         """Return the lower bound of a recipe's step from one round's times."""
-        return times[STUDENT] + times[f"teacher {self._reading(name)}"] + times[f"modules {name}"]
+        return times[STUDENT] + times[f"teacher {label(*self._reading(name))}"] + times[f"modules {name}"]
+
+
+def label(reads: frozenset[str], split: bool) -> str:
+    """Name what is read of a teacher; equal sets may list their members in different orders."""
+    return " and ".join([*(sorted(reads) or ["features only"]), *(["head layers"] if split else [])])
 
 
 def peak_mb(device: str) -> int:
@@ -411,9 +420,7 @@ def measure(args: argparse.Namespace, recipes: list[str]) -> dict[str, Any]:
         print(f"| {' | '.join(cells + [str(row.get('peak_mb'))] * args.memory)} |", flush=True)
     reading = {}
     for key in bench.teachers:
-        reads, split = key
-        label = " and ".join([*(sorted(reads) or ["features only"]), *(["head layers"] if split else [])])
-        reading[label] = statistics.median(r[f"teacher {key}"] / r[FAST] for r in rounds)
+        reading[label(*key)] = statistics.median(r[f"teacher {label(*key)}"] / r[FAST] for r in rounds)
     print("\nteacher by what is read of it: " + ", ".join(f"{k} {v:.2f}" for k, v in sorted(reading.items())))
     return {
         "setting": setting,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,9 @@ from torch import Tensor
 from yolo_kd.losses import parts
 from yolo_kd.losses.ops import binary_kl, categorical_kl, gap_cross_entropy
 from yolo_kd.losses.parts import (
+    channel_norms,
     gap_cross_entropy_sum,
+    kl_of_powers,
     points_that_count,
     softmax_kl,
     sum_cells,
@@ -146,19 +150,24 @@ def test_softmax_kl_and_its_gradient(dim: int | tuple[int, ...], temperature: fl
     assert torch.equal(teacher, given[1])
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.01])  # powers to the latter are too large: it looks after all
-def test_softmax_kl_of_logits_whose_size_is_known(temperature: float) -> None:
-    """As when the largest is looked for; a category that does not occur, far below the others, stays out."""
-    student, teacher = (draw(5, 4, 3, 9, seed=i, spread=1.0).clamp(-2, 2).float() for i in (0, 1))
+@pytest.mark.parametrize("in_place", [True, False])
+def test_kl_of_powers_overwrites_what_it_says(in_place: bool) -> None:
+    student, teacher = (draw(5, 4, 9, seed=i, spread=1.0) for i in (0, 1))
     for x in (student, teacher):
-        x[:, 1] = -1e4
-    given = student.clone(), teacher.clone()
-    expected = softmax_kl(student, teacher, temperature, 1)
-    found = softmax_kl(student, teacher, temperature, 1, highest=2.0)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    assert torch.equal(student, given[0])
-    assert torch.equal(teacher, given[1])
+        x[:, 1] = -1e4  # a category that does not occur
+    p, q = (x.mul(math.log(2)).softmax(1) for x in (teacher, student))
+    kept, given = [0, 2, 3], student.clone()
+    expected = (p * (p / q).log2())[:, kept].sum()
+    value, slope = kl_of_powers(student, teacher, 1, into=student if in_place else None)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(slope, q - p)
+    assert (slope is student) if in_place else torch.equal(student, given)
+
+
+@pytest.mark.parametrize("innermost", [True, False])
+def test_channel_norms(innermost: bool) -> None:
+    maps = draw(2, 6, 5).mT if innermost else draw(2, 5, 6)
+    torch.testing.assert_close(channel_norms(maps), maps.norm(dim=1, keepdim=True))
 
 
 def test_several_sums_are_each_what_it_would_be_alone(monkeypatch):

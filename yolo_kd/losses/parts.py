@@ -251,41 +251,54 @@ def add_products(maps: Tensor, left: Tensor, right: Tensor, beta: float = 1.0) -
         maps.baddbmm_(left, right, beta=beta)
 
 
-def softmax_kl(
-    student: Tensor, teacher: Tensor, temperature: float, dim: int | tuple[int, ...], highest: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return T² Σ KL(softmax(teacher / T) ‖ softmax(student / T)) and its gradient, for functions of parts.
+def channel_norms(maps: Tensor) -> Tensor:
+    """Return the norm of each cell's channels, (B, 1, N), of (B, C, N) maps, whichever way they lie in memory."""
+    if channels_innermost(maps):
+        return torch.linalg.vector_norm(maps, dim=1, keepdim=True)  # ten times slower the other way round
+    return maps.square().sum(1, keepdim=True).sqrt_()
+
+
+def kl_of_powers(student: Tensor, teacher: Tensor, dim: int | tuple[int, ...], into: Tensor | None = None) -> Answer:
+    """Return Σ KL(p ‖ q) in bits, p and q the shares of 2^teacher and 2^student, and its gradient, q − p.
 
     Made of sums over `dim`, which run along the tensors as they lie in memory; a softmax lays others out anew. Powers
     are of 2, as those of e take three times as long on some processors.
+
+    Args:
+        student: Logits to base 2, whose powers, and the sum of them, are neither infinite nor all zero.
+        teacher: Logits of the same shape. **Overwritten**: memory that was just used is still in the cache.
+        dim: The dimension of the distributions, or several.
+        into: Where to put the gradient; may be `student`.
+    """
+    gap = teacher - student
+    p, q = teacher.exp2_(), torch.exp2(student, out=into)
+    p_sum, q_sum = p.sum(dim, keepdim=True), q.sum(dim, keepdim=True)
+    p.mul_(p_sum.reciprocal())
+    q.mul_(q_sum.reciprocal())
+    value = gap.mul_(p).sum() - p_sum.log2_().sub_(q_sum.log2_()).sum()
+    return value, q.sub_(p)
+
+
+def softmax_kl(
+    student: Tensor, teacher: Tensor, temperature: float, dim: int | tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Return T² Σ KL(softmax(teacher / T) ‖ softmax(student / T)) and its gradient, for functions of parts.
 
     Args:
         student: Logits.
         teacher: Logits of the same shape.
         temperature: T, above zero.
         dim: The dimension of the distributions, or several.
-        highest: How far from 0 the largest logit of each distribution is at most, where that is known. If no power of
-            it can be infinite or zero, the largest logits need not be looked for.
     """
     scale = 1 / (temperature * math.log(2))
-    safe = highest is not None and highest * scale <= MOST_BITS
-
-    def look(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits to base 2 of which the largest is 0, or safe, their softmax, and the logarithm of its sum."""
-        x = x * scale if safe else torch.add(x.amax(dim, keepdim=True).mul_(-scale), x, alpha=scale)
-        p = x.exp2()
-        total = p.sum(dim, keepdim=True)
-        return x, p.mul_(total.reciprocal()), total.log2_()
-
-    s, q, s_total = look(student.detach())
-    t, p, t_total = look(teacher)
-    slope = q.sub_(p)
-    value = (t.sub_(s).mul_(p).sum() - t_total.sub_(s_total).sum()) * (temperature**2 * math.log(2))
-    return value, slope if temperature == 1 else slope.mul_(temperature)
+    # the largest of each distribution becomes 0
+    s, t = (torch.add(x.amax(dim, keepdim=True).mul_(-scale), x, alpha=scale) for x in (student.detach(), teacher))
+    value, slope = kl_of_powers(s, t, dim, into=s)
+    return value * (temperature**2 * math.log(2)), slope if temperature == 1 else slope.mul_(temperature)
 
 
 def log1p_exp_minus(x: Tensor) -> Tensor:
-    """Return log(1 + e^-|x|), with a power of 2 for the reason that `softmax_kl` names."""
+    """Return log(1 + e^-|x|), with a power of 2 for the reason that `kl_of_powers` names."""
     return x.abs().mul_(-1 / math.log(2)).exp2_().log1p_()
 
 

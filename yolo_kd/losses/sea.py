@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,15 @@ from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_levels, check_range
 from yolo_kd.losses.ops import same_shape
-from yolo_kd.losses.parts import channels_innermost, matrix_times_maps, softmax_kl, sums_in_parts
+from yolo_kd.losses.parts import (
+    MOST_BITS,
+    channel_norms,
+    channels_innermost,
+    kl_of_powers,
+    matrix_times_maps,
+    softmax_kl,
+    sums_in_parts,
+)
 from yolo_kd.views import Step, Targets
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -192,28 +201,31 @@ def cell_alignment(
     """
     same_shape(student=student, teacher=teacher)
     same_shape(student=student_anchors, teacher=teacher_anchors)
-    axes, teacher_axes = (F.normalize(a, dim=1, eps=COSINE_EPS) / tau1 for a in (student_anchors, teacher_anchors))
+    to_bits = 1 / (tau1 * math.log(2))
+    axes, teacher_axes = (F.normalize(a, dim=1, eps=COSINE_EPS) * to_bits for a in (student_anchors, teacher_anchors))
     teacher_axes = teacher_axes.detach()
-    absent = torch.where(present, 0.0, NEVER / tau1).to(axes.dtype)[:, None]
-    least = COSINE_EPS**2
+    absent = torch.where(present, 0.0, NEVER * to_bits).to(axes.dtype)[:, None]
+    # some category always has cells, and a cosine is no larger than 1: seldom must the largest one be looked for
+    safe = to_bits < MOST_BITS
     dtype = dtype or axes.dtype
 
-    def logits(feature: Tensor, low: Tensor, axes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def logits(feature: Tensor, low: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
         # products are divided by the cells' norms, which are far fewer numbers than the cells' features
-        square = feature.square().sum(1, keepdim=True)
+        norms = channel_norms(feature)
         products = matrix_times_maps(axes.to(dtype), low).to(feature.dtype)
-        return torch.addcmul(absent, products, square.clamp(min=least).rsqrt_()), products, square
+        torch.addcmul(absent, products, norms.clamp(min=COSINE_EPS).reciprocal_(), out=products)
+        return products if safe else products.sub_(products.amax(1, keepdim=True)), norms
 
     def part(s: Tensor, t: Tensor, axes: Tensor) -> list[tuple[Tensor, ...]]:
         s, axes = s.detach(), axes.detach()
         low_s = s.to(dtype)
-        z, products, square = logits(s, low_s, axes)
-        # background or a class is always present, and a cosine times 1 / τ₁ is no larger than that, but for rounding
-        tdd, slope = softmax_kl(z, logits(t, t.to(dtype), teacher_axes)[0], 1.0, 1, highest=1.1 / tau1)
-        slope.mul_(square.clamp(min=least).rsqrt_())  # of the products
-        # the norm's part; below the least one it is a constant
-        through = products.mul_(slope).sum(1, keepdim=True).div_(square.clamp(min=least)).mul_(square > least)
-        slope = slope.to(dtype)
+        z, norms = logits(s, low_s, axes)
+        tdd, slope = kl_of_powers(z, logits(t, t.to(dtype), teacher_axes)[0], 1)
+        # the norm's part of the gradient; below the least norm it is a constant. All slopes of a cell add up to zero,
+        # so it makes no difference if its logits were shifted
+        scale = norms.clamp(min=COSINE_EPS).reciprocal_()
+        through = z.mul_(slope).sum(1, keepdim=True).mul_(scale * scale).mul_(norms > COSINE_EPS)
+        slope = slope.mul_(scale).to(dtype)  # of the products
         slope_s = matrix_times_maps(axes.to(dtype).T, slope).to(s.dtype).addcmul_(s, through, value=-1)
         if channels_innermost(s):
             slope_axes = slope.mT.flatten(0, 1).T @ low_s.mT.flatten(0, 1)
@@ -222,7 +234,7 @@ def cell_alignment(
         return [(tdd, slope_s, slope_axes.to(s.dtype)), (*softmax_kl(s, t, tau2, 2), torch.zeros_like(axes))]
 
     tdd, lda = sums_in_parts(part, student.flatten(2), teacher.flatten(2), shared=(axes,))
-    return tdd * (tau1**2 / student[:, 0].numel()), lda / student[:, :, 0, 0].numel()
+    return tdd * (tau1**2 * math.log(2) / student[:, 0].numel()), lda / student[:, :, 0, 0].numel()
 
 
 class SEA(Loss):
