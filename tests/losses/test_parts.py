@@ -148,6 +148,8 @@ def test_softmax_kl_and_its_gradient(dim: int | tuple[int, ...], temperature: fl
     torch.testing.assert_close(slope, torch.autograd.grad(plain, student)[0], rtol=1e-5, atol=1e-6)
     assert torch.equal(student, given[0])
     assert torch.equal(teacher, given[1])
+    again = softmax_kl(student.detach(), teacher, temperature, dim, overwrite=True)
+    torch.testing.assert_close(again, (value, slope), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("in_place", [True, False])

@@ -8,7 +8,7 @@ from torch import Tensor
 from yolo_kd.losses.base import Loss, check_levels, check_range
 from yolo_kd.losses.channels import standardising
 from yolo_kd.losses.ops import same_shape
-from yolo_kd.losses.parts import softmax_kl, sum_in_parts
+from yolo_kd.losses.parts import comes_as_copies, softmax_kl, sum_in_parts
 from yolo_kd.views import Step
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -42,10 +42,12 @@ def cwd(student: Tensor, teacher: Tensor, temperature: float = 1.0, standardised
         own, other = standardising(student), standardising(teacher)
         student = own.through(student)
 
+    overwrite = standardised or (comes_as_copies(student) and comes_as_copies(teacher))
+
     def part(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:  # of the images
         if standardised:
             s, t = own.of(s), other.of(t)
-        value, slope = softmax_kl(s, t, temperature, (2, 3))
+        value, slope = softmax_kl(s, t, temperature, (2, 3), overwrite)
         return value / count, slope.div_(count)
 
     return sum_in_parts(part, student, teacher)

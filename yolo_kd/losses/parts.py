@@ -86,7 +86,12 @@ class _InParts(torch.autograd.Function):
 def computable(part: Tensor) -> Tensor:
     """Return a part, detached, in no less than float32: converted part by part, that costs no pass through memory."""
     part = part.detach()
-    return part.float() if part.dtype in (torch.float16, torch.bfloat16) else part
+    return part.float() if comes_as_copies(part) else part
+
+
+def comes_as_copies(tensor: Tensor) -> bool:
+    """Return whether parts of a tensor reach a function as copies that nobody else reads, so may be overwritten."""
+    return tensor.dtype in (torch.float16, torch.bfloat16)
 
 
 def beside(part: Tensor, other: Tensor) -> Tensor:
@@ -280,7 +285,7 @@ def kl_of_powers(student: Tensor, teacher: Tensor, dim: int | tuple[int, ...], i
 
 
 def softmax_kl(
-    student: Tensor, teacher: Tensor, temperature: float, dim: int | tuple[int, ...]
+    student: Tensor, teacher: Tensor, temperature: float, dim: int | tuple[int, ...], overwrite: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return T² Σ KL(softmax(teacher / T) ‖ softmax(student / T)) and its gradient, for functions of parts.
 
@@ -289,10 +294,15 @@ def softmax_kl(
         teacher: Logits of the same shape.
         temperature: T, above zero.
         dim: The dimension of the distributions, or several.
+        overwrite: Both tensors may be overwritten, which spares fresh memory.
     """
     scale = 1 / (temperature * math.log(2))
-    # the largest of each distribution becomes 0
-    s, t = (torch.add(x.amax(dim, keepdim=True).mul_(-scale), x, alpha=scale) for x in (student.detach(), teacher))
+
+    def to_bits(x: Tensor) -> Tensor:
+        """Return logits to base 2, of each distribution the largest 0."""
+        return torch.add(x.amax(dim, keepdim=True).mul_(-scale), x, alpha=scale, out=x if overwrite else None)
+
+    s, t = to_bits(student.detach()), to_bits(teacher)
     value, slope = kl_of_powers(s, t, dim, into=s)
     return value * (temperature**2 * math.log(2)), slope if temperature == 1 else slope.mul_(temperature)
 

@@ -15,6 +15,7 @@ from yolo_kd.losses.parts import (
     MOST_BITS,
     channel_norms,
     channels_innermost,
+    comes_as_copies,
     kl_of_powers,
     matrix_times_maps,
     softmax_kl,
@@ -208,6 +209,7 @@ def cell_alignment(
     # some category always has cells, and a cosine is no larger than 1: seldom must the largest one be looked for
     safe = to_bits < MOST_BITS
     dtype = dtype or axes.dtype
+    overwrite = comes_as_copies(student) and comes_as_copies(teacher)
 
     def logits(feature: Tensor, low: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
         # products are divided by the cells' norms, which are far fewer numbers than the cells' features
@@ -226,12 +228,13 @@ def cell_alignment(
         scale = norms.clamp(min=COSINE_EPS).reciprocal_()
         through = z.mul_(slope).sum(1, keepdim=True).mul_(scale * scale).mul_(norms > COSINE_EPS)
         slope = slope.mul_(scale).to(dtype)  # of the products
-        slope_s = matrix_times_maps(axes.to(dtype).T, slope).to(s.dtype).addcmul_(s, through, value=-1)
+        slope_s = matrix_times_maps(axes.to(dtype).T, slope).addcmul_(low_s, through.to(dtype), value=-1)
         if channels_innermost(s):
             slope_axes = slope.mT.flatten(0, 1).T @ low_s.mT.flatten(0, 1)
         else:
             slope_axes = slope.bmm(low_s.mT).to(s.dtype).sum(0)
-        return [(tdd, slope_s, slope_axes.to(s.dtype)), (*softmax_kl(s, t, tau2, 2), torch.zeros_like(axes))]
+        lda = softmax_kl(s, t, tau2, 2, overwrite)
+        return [(tdd, slope_s, slope_axes.to(s.dtype)), (*lda, torch.zeros_like(axes))]
 
     tdd, lda = sums_in_parts(part, student.flatten(2), teacher.flatten(2), shared=(axes,))
     return tdd * (tau1**2 * math.log(2) / student[:, 0].numel()), lda / student[:, :, 0, 0].numel()
