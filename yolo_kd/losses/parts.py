@@ -27,20 +27,26 @@ Part = Callable[..., Answer]
 Parts = Callable[..., Sequence[tuple[Tensor, ...]]]
 
 
-def part_length(tensor: Tensor, dim: int = 0) -> int:
-    """Return how much of a dimension to work on at once: a part on a CPU, all where launches cost and passes do not."""
+def part_length(tensor: Tensor, dim: int = 0, times: int = 1) -> int:
+    """Return how much of a dimension to work on at once: a part on a CPU, all where launches cost and passes do not.
+
+    Args:
+        tensor: The student's tensor.
+        dim: Where it is cut.
+        times: How many times the usual size a part may have.
+    """
     length = tensor.shape[dim]
-    return max(1, PART * length // max(tensor.numel(), 1)) if tensor.device.type == "cpu" else length
+    return max(1, times * PART * length // max(tensor.numel(), 1)) if tensor.device.type == "cpu" else length
 
 
 class _InParts(torch.autograd.Function):
     """Find sums and gradients, part by part, in the forward pass; the backward pass scales and adds the latter."""
 
     @staticmethod
-    def forward(ctx: Any, function: Parts, dim: int, shared: int, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, function: Parts, dim: int, times: int, shared: int, *tensors: Tensor) -> Tensor:
         """Return all sums over the parts as a vector; the last `shared` tensors are not cut."""
         (student, *others), whole = tensors[: len(tensors) - shared], tensors[len(tensors) - shared :]
-        step = part_length(student, dim)
+        step = part_length(student, dim, times)
         # a loss scaler lifts gradients that float16 cannot hold, but only once they are multiplied
         kept = torch.float32 if student.dtype == torch.float16 else student.dtype
         values: list[Tensor] = []
@@ -79,8 +85,8 @@ class _InParts(torch.autograd.Function):
             torch.stack([t * s.to(t.dtype) for t, s in zip(totals[i :: ctx.shared], scales, strict=True)]).sum(0)
             for i in range(ctx.shared)
         ]
-        others = len(ctx.needs_input_grad) - 4 - ctx.shared
-        return (None, None, None, gradient, *[None] * others, *whole)
+        others = len(ctx.needs_input_grad) - 5 - ctx.shared
+        return (None, None, None, None, gradient, *[None] * others, *whole)
 
 
 def computable(part: Tensor) -> Tensor:
@@ -105,7 +111,7 @@ def beside(part: Tensor, other: Tensor) -> Tensor:
 
 
 def sums_in_parts(
-    function: Parts, student: Tensor, *others: Tensor, dim: int = 0, shared: tuple[Tensor, ...] = ()
+    function: Parts, student: Tensor, *others: Tensor, dim: int = 0, shared: tuple[Tensor, ...] = (), times: int = 1
 ) -> tuple[Tensor, ...]:
     """Return several sums of the same tensors: what `sum_in_parts` does, with fewer passes than once for each.
 
@@ -115,6 +121,7 @@ def sums_in_parts(
         others: As long as `student` along `dim`; they get no gradient.
         dim: Where the tensors are cut.
         shared: Tensors that every part needs as a whole; they get a gradient too.
+        times: How many times the usual size a part may have: products of matrices want long ones.
 
     Raises:
         ValueError: If the tensors differ in length along `dim`.
@@ -123,7 +130,7 @@ def sums_in_parts(
     if len({t.shape[dim] for t in (student, *others)}) > 1:
         lengths = [t.shape[dim] for t in (student, *others)]
         raise ValueError(f"all tensors must be equally long along dimension {dim}, received {lengths}")
-    return _InParts.apply(function, dim, len(shared), student, *others, *shared).unbind()
+    return _InParts.apply(function, dim, times, len(shared), student, *others, *shared).unbind()
 
 
 def sum_in_parts(

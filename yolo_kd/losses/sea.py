@@ -56,12 +56,11 @@ def covered_cells(
     height, width = shape
     left, top = (torch.arange(n, device=boxes.device) * stride for n in (width, height))
     x1, y1, x2, y2 = boxes[:, :, None].unbind(1)
-    columns = (x1 < left + stride) & (x2 > left) & (x2 > x1)  # (M, W)
-    rows = (y1 < top + stride) & (y2 > top) & (y2 > y1)  # (M, H)
+    columns = ((x1 < left + stride) & (x2 > left) & (x2 > x1)).float()  # (M, W)
+    rows = ((y1 < top + stride) & (y2 > top) & (y2 > y1)).float()  # (M, H)
     count = torch.zeros((slots, height, width), device=boxes.device)
     for part in torch.arange(len(boxes), device=boxes.device).split(max(chunk // (height * width), 1)):
-        inside = rows[part][:, :, None] & columns[part][:, None]
-        count.index_add_(0, slot[part], inside.to(count.dtype))
+        count.index_add_(0, slot[part], rows[part][:, :, None] * columns[part][:, None])
     return count > 0
 
 
@@ -236,7 +235,7 @@ def cell_alignment(
         lda = softmax_kl(s, t, tau2, 2, overwrite)
         return [(tdd, slope_s, slope_axes.to(s.dtype)), (*lda, torch.zeros_like(axes))]
 
-    tdd, lda = sums_in_parts(part, student.flatten(2), teacher.flatten(2), shared=(axes,))
+    tdd, lda = sums_in_parts(part, student.flatten(2), teacher.flatten(2), shared=(axes,), times=4)
     return tdd * (tau1**2 * math.log(2) / student[:, 0].numel()), lda / student[:, :, 0, 0].numel()
 
 
