@@ -15,6 +15,7 @@ CONFIDENCE = 1 - ALPHA
 MIN_PAIRS = 3  # below, a t interval is so wide or so accidental that no verdict is given
 EXACT_PAIRS = 12  # up to here all 2^n sign patterns are counted; beyond, a random sample of them
 _SAMPLED = 99_999
+_DECIMALS = 12  # of differences of metrics and of their sums; what lies beyond is rounding
 
 GAIN, LOSS, NOISE, UNCERTAIN = "better", "worse", "inside the noise", "not safe"
 THIN, NOTHING = "not enough evidence", "no result"
@@ -95,7 +96,7 @@ def paired(arm: Mapping[int, float], reference: Mapping[int, float]) -> Paired:
     if not seeds:
         return Paired(dropped=dropped)
     # differences of decimals such as 0.3 - 0.1 and 0.4 - 0.2 are equal but for their last bits
-    differences = np.round([ours[s] - theirs[s] for s in seeds], 12)
+    differences = np.round([ours[s] - theirs[s] for s in seeds], _DECIMALS)
     n = len(seeds)
     mean = float(differences.mean())
     result: dict[str, Any] = {
@@ -125,7 +126,8 @@ def _sign_flip(differences: np.ndarray) -> float:
     exact = len(differences) <= EXACT_PAIRS
     test = stats.permutation_test(
         (differences,),
-        lambda x, axis: np.mean(x, axis=axis),
+        # sums order the patterns as means do; scipy's own allowance for rounding is none where the observed one is zero
+        lambda x, axis: np.round(np.sum(x, axis=axis), _DECIMALS),
         permutation_type="samples",
         vectorized=True,
         n_resamples=np.inf if exact else _SAMPLED,

@@ -314,11 +314,6 @@ def softmax_kl(
     return value * (temperature**2 * math.log(2)), slope if temperature == 1 else slope.mul_(temperature)
 
 
-def log1p_exp_minus(x: Tensor) -> Tensor:
-    """Return log(1 + e^-|x|), with a power of 2 for the reason that `kl_of_powers` names."""
-    return x.abs().mul_(-1 / math.log(2)).exp2_().log1p_()
-
-
 def weighted_binary_kl(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
     """Return Σ_i w_i Σ_c KL(σ(t_ic) ‖ σ(s_ic)), in nats: `ops.binary_kl`, summed.
 
@@ -336,7 +331,7 @@ def weighted_binary_kl(student: Tensor, teacher: Tensor, weights: Tensor) -> Ten
         p, q = t.sigmoid(), s.sigmoid()
         # p (t - s) + softplus(s) - softplus(t) with softplus(x) = max(x, 0) + log(1 + e^-|x|)
         kl = (t - s).mul_(p).add_(s.relu()).sub_(t.relu())
-        kl.add_(log1p_exp_minus(s)).sub_(log1p_exp_minus(t))
+        kl.add_(s.abs().neg_().exp_().log1p_()).sub_(t.abs().neg_().exp_().log1p_())
         return (kl.sum(1, keepdim=True) * w).sum(), q.sub_(p).mul_(w).transpose(1, 2)
 
     return sum_in_parts(part, *points_that_count(student, teacher, weights))
@@ -392,7 +387,7 @@ def gap_cross_entropy_sum(student: Tensor, teacher: Tensor, beta: float = 1.0) -
     def part(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         s, t = s.detach().transpose(1, 2).float(), t.transpose(1, 2).float()
         p, q = t.sigmoid(), s.sigmoid()
-        entropy = s.relu().sub_(p * s).add_(log1p_exp_minus(s))  # softplus(s) - p s
+        entropy = s.relu().sub_(p * s).add_(s.abs().neg_().exp_().log1p_())  # softplus(s) - p s
         gap = q - p
         size = gap.abs()
         scale = size if beta == 1 else size.pow(beta)
