@@ -41,8 +41,7 @@ def cwd(student: Tensor, teacher: Tensor, temperature: float = 1.0, standardised
     if standardised:
         own, other = standardising(student), standardising(teacher)
         student = own.through(student)
-
-    overwrite = standardised or (comes_as_copies(student) and comes_as_copies(teacher))
+    overwrite = standardised or comes_as_copies(student, teacher)
 
     def part(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:  # of the images
         if standardised:

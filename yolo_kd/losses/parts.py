@@ -95,9 +95,9 @@ def computable(part: Tensor) -> Tensor:
     return part.float() if comes_as_copies(part) else part
 
 
-def comes_as_copies(tensor: Tensor) -> bool:
-    """Return whether parts of a tensor reach a function as copies that nobody else reads, so may be overwritten."""
-    return tensor.dtype in (torch.float16, torch.bfloat16)
+def comes_as_copies(*tensors: Tensor) -> bool:
+    """Return whether parts of all tensors reach a function as copies that nobody else reads, so may be overwritten."""
+    return all(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
 
 
 def beside(part: Tensor, other: Tensor) -> Tensor:
@@ -270,7 +270,9 @@ def channel_norms(maps: Tensor) -> Tensor:
     return maps.square().sum(1, keepdim=True).sqrt_()
 
 
-def kl_of_powers(student: Tensor, teacher: Tensor, dim: int | tuple[int, ...], into: Tensor | None = None) -> Answer:
+def kl_of_powers(
+    student: Tensor, teacher: Tensor, dim: int | tuple[int, ...], into: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return Σ KL(p ‖ q) in bits, p and q the shares of 2^teacher and 2^student, and its gradient, q − p.
 
     Made of sums over `dim`, which run along the tensors as they lie in memory; a softmax lays others out anew. Powers

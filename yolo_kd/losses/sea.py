@@ -208,13 +208,13 @@ def cell_alignment(
     # some category always has cells, and a cosine is no larger than 1: seldom must the largest one be looked for
     safe = to_bits < MOST_BITS
     dtype = dtype or axes.dtype
-    overwrite = comes_as_copies(student) and comes_as_copies(teacher)
+    overwrite = comes_as_copies(student, teacher)
 
     def logits(feature: Tensor, low: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
         # products are divided by the cells' norms, which are far fewer numbers than the cells' features
-        norms = channel_norms(feature)
+        norms = channel_norms(feature).clamp_(min=COSINE_EPS)
         products = matrix_times_maps(axes.to(dtype), low).to(feature.dtype)
-        torch.addcmul(absent, products, norms.clamp(min=COSINE_EPS).reciprocal_(), out=products)
+        torch.addcmul(absent, products, norms.reciprocal(), out=products)
         return products if safe else products.sub_(products.amax(1, keepdim=True)), norms
 
     def part(s: Tensor, t: Tensor, axes: Tensor) -> list[tuple[Tensor, ...]]:
@@ -224,9 +224,9 @@ def cell_alignment(
         tdd, slope = kl_of_powers(z, logits(t, t.to(dtype), teacher_axes)[0], 1)
         # the norm's part of the gradient; below the least norm it is a constant. All slopes of a cell add up to zero,
         # so it makes no difference if its logits were shifted
-        scale = norms.clamp(min=COSINE_EPS).reciprocal_()
-        through = z.mul_(slope).sum(1, keepdim=True).mul_(scale * scale).mul_(norms > COSINE_EPS)
-        slope = slope.mul_(scale).to(dtype)  # of the products
+        inverse = norms.reciprocal()
+        through = z.mul_(slope).sum(1, keepdim=True).mul_(inverse * inverse).mul_(norms > COSINE_EPS)
+        slope = slope.mul_(inverse).to(dtype)  # of the products
         slope_s = matrix_times_maps(axes.to(dtype).T, slope).addcmul_(low_s, through.to(dtype), value=-1)
         if channels_innermost(s):
             slope_axes = slope.mT.flatten(0, 1).T @ low_s.mT.flatten(0, 1)
