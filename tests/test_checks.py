@@ -69,6 +69,7 @@ def test_a_pair_that_fits(
     assert report.verdict in (READY, WARNED), texts(report, "error")
     facts = report.to_dict()
     assert facts["files"]["teacher"]["sha256"] == sha256(teacher)
+    assert facts["files"]["teacher"]["family"] == "yolov8"
     assert facts["files"]["student"]["classes"] == ["circle", "square", "triangle"]
     assert [(row["level"], row["stride"]) for row in facts["levels"]] == [("p3", 8), ("p4", 16), ("p5", 32)]
     assert [row["student"] for row in facts["levels"]] == [["model.15", "32"], ["model.18", "64"], ["model.21", "128"]]
@@ -93,6 +94,12 @@ def test_a_student_that_will_start_from_its_teacher(few: None, shapes: Path, tea
     report = check(asked(teacher, fresh, shapes))
     assert found(report, "note", "start: inherited 355 of 355 tensors of the student (100% of their values)", "thinned")
     assert not found(check(asked(teacher, fresh, shapes, inherit=False)), "note", "start:")
+
+
+def test_a_student_of_another_family_starts_as_it_is(few: None, shapes: Path, teacher: Path, tmp_path: Path) -> None:
+    report = check(asked(teacher, narrow_yaml("yolo11n", tmp_path), shapes))
+    assert found(report, "warning", "start: inherited 0 of", "C3k2 here, C2f in the teacher", "own family")
+    assert {f["family"] for f in report.to_dict()["files"].values()} == {"yolov8", "yolo11"}
 
 
 def snapshot(*folders: Path) -> dict[Path, tuple[int, int]]:

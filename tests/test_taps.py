@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from yolo_kd.taps import (
     bins_of,
     channels_of,
     cut,
+    family_of,
     find_layers,
     head_split_points,
     head_tails,
@@ -47,6 +49,21 @@ def test_facts_come_from_the_model(tmp_path: Path) -> None:
     assert channels_of(model) == tuple(s[1] for s in found)
     assert strides_of(model) == tuple(128 // s[2] for s in found) == (8, 16, 32)
     assert bins_of(model) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "family"),
+    [
+        ("yolov8n.yaml", "yolov8"),
+        ("some/where/yolov5n.yaml", "yolov5"),
+        ("yolov8s-p2.yaml", "yolov8-p2"),
+        ("yolov3.yaml", "yolov3"),
+        ("mine.yaml", "mine"),
+        (None, "-"),
+    ],
+)
+def test_the_family_is_the_name_of_the_model_file(file: str | None, family: str) -> None:
+    assert family_of(SimpleNamespace(yaml={"yaml_file": file})) == family
 
 
 def test_a_view_is_the_raw_output_point_by_point(tmp_path: Path) -> None:

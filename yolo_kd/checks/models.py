@@ -19,7 +19,7 @@ from yolo_kd.checks.report import Report, number, some
 from yolo_kd.classes import ClassMap
 from yolo_kd.losses.base import find
 from yolo_kd.plan import Plan
-from yolo_kd.taps import bins_of, channels_of, head_of, neck_layers, strides_of
+from yolo_kd.taps import bins_of, channels_of, family_of, head_of, neck_layers, strides_of
 
 IMAGES = 64
 """Validation images that both models are tried on, at most."""
@@ -33,16 +33,18 @@ LEVEL, WORSE = 0.01, 0.05
 
 def describe_files(report: Report, detectors: Mapping[str, LoadedDetector]) -> None:
     """Report which files were loaded and what they are."""
-    rows: list[tuple[str, ...]] = [("model", "file", "sha256", "parameters", "classes", "trained on")]
+    rows: list[tuple[str, ...]] = [("model", "file", "sha256", "family", "parameters", "classes", "trained on")]
     for role, detector in detectors.items():
         model = detector.model
         count = sum(p.numel() for p in model.parameters())
         trained = "random weights" if detector.random else _trained_on(detector)
         digest = detector.sha256[:12]
-        rows.append((role, str(detector.path), digest, f"{count / 1e6:.2f} M", str(head_of(model).nc), trained))
+        family = family_of(model)
+        rows.append((role, str(detector.path), digest, family, f"{count / 1e6:.2f} M", str(head_of(model).nc), trained))
         report.facts.setdefault("files", {})[role] = {
             "path": str(detector.path.resolve()),
             "sha256": detector.sha256,
+            "family": family,
             "parameters": count,
             "classes": [str(model.names[i]) for i in sorted(model.names)],
             "random": detector.random,

@@ -25,6 +25,7 @@ from yolo_kd.cpu_precision import cpu_bf16_autocast
 from yolo_kd.criterion import TEACHER_VIEW, DistillationCriterion
 from yolo_kd.distiller import Distiller
 from yolo_kd.errors import YoloKDError
+from yolo_kd.inherit import Inheritance
 from yolo_kd.losses.base import find
 from yolo_kd.plan import Plan
 from yolo_kd.recipe import Recipe
@@ -84,10 +85,7 @@ def check_terms(report: Report, plan: Plan, terms: tuple[TermSpec, ...], keys: M
         with cpu_bf16_autocast() if bf16 and device == "cpu" else nullcontext():
             trainer._setup_train()
             if trainer.inheritance is not None:
-                start = trainer.inheritance.summary
-                report.add(
-                    "note", "start", f"{start[0].lower()}{start[1:]}; inherit=false leaves the student as it is."
-                )
+                describe_start(report, trainer.inheritance)
             trainer.epoch = 0
             trainer._model_train()
             batches = _batches(trainer)
@@ -99,6 +97,17 @@ def check_terms(report: Report, plan: Plan, terms: tuple[TermSpec, ...], keys: M
         report.add("error", "cost", text, f"Use batch={max(trainer.args.batch // 2, 1)} or a smaller imgsz.")
     finally:
         trainer._detach()
+
+
+def describe_start(report: Report, inheritance: Inheritance) -> None:
+    """Report what the student takes over from its teacher before the first step."""
+    start = f"{inheritance.summary[0].lower()}{inheritance.summary[1:]}"
+    if inheritance.parameters:
+        report.add("note", "start", f"{start}; inherit=false leaves the student as it is.")
+        return
+    reason = next(iter(inheritance.kept.values()), "nothing fits")
+    advice = "A teacher of the student's own family, or a student with weights, is worth more than any loss."
+    report.add("warning", "start", f"{start}, so the student starts as it is: {reason}.", advice)
 
 
 def _trainer(

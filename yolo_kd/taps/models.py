@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -17,6 +19,12 @@ CLASS_BRANCHES = ("cv3", "one2one_cv3")  # of a head; the second where it is end
 def head_of(model: nn.Module) -> Detect:
     """Return the detection head of an Ultralytics detector."""
     return model.model[-1]  # type: ignore[index]
+
+
+def family_of(model: nn.Module) -> str:
+    """Return the name of the file that describes a detector, without its scale: `yolov8` of yolov8n.yaml."""
+    file = str(getattr(model, "yaml", {}).get("yaml_file") or "")  # checkpoints may come without
+    return re.sub(r"(?<=\d)[a-z](?=-|$)", "", Path(file).stem) or "-"
 
 
 def neck_layers(model: nn.Module) -> tuple[int, ...]:
