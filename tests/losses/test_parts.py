@@ -152,6 +152,40 @@ def test_softmax_kl_and_its_gradient(dim: int | tuple[int, ...], temperature: fl
     torch.testing.assert_close(again, (value, slope), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dim", [2, (2, 3)])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_softmax_kl_of_logits_times_factors(dim: int | tuple[int, ...], overwrite: bool) -> None:
+    student, teacher = (draw(5, 4, 3, 9, seed=i, spread=1.0) + 500 for i in (0, 1))
+    factors = tuple(draw(4, 1, 1, seed=i).abs() + 0.1 for i in (2, 3))
+    expected = softmax_kl(student * factors[0], teacher * factors[1], 2.0, dim)
+    given = factors[0].clone()
+    found = softmax_kl(student, teacher, 2.0, dim, overwrite, factors)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert torch.equal(factors[0], given)
+
+
+@pytest.mark.parametrize("scale", [0.25, draw(5, 1, 9, seed=2)], ids=["one", "each"])
+def test_kl_of_powers_scales_its_gradient_alone(scale: Tensor | float) -> None:
+    student, teacher = (draw(5, 4, 9, seed=i, spread=1.0) for i in (0, 1))
+    value, slope = kl_of_powers(student, teacher.clone(), 1)
+    found = kl_of_powers(student, teacher, 1, scale=scale)
+    torch.testing.assert_close(found, (value, slope * scale))
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_raw_parts_come_as_they_are(raw: bool) -> None:
+    student, teacher = draw(3, 4, 5).bfloat16(), draw(3, 5, 4, seed=1).bfloat16().mT
+    seen = []
+
+    def function(s: Tensor, t: Tensor) -> list[tuple[Tensor, ...]]:
+        seen.append((s.dtype, t.dtype, t.stride() == s.stride()))
+        return [((s.detach().float() * t.float()).sum(), t)]
+
+    (value,) = sums_in_parts(function, student.requires_grad_(), teacher, raw=raw)
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16, False) if raw else (torch.float32, torch.float32, True)}
+    assert torch.equal(torch.autograd.grad(value, student)[0], teacher)
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 def test_kl_of_powers_overwrites_what_it_says(in_place: bool) -> None:
     student, teacher = (draw(5, 4, 9, seed=i, spread=1.0) for i in (0, 1))

@@ -38,18 +38,18 @@ def cwd(student: Tensor, teacher: Tensor, temperature: float = 1.0, standardised
     """
     same_shape(student=student, teacher=teacher)
     count = student.shape[0] * student.shape[1]
+    factors = None
     if standardised:
         own, other = standardising(student), standardising(teacher)
         student = own.through(student)
-    overwrite = standardised or comes_as_copies(student, teacher)
+        # a softmax does not ask for the mean, nor for more of the deviation than a factor
+        factors = own.factor[:, None, None], other.factor[:, None, None]
+    overwrite = comes_as_copies(student, teacher)
 
     def part(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:  # of the images
-        if standardised:
-            s, t = own.of(s), other.of(t)
-        value, slope = softmax_kl(s, t, temperature, (2, 3), overwrite)
-        return value / count, slope.div_(count)
+        return softmax_kl(s, t, temperature, (2, 3), overwrite, factors)
 
-    return sum_in_parts(part, student, teacher)
+    return sum_in_parts(part, student, teacher) / count
 
 
 class CWD(Loss):

@@ -43,7 +43,7 @@ class _InParts(torch.autograd.Function):
     """Find sums and gradients, part by part, in the forward pass; the backward pass scales and adds the latter."""
 
     @staticmethod
-    def forward(ctx: Any, function: Parts, dim: int, times: int, shared: int, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, function: Parts, dim: int, times: int, raw: bool, shared: int, *tensors: Tensor) -> Tensor:
         """Return all sums over the parts as a vector; the last `shared` tensors are not cut."""
         (student, *others), whole = tensors[: len(tensors) - shared], tensors[len(tensors) - shared :]
         step = part_length(student, dim, times)
@@ -53,9 +53,10 @@ class _InParts(torch.autograd.Function):
         slopes: list[Tensor] = []  # for each part of each sum
         totals: list[Tensor] = []  # for each shared tensor of each sum
         for part, *rest in zip(*(t.split(step, dim) for t in (student, *others)), strict=True):
-            leaves = [computable(t).requires_grad_() for t in (part, *whole)]
+            leaves = [(t.detach() if raw else computable(t)).requires_grad_() for t in (part, *whole)]
             with torch.autocast(student.device.type, enabled=False), torch.enable_grad():
-                answers = function(leaves[0], *(beside(r, leaves[0]) for r in rest), *leaves[1:])
+                beside_it = (r.detach() if raw else beside(r, leaves[0]) for r in rest)
+                answers = function(leaves[0], *beside_it, *leaves[1:])
             values.append(torch.stack([answer[0].detach() for answer in answers]))
             slopes += [answer[1].detach().to(kept) for answer in answers]
             own = [slope.detach() for answer in answers for slope in answer[2:]]
@@ -85,8 +86,8 @@ class _InParts(torch.autograd.Function):
             torch.stack([t * s.to(t.dtype) for t, s in zip(totals[i :: ctx.shared], scales, strict=True)]).sum(0)
             for i in range(ctx.shared)
         ]
-        others = len(ctx.needs_input_grad) - 5 - ctx.shared
-        return (None, None, None, None, gradient, *[None] * others, *whole)
+        others = len(ctx.needs_input_grad) - 6 - ctx.shared
+        return (None, None, None, None, None, gradient, *[None] * others, *whole)
 
 
 def computable(part: Tensor) -> Tensor:
@@ -111,7 +112,13 @@ def beside(part: Tensor, other: Tensor) -> Tensor:
 
 
 def sums_in_parts(
-    function: Parts, student: Tensor, *others: Tensor, dim: int = 0, shared: tuple[Tensor, ...] = (), times: int = 1
+    function: Parts,
+    student: Tensor,
+    *others: Tensor,
+    dim: int = 0,
+    shared: tuple[Tensor, ...] = (),
+    times: int = 1,
+    raw: bool = False,
 ) -> tuple[Tensor, ...]:
     """Return several sums of the same tensors: what `sum_in_parts` does, with fewer passes than once for each.
 
@@ -122,6 +129,8 @@ def sums_in_parts(
         dim: Where the tensors are cut.
         shared: Tensors that every part needs as a whole; they get a gradient too.
         times: How many times the usual size a part may have: products of matrices want long ones.
+        raw: Parts reach the function in the precision and layout in which they come, for products in half precision;
+            it takes `computable` and `beside` of them itself.
 
     Raises:
         ValueError: If the tensors differ in length along `dim`.
@@ -130,7 +139,7 @@ def sums_in_parts(
     if len({t.shape[dim] for t in (student, *others)}) > 1:
         lengths = [t.shape[dim] for t in (student, *others)]
         raise ValueError(f"all tensors must be equally long along dimension {dim}, received {lengths}")
-    return _InParts.apply(function, dim, times, len(shared), student, *others, *shared).unbind()
+    return _InParts.apply(function, dim, times, raw, len(shared), student, *others, *shared).unbind()
 
 
 def sum_in_parts(
@@ -271,30 +280,39 @@ def channel_norms(maps: Tensor) -> Tensor:
 
 
 def kl_of_powers(
-    student: Tensor, teacher: Tensor, dim: int | tuple[int, ...], into: Tensor | None = None
+    student: Tensor,
+    teacher: Tensor,
+    dim: int | tuple[int, ...],
+    into: Tensor | None = None,
+    scale: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Return Σ KL(p ‖ q) in bits, p and q the shares of 2^teacher and 2^student, and its gradient, q − p.
+    """Return Σ KL(p ‖ q) in bits, p and q the shares of 2^teacher and 2^student, and its gradient, scale · (q − p).
 
     Made of sums over `dim`, which run along the tensors as they lie in memory; a softmax lays others out anew. Powers
-    are of 2, as those of e take three times as long on some processors.
+    are of 2, as those of e take three times as long on some processors. Sums are divided by where they are few numbers.
 
     Args:
         student: Logits to base 2, whose powers, and the sum of them, are neither infinite nor all zero.
         teacher: Logits of the same shape. **Overwritten**: memory that was just used is still in the cache.
         dim: The dimension of the distributions, or several.
         into: Where to put the gradient; may be `student`.
+        scale: Of the gradient, which takes no pass of its own; one number for each distribution, or one for all.
     """
     gap = teacher - student
     p, q = teacher.exp2_(), torch.exp2(student, out=into)
     p_sum, q_sum = p.sum(dim, keepdim=True), q.sum(dim, keepdim=True)
-    p.mul_(p_sum.reciprocal())
-    q.mul_(q_sum.reciprocal())
-    value = gap.mul_(p).sum() - p_sum.log2_().sub_(q_sum.log2_()).sum()
-    return value, q.sub_(p)
+    p_share, q_share = p_sum.reciprocal(), q_sum.reciprocal()
+    value = (gap.mul_(p).sum(dim, keepdim=True).mul_(p_share)).sum() - p_sum.log2_().sub_(q_sum.log2_()).sum()
+    return value, q.mul_(q_share.mul_(scale)).addcmul_(p, p_share.mul_(scale), value=-1)
 
 
 def softmax_kl(
-    student: Tensor, teacher: Tensor, temperature: float, dim: int | tuple[int, ...], overwrite: bool = False
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    dim: int | tuple[int, ...],
+    overwrite: bool = False,
+    factors: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return T² Σ KL(softmax(teacher / T) ‖ softmax(student / T)) and its gradient, for functions of parts.
 
@@ -304,16 +322,23 @@ def softmax_kl(
         temperature: T, above zero.
         dim: The dimension of the distributions, or several.
         overwrite: Both tensors may be overwritten, which spares fresh memory.
+        factors: What the student's and the teacher's logits are multiplied by first, above 0; the gradient is that of
+            the products. One number for each distribution: sizes that broadcast, 1 along `dim`.
     """
-    scale = 1 / (temperature * math.log(2))
+    to_bits = 1 / (temperature * math.log(2))
 
-    def to_bits(x: Tensor) -> Tensor:
+    def bits(x: Tensor, factor: Tensor | None) -> Tensor:
         """Return logits to base 2, of each distribution the largest 0."""
-        return torch.add(x.amax(dim, keepdim=True).mul_(-scale), x, alpha=scale, out=x if overwrite else None)
+        peak, out = x.amax(dim, keepdim=True), x if overwrite else None
+        if factor is None:
+            return torch.add(peak.mul_(-to_bits), x, alpha=to_bits, out=out)
+        factor = factor * to_bits
+        return torch.addcmul(peak.mul_(factor).neg_(), x, factor, out=out)
 
-    s, t = to_bits(student.detach()), to_bits(teacher)
-    value, slope = kl_of_powers(s, t, dim, into=s)
-    return value * (temperature**2 * math.log(2)), slope if temperature == 1 else slope.mul_(temperature)
+    own, other = factors or (None, None)
+    s, t = bits(student.detach(), own), bits(teacher, other)
+    value, slope = kl_of_powers(s, t, dim, into=s, scale=temperature)
+    return value * (temperature**2 * math.log(2)), slope
 
 
 def weighted_binary_kl(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:

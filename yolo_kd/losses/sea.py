@@ -13,9 +13,11 @@ from yolo_kd.losses.base import Loss, check_levels, check_range
 from yolo_kd.losses.ops import same_shape
 from yolo_kd.losses.parts import (
     MOST_BITS,
+    beside,
     channel_norms,
     channels_innermost,
     comes_as_copies,
+    computable,
     kl_of_powers,
     matrix_times_maps,
     softmax_kl,
@@ -217,16 +219,17 @@ def cell_alignment(
         torch.addcmul(absent, products, norms.reciprocal(), out=products)
         return products if safe else products.sub_(products.amax(1, keepdim=True)), norms
 
-    def part(s: Tensor, t: Tensor, axes: Tensor) -> list[tuple[Tensor, ...]]:
-        s, axes = s.detach(), axes.detach()
-        low_s = s.to(dtype)
+    def part(raw_s: Tensor, raw_t: Tensor, axes: Tensor) -> list[tuple[Tensor, ...]]:
+        s, axes = computable(raw_s), axes.detach()
+        t = beside(raw_t, s)
+        low_s, low_t = raw_s.detach().to(dtype), (raw_t if raw_t.stride() == raw_s.stride() else t).to(dtype)
         z, norms = logits(s, low_s, axes)
-        tdd, slope = kl_of_powers(z, logits(t, t.to(dtype), teacher_axes)[0], 1)
+        inverse = norms.reciprocal()
+        tdd, slope = kl_of_powers(z, logits(t, low_t, teacher_axes)[0], 1, scale=inverse)  # that of the products
         # the norm's part of the gradient; below the least norm it is a constant. All slopes of a cell add up to zero,
         # so it makes no difference if its logits were shifted
-        inverse = norms.reciprocal()
-        through = z.mul_(slope).sum(1, keepdim=True).mul_(inverse * inverse).mul_(norms > COSINE_EPS)
-        slope = slope.mul_(inverse).to(dtype)  # of the products
+        through = z.mul_(slope).sum(1, keepdim=True).mul_(inverse).mul_(norms > COSINE_EPS)
+        slope = slope.to(dtype)
         slope_s = matrix_times_maps(axes.to(dtype).T, slope).addcmul_(low_s, through.to(dtype), value=-1)
         if channels_innermost(s):
             slope_axes = slope.mT.flatten(0, 1).T @ low_s.mT.flatten(0, 1)
@@ -235,7 +238,7 @@ def cell_alignment(
         lda = softmax_kl(s, t, tau2, 2, overwrite)
         return [(tdd, slope_s, slope_axes.to(s.dtype)), (*lda, torch.zeros_like(axes))]
 
-    tdd, lda = sums_in_parts(part, student.flatten(2), teacher.flatten(2), shared=(axes,), times=4)
+    tdd, lda = sums_in_parts(part, student.flatten(2), teacher.flatten(2), shared=(axes,), times=4, raw=True)
     return tdd * (tau1**2 * math.log(2) / student[:, 0].numel()), lda / student[:, :, 0, 0].numel()
 
 
