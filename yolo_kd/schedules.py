@@ -17,10 +17,12 @@ RATIO = 0.3
 """The term's gradient over the task loss's that a weight aims at which sets itself."""
 LOWEST, HIGHEST = 1e-4, 100.0
 """Bounds of such a weight: a gradient that dies out must not blow its term up."""
-FRESH = 0.3
-"""Least share of a new measurement in the mean: batches differ, and a training has only some dozens of measurements."""
+FRESH = 0.5
+"""Least share of a new measurement in the mean: batches differ by a sixth, the first ten steps by up to thirty times."""
+EARLY = 10
+"""Steps that are all measured: adapters and generators that start from random numbers hardly pull at first."""
 EVERY = 20
-"""Steps between two measurements, once the first are made."""
+"""Steps between two measurements afterwards."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +73,15 @@ class Schedule:
 
 
 def is_measured(step: int) -> bool:
-    """Return whether gradients are measured in a step: the first, then 1, 2, 4, 8, 16 and every 20 after it."""
-    return step % EVERY == 0 or (step < EVERY and step & (step - 1) == 0)
+    """Return whether gradients are measured in a step: each of the first, then one now and again."""
+    return step < EARLY or step % EVERY == 0
 
 
 def balance(log_weight: Tensor, count: Tensor, ratio: Tensor, task: Tensor, term: Tensor) -> tuple[Tensor, Tensor]:
     """Add one measurement to the running mean of the weights that bring terms to their target ratio.
 
-    The mean is taken of logarithms, so that twice too strong and twice too weak cancel. It is a plain mean of the first
-    measurements, then an exponential one in which the newest counts `FRESH`. A measurement without a positive finite
+    The mean is taken of logarithms, so that twice too strong and twice too weak cancel. It is exponential: the newest
+    measurement counts `FRESH`, and the first counts alone. A measurement without a positive finite
     gradient on both sides, such as on a batch without objects, changes nothing.
 
     Args:
@@ -94,7 +96,7 @@ def balance(log_weight: Tensor, count: Tensor, ratio: Tensor, task: Tensor, term
     """
     valid = torch.isfinite(task) & torch.isfinite(term) & (task > 0) & (term > 0)
     wanted = (ratio * task / term).log().clamp(math.log(LOWEST), math.log(HIGHEST))
-    share = (1 / (count + 1)).clamp(min=FRESH)
+    share = torch.where(count == 0, 1.0, FRESH)
     return torch.where(valid, log_weight + share * (wanted - log_weight), log_weight), count + valid
 
 
