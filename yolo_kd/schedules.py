@@ -18,7 +18,7 @@ RATIO = 0.3
 LOWEST, HIGHEST = 1e-4, 100.0
 """Bounds of such a weight: a gradient that dies out must not blow its term up."""
 FRESH = 0.5
-"""Least share of a new measurement in the mean: batches differ by a sixth, the first ten steps by up to thirty times."""
+"""Least share of a new measurement in the mean: batches differ by a sixth, the first ten steps up to thirtyfold."""
 EARLY = 10
 """Steps that are all measured: adapters and generators that start from random numbers hardly pull at first."""
 EVERY = 20
