@@ -18,7 +18,7 @@ RATIO = 0.3
 LOWEST, HIGHEST = 1e-4, 100.0
 """Bounds of such a weight: a gradient that dies out must not blow its term up."""
 FRESH = 0.5
-"""Least share of a new measurement in the mean: batches differ by a sixth, the first ten steps up to thirtyfold."""
+"""Share of a new measurement in the mean: batches differ by a sixth, the first ten steps up to thirtyfold."""
 EARLY = 10
 """Steps that are all measured: adapters and generators that start from random numbers hardly pull at first."""
 EVERY = 20
@@ -81,8 +81,8 @@ def balance(log_weight: Tensor, count: Tensor, ratio: Tensor, task: Tensor, term
     """Add one measurement to the running mean of the weights that bring terms to their target ratio.
 
     The mean is taken of logarithms, so that twice too strong and twice too weak cancel. It is exponential: the newest
-    measurement counts `FRESH`, and the first counts alone. A measurement without a positive finite
-    gradient on both sides, such as on a batch without objects, changes nothing.
+    measurement counts `FRESH`, and the first counts alone. A measurement without a positive finite gradient on both
+    sides, such as on a batch without objects, changes nothing.
 
     Args:
         log_weight: Logarithm of the present weights, (T,).

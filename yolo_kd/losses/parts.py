@@ -301,9 +301,8 @@ def kl_of_powers(
     gap = teacher - student
     p, q = teacher.exp2_(), torch.exp2(student, out=into)
     p_sum, q_sum = p.sum(dim, keepdim=True), q.sum(dim, keepdim=True)
-    p_share, q_share = p_sum.reciprocal(), q_sum.reciprocal()
-    value = (gap.mul_(p).sum(dim, keepdim=True).mul_(p_share)).sum() - p_sum.log2_().sub_(q_sum.log2_()).sum()
-    return value, q.mul_(q_share.mul_(scale)).addcmul_(p, p_share.mul_(scale), value=-1)
+    value = gap.mul_(p).sum(dim, keepdim=True).div_(p_sum).sub_((p_sum / q_sum).log2_()).sum()
+    return value, q.mul_(scale / q_sum).addcmul_(p, scale / p_sum, value=-1)
 
 
 def softmax_kl(

@@ -222,7 +222,8 @@ def cell_alignment(
     def part(raw_s: Tensor, raw_t: Tensor, axes: Tensor) -> list[tuple[Tensor, ...]]:
         s, axes = computable(raw_s), axes.detach()
         t = beside(raw_t, s)
-        low_s, low_t = raw_s.detach().to(dtype), (raw_t if raw_t.stride() == raw_s.stride() else t).to(dtype)
+        low_s = raw_s.detach().to(dtype)
+        low_t = (raw_t if raw_t.stride() == raw_s.stride() else t).to(dtype)  # lies as the student's does
         z, norms = logits(s, low_s, axes)
         inverse = norms.reciprocal()
         tdd, slope = kl_of_powers(z, logits(t, low_t, teacher_axes)[0], 1, scale=inverse)  # that of the products
