@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("class_choice", "class_match"),
     ("taps", "checkpoints", "cpu_precision", "plugins", "datafiles", "environment", "folders", "parallel"),
     ("teacher", "blend", "inherit", "keep", "recipe", "recipe_terms", "options", "distiller", "pool_files"),
-    ("audit", "batch_probe", "criterion", "durable", "matching", "plan", "pool_data", "resume"),
+    ("adapter_state", "audit", "batch_probe", "criterion", "durable", "matching", "plan", "pool_data", "resume"),
     ("pool_criterion", "pool_trainer"),
     ("keep_trainer",),
     ("trainer", "parity"),

@@ -17,6 +17,7 @@ from ultralytics.cfg import get_cfg
 from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
+from yolo_kd.adapter_state import hold_adapters
 from yolo_kd.audit import AuditRow, table
 from yolo_kd.batch_probe import BatchProbe
 from yolo_kd.checkpoints import LoadedDetector, load_checkpoint_file, load_detector, restricted_loading
@@ -25,7 +26,7 @@ from yolo_kd.cpu_precision import cpu_bf16_autocast, is_cpu_bf16
 from yolo_kd.criterion import TEACHER_VIEW, DistillationCriterion
 from yolo_kd.distiller import Distiller
 from yolo_kd.environment import check_cpu_bf16, check_torchvision, reused_memory
-from yolo_kd.errors import AuditError, ConfigError, DataError
+from yolo_kd.errors import ConfigError, DataError
 from yolo_kd.folders import exclusive_run_folder, shared_data
 from yolo_kd.guards import FiniteGuard
 from yolo_kd.inherit import Inheritance, inherit, thin
@@ -63,7 +64,6 @@ from yolo_kd.teacher import Pending, Teacher
 from yolo_kd.view_cache import ViewCache, check_cacheable
 from yolo_kd.views import View
 
-ADAPTER_STATE = "yolo_kd"  # key of the adapters' state inside the optimiser's state dict
 _BASIC = ("teacher", "kd", "plugins", "inherit", "trust_checkpoints", "random_teacher")
 OWN_KEYS = (*_BASIC, *SPEED_KEYS, *CLASS_KEYS, *POOL_KEYS)
 
@@ -314,36 +314,11 @@ class DistillationTrainer(KeepTrainer):
             LOGGER.info(table(rows))
 
     def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Put the adapters into the student's optimiser, and their state into its state dict.
-
-        There they ride in every checkpoint that can be resumed, are restored by resume and by the recovery from NaN
-        alike, and vanish when Ultralytics strips the optimiser from the finished file.
-        """
+        """Put the adapters into the student's optimiser, and their state into its state dict."""
         if self.distiller is None:
             return super().build_optimizer(model, *args, **kwargs)
         optimizer = super().build_optimizer(OptimizerScope(unwrap_model(model), self.distiller), *args, **kwargs)
-        trained = {id(p) for p in self.distiller.trained_parameters()}
-        elsewhere = {id(p) for p in self.distiller.parameters()} - trained
-        for group in optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) not in elsewhere]
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if missing := [n for n, p in self.distiller.named_parameters() if id(p) in trained - held]:
-            raise AuditError(
-                f"adapter parameters {', '.join(missing[:3])} are not in the optimiser and would never be trained."
-            )
-        distiller = self.distiller
-
-        def save(_optimizer: Any, state: dict) -> dict:
-            return {**state, ADAPTER_STATE: _to_cpu(distiller.state_dict())}
-
-        def load(_optimizer: Any, state: dict) -> dict:
-            state = dict(state)
-            if (adapters := state.pop(ADAPTER_STATE, None)) is not None:
-                distiller.load_state_dict(adapters)
-            return state
-
-        optimizer.register_state_dict_post_hook(save)
-        optimizer.register_load_state_dict_pre_hook(load)
+        hold_adapters(optimizer, self.distiller)
         return optimizer
 
     def _setup_train(self) -> None:
@@ -564,12 +539,3 @@ class DistillationTrainer(KeepTrainer):
 def _names(groups: Iterable[Sequence[str]]) -> list[str]:
     """Return all names once, in order."""
     return list(dict.fromkeys(name for group in groups for name in group))
-
-
-def _to_cpu(state: Any) -> Any:
-    """Copy a state dict to the CPU, so that it outlives the modules it came from."""
-    if isinstance(state, torch.Tensor):
-        return state.detach().cpu().clone()
-    if isinstance(state, Mapping):
-        return {k: _to_cpu(v) for k, v in state.items()}
-    return state
