@@ -14,7 +14,7 @@ from ultralytics.utils import LOGGER
 
 from yolo_kd import __version__
 from yolo_kd.assignments import NO_RECIPE
-from yolo_kd.checkpoints import LoadedDetector, load_detector, sha256
+from yolo_kd.checkpoints import LoadedDetector, load_detector
 from yolo_kd.class_choice import ClassChoice
 from yolo_kd.classes import ClassMap
 from yolo_kd.datafiles import optional_train, restricted_data
@@ -25,7 +25,6 @@ from yolo_kd.options import default_recipe
 from yolo_kd.plugins import import_plugins
 from yolo_kd.pool import SOURCE_KEY, Pool
 from yolo_kd.pool_files import PoolImages, check_apart, find_images, has_labels, log_warning, readable_images
-from yolo_kd.position import Position
 from yolo_kd.recipe import Recipe, inherit_mistake, load_recipe
 from yolo_kd.speed import Speed
 from yolo_kd.taps import check_levels
@@ -298,53 +297,6 @@ def pair_problems(
             "gradients between neck and head. Add compile=False, or give a number as weight."
         )
     return problems, warnings
-
-
-def check_teacher_file(plan: Plan) -> None:
-    """Check that the teacher of a run that is resumed is still the file it began with.
-
-    Raises:
-        CheckpointError: If it is gone, or another file stands in its place.
-    """
-    if plan.random_teacher and plan.teacher.lower().endswith((".yaml", ".yml")):
-        return
-    if not Path(plan.teacher).is_file():
-        raise CheckpointError(
-            f"the teacher {plan.teacher} of this run is gone. If it has moved, add teacher=<its new path>."
-        )
-    if (found := sha256(plan.teacher)) != plan.teacher_sha256:
-        raise CheckpointError(
-            f"teacher={plan.teacher} is not the file this run began with: its SHA-256 is {found[:12]}..., the run's "
-            f"teacher had {plan.teacher_sha256[:12]}.... Name the original file with teacher=."
-        )
-
-
-def check_resumable(checkpoint: Mapping[str, Any], path: Any, alone: bool) -> None:
-    """Check that a checkpoint is one that a training can go on from.
-
-    Args:
-        checkpoint: Its dictionary.
-        path: Its file, for messages.
-        alone: True if the run to resume has no teacher.
-
-    Raises:
-        CheckpointError: If it is finished, or holds no distillation.
-    """
-    arguments = checkpoint.get("train_args") or {}
-    if not isinstance(arguments, Mapping):
-        raise CheckpointError(f"resume={path} is damaged: its training arguments are not a mapping.")
-    if "kd" not in arguments and "yolo_kd" not in checkpoint and not alone:  # the latter stands in finished files
-        raise CheckpointError(
-            f"resume={path} was not written by a distillation: it names no teacher and no recipe. Start a new run with "
-            f"student={path} and teacher=, or add kd=none to go on training it alone."
-        )
-    epoch = checkpoint.get("epoch")
-    inside_first_epoch = Position.of_checkpoint(checkpoint) is not None
-    if checkpoint.get("optimizer") is None or not isinstance(epoch, int) or (epoch < 0 and not inside_first_epoch):
-        raise CheckpointError(
-            f"resume={path} is a finished training: it holds no optimiser state. Name the last.pt of a run that was "
-            "interrupted."
-        )
 
 
 def read_dataset(data: Any, split: str, train_optional: bool = False) -> dict[str, Any]:

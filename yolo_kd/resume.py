@@ -1,4 +1,4 @@
-"""What a checkpoint may decide about the run that goes on from it.
+"""A run that goes on from a checkpoint, and what the checkpoint may decide about it.
 
 A run that is resumed takes its arguments from the checkpoint, and the checkpoint may be a stranger's. It may decide how
 to train. It may not decide where files are written, what is fetched from the network, or which code is imported: those
@@ -8,14 +8,23 @@ the user says.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ultralytics.cfg import get_cfg
-from ultralytics.utils import DEFAULT_CFG_DICT
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, RANK
 
-from yolo_kd.checkpoints import check_model, held_model, load_checkpoint_file
-from yolo_kd.errors import CheckpointError, ConfigError
+from yolo_kd.assignments import NO_RECIPE
+from yolo_kd.checkpoints import check_model, held_model, load_checkpoint_file, sha256
+from yolo_kd.errors import CheckpointError, ConfigError, DataError
+from yolo_kd.plan import Plan, check_pool, is_resolved, read_dataset
+from yolo_kd.plugins import import_plugins
+from yolo_kd.pool import POOL_KEYS, SOURCE_KEY, resumed_pool
+from yolo_kd.pool_files import PoolImages
+from yolo_kd.position import Position
+from yolo_kd.saving import restore, usable
+from yolo_kd.speed import SPEED_KEYS, Speed
 from yolo_kd.values import wrong_values
 
 MAX_VALUES = 20_000  # with shared lists counted wherever they stand
@@ -23,7 +32,99 @@ MAX_TEXT = 1 << 20
 MAX_DEPTH = 20
 
 
-def check_resume_source(resume: Any) -> Path:
+def open_run(overrides: Mapping[str, Any], own: Mapping[str, Any], trust: bool) -> dict[str, Any]:
+    """Check that a training can go on from a checkpoint, before anything is done with what stands in it.
+
+    A damaged file gives way to the one before it, which then takes its place.
+
+    Args:
+        overrides: Ultralytics' keys that the user gave, `resume` among them.
+        own: This package's keys that the user gave.
+        trust: Load checkpoints without restriction.
+
+    Returns:
+        The data set that the run goes on with.
+
+    Raises:
+        YoloKDError: If it cannot go on.
+    """
+    path = _source(overrides["resume"])
+    found = usable(path)
+    checkpoint, _ = load_checkpoint_file(found, role="resume", trust=trust)
+    _check_unfinished(checkpoint, found, alone=own.get("kd") == NO_RECIPE)
+    state = (checkpoint.get("train_args") or {}).get("kd")
+    data, split = _check_arguments(checkpoint, found, {**overrides, **own})
+    dataset = read_dataset(data, split, train_optional=isinstance(state, Mapping) and bool(state.get("pool")))
+    if not is_resolved(own.get("kd")):  # otherwise the parent of this process has seen to it
+        _check_plugins(state, import_plugins(own.get("plugins")), found)
+    if found != path and RANK in {-1, 0}:
+        LOGGER.warning(restore(path))
+    return dataset
+
+
+def resumed_plan(state: Mapping[str, Any], own: Mapping[str, Any], trust: bool) -> Plan:
+    """Return the plan of a run that goes on, with what the user says anew.
+
+    Args:
+        state: The plan in the checkpoint's arguments.
+        own: This package's keys that the user gave.
+        trust: Load checkpoints without restriction. What the file says of it does not count: whoever made it must not
+            decide what may run here.
+
+    Raises:
+        CheckpointError: If the record is damaged, or the teacher is not the file that the run began with.
+        ConfigError: If the recipe has mistakes, or the user asks for what a run cannot change.
+    """
+    plan = Plan.from_dict(state)
+    given = {key: own[key] for key in SPEED_KEYS if own.get(key) is not None}
+    speed = Speed.of({**plan.speed.to_keys(), **given})
+    teacher = plan.teacher if own.get("teacher") is None else str(own["teacher"])
+    plan = replace(plan, teacher=teacher, trust_checkpoints=trust, speed=speed)
+    _check_teacher_file(plan)
+    asked = {key: own[key] for key in POOL_KEYS if own.get(key) is not None}
+    return replace(plan, pool=resumed_pool(plan.pool, asked)) if asked else plan
+
+
+def resumed_images(plan: Plan, keys: Mapping[str, Any]) -> tuple[PoolImages, bool]:
+    """Find the images of a pool again, see `plan.check_pool`.
+
+    Raises:
+        ConfigError: If keys do not go together.
+        DataError: If the images cannot be used, and where to say that they are elsewhere now.
+    """
+    try:
+        return check_pool(plan, keys)
+    except DataError as error:
+        raise DataError(f"{error} If they are elsewhere now, add {SOURCE_KEY}=<place>.") from error
+
+
+def is_local_yaml(data: str) -> bool:
+    """Return whether a data set is a YAML file that is here, or one of those that come with Ultralytics."""
+    if "://" in data or ":/" in data or not data.lower().endswith((".yaml", ".yml")):
+        return False
+    return Path(data).is_file() or len(Path(data).parts) == 1
+
+
+def is_plain(value: Any) -> bool:
+    """Return True for nested dictionaries and lists of plain values that stay small when they are written out."""
+    left = [MAX_VALUES]
+
+    def walk(entry: Any, depth: int) -> bool:
+        left[0] -= 1
+        if left[0] < 0 or depth > MAX_DEPTH:
+            return False
+        if isinstance(entry, str):
+            return len(entry) <= MAX_TEXT
+        if isinstance(entry, dict):
+            return all(isinstance(k, str | int) and walk(v, depth + 1) for k, v in entry.items())
+        if isinstance(entry, list | tuple):
+            return all(walk(v, depth + 1) for v in entry)
+        return entry is None or isinstance(entry, bool | int | float | Path)
+
+    return walk(value, 0)
+
+
+def _source(resume: Any) -> Path:
     """Return the checkpoint to go on from.
 
     Raises:
@@ -36,7 +137,35 @@ def check_resume_source(resume: Any) -> Path:
     return Path(resume)
 
 
-def check_arguments(checkpoint: Mapping[str, Any], path: Path, given: Mapping[str, Any]) -> tuple[str, str]:
+def _check_unfinished(checkpoint: Mapping[str, Any], path: Any, alone: bool) -> None:
+    """Check that a checkpoint is one that a training can go on from.
+
+    Args:
+        checkpoint: Its dictionary.
+        path: Its file, for messages.
+        alone: True if the run to resume has no teacher.
+
+    Raises:
+        CheckpointError: If it is finished, or holds no distillation.
+    """
+    arguments = checkpoint.get("train_args") or {}
+    if not isinstance(arguments, Mapping):
+        raise CheckpointError(f"resume={path} is damaged: its training arguments are not a mapping.")
+    if "kd" not in arguments and "yolo_kd" not in checkpoint and not alone:  # the latter stands in finished files
+        raise CheckpointError(
+            f"resume={path} was not written by a distillation: it names no teacher and no recipe. Start a new run with "
+            f"student={path} and teacher=, or add kd=none to go on training it alone."
+        )
+    epoch = checkpoint.get("epoch")
+    inside_first_epoch = Position.of_checkpoint(checkpoint) is not None
+    if checkpoint.get("optimizer") is None or not isinstance(epoch, int) or (epoch < 0 and not inside_first_epoch):
+        raise CheckpointError(
+            f"resume={path} is a finished training: it holds no optimiser state. Name the last.pt of a run that was "
+            "interrupted."
+        )
+
+
+def _check_arguments(checkpoint: Mapping[str, Any], path: Path, given: Mapping[str, Any]) -> tuple[str, str]:
     """Check the arguments of a run that is to go on, before anything is done with them.
 
     Args:
@@ -89,7 +218,7 @@ def check_arguments(checkpoint: Mapping[str, Any], path: Path, given: Mapping[st
     return str(data), str(known.get("split") or "val")
 
 
-def check_plugins(state: Any, named: Sequence[str], path: Path) -> None:
+def _check_plugins(state: Any, named: Sequence[str], path: Path) -> None:
     """Check that the user named every plugin that a checkpoint's recipe would import.
 
     Raises:
@@ -106,27 +235,20 @@ def check_plugins(state: Any, named: Sequence[str], path: Path) -> None:
         )
 
 
-def is_plain(value: Any) -> bool:
-    """Return True for nested dictionaries and lists of plain values that stay small when they are written out."""
-    left = [MAX_VALUES]
+def _check_teacher_file(plan: Plan) -> None:
+    """Check that the teacher of a run that is resumed is still the file it began with.
 
-    def walk(entry: Any, depth: int) -> bool:
-        left[0] -= 1
-        if left[0] < 0 or depth > MAX_DEPTH:
-            return False
-        if isinstance(entry, str):
-            return len(entry) <= MAX_TEXT
-        if isinstance(entry, dict):
-            return all(isinstance(k, str | int) and walk(v, depth + 1) for k, v in entry.items())
-        if isinstance(entry, list | tuple):
-            return all(walk(v, depth + 1) for v in entry)
-        return entry is None or isinstance(entry, bool | int | float | Path)
-
-    return walk(value, 0)
-
-
-def is_local_yaml(data: str) -> bool:
-    """Return whether a data set is a YAML file that is here, or one of those that come with Ultralytics."""
-    if "://" in data or ":/" in data or not data.lower().endswith((".yaml", ".yml")):
-        return False
-    return Path(data).is_file() or len(Path(data).parts) == 1
+    Raises:
+        CheckpointError: If it is gone, or another file stands in its place.
+    """
+    if plan.random_teacher and plan.teacher.lower().endswith((".yaml", ".yml")):
+        return
+    if not Path(plan.teacher).is_file():
+        raise CheckpointError(
+            f"the teacher {plan.teacher} of this run is gone. If it has moved, add teacher=<its new path>."
+        )
+    if (found := sha256(plan.teacher)) != plan.teacher_sha256:
+        raise CheckpointError(
+            f"teacher={plan.teacher} is not the file this run began with: its SHA-256 is {found[:12]}..., the run's "
+            f"teacher had {plan.teacher_sha256[:12]}.... Name the original file with teacher=."
+        )

@@ -20,13 +20,13 @@ from ultralytics.utils.torch_utils import unwrap_model
 from yolo_kd.adapter_state import hold_adapters
 from yolo_kd.audit import AuditRow, table
 from yolo_kd.batch_probe import BatchProbe
-from yolo_kd.checkpoints import LoadedDetector, load_checkpoint_file, load_detector, restricted_loading
+from yolo_kd.checkpoints import LoadedDetector, load_detector, restricted_loading
 from yolo_kd.class_choice import CLASS_KEYS, ClassChoice
 from yolo_kd.cpu_precision import cpu_bf16_autocast, is_cpu_bf16
 from yolo_kd.criterion import TEACHER_VIEW, DistillationCriterion
 from yolo_kd.distiller import Distiller
 from yolo_kd.environment import check_cpu_bf16, check_torchvision, reused_memory
-from yolo_kd.errors import ConfigError, DataError
+from yolo_kd.errors import ConfigError
 from yolo_kd.folders import exclusive_run_folder, shared_data
 from yolo_kd.guards import FiniteGuard
 from yolo_kd.inherit import Inheritance, inherit, thin
@@ -35,31 +35,14 @@ from yolo_kd.keep_trainer import KeepTrainer
 from yolo_kd.losses.base import find
 from yolo_kd.matching import check_same_classes, kept_classes, match_classes
 from yolo_kd.parallel import reaches_every_parameter, without_search
-from yolo_kd.plan import (
-    Plan,
-    check_models,
-    check_pool,
-    check_resumable,
-    check_teacher_file,
-    is_resolved,
-    make_plan,
-    read_dataset,
-)
-from yolo_kd.plugins import import_plugins
-from yolo_kd.pool import POOL_KEYS, SOURCE_KEY, Pool, resumed_pool
+from yolo_kd.plan import Plan, check_models, check_pool, is_resolved, make_plan
+from yolo_kd.pool import POOL_KEYS, Pool
 from yolo_kd.pool_criterion import PoolCriterion, is_pool_column, teacher_reads
 from yolo_kd.recipe import THINNED
-from yolo_kd.resume import check_arguments, check_plugins, check_resume_source
-from yolo_kd.saving import restore, usable, write_atomically
+from yolo_kd.resume import open_run, resumed_images, resumed_plan
+from yolo_kd.saving import write_atomically
 from yolo_kd.speed import AUTO, SPEED_KEYS, Speed, thread_count
-from yolo_kd.taps import (
-    LayerTap,
-    OptimizerScope,
-    find_layers,
-    head_split_points,
-    head_tails,
-    pair_of,
-)
+from yolo_kd.taps import LayerTap, OptimizerScope, find_layers, head_split_points, head_tails, pair_of
 from yolo_kd.teacher import Pending, Teacher
 from yolo_kd.view_cache import ViewCache, check_cacheable
 from yolo_kd.views import View
@@ -141,44 +124,19 @@ class DistillationTrainer(KeepTrainer):
 
     def check_resume(self, overrides: dict) -> None:
         """Restore recipe and teacher from the checkpoint, and refuse a teacher that is not the same file."""
-        resume = overrides.get("resume")
-        if resume:
-            path = check_resume_source(resume)
-            found = usable(path)  # the file before it, where it is damaged
-            checkpoint, _ = load_checkpoint_file(found, role="resume", trust=self.trust_checkpoints)
-            check_resumable(checkpoint, found, alone=self._own.get("kd") == "none")
-            pooled = bool(((checkpoint.get("train_args") or {}).get("kd") or {}).get("pool"))
-            arguments = check_arguments(checkpoint, found, {**overrides, **self._own})
-            data: dict[str, Any] = read_dataset(*arguments, train_optional=pooled)
-            if not is_resolved(self._own.get("kd")):  # otherwise the parent of this process has seen to it
-                plugins = import_plugins(self._own.get("plugins"))
-                check_plugins((checkpoint.get("train_args") or {}).get("kd"), plugins, found)
-            if found != path and RANK in {-1, 0}:
-                LOGGER.warning(restore(path))
+        data: dict[str, Any] = {}
+        if overrides.get("resume"):
+            data = open_run(overrides, self._own, self.trust_checkpoints)
         super().check_resume(overrides)
-        if not self.resume:
-            return
-        state = getattr(self.args, "kd", None)
+        state = getattr(self.args, "kd", None) if self.resume else None
         if state is None:
             return
-        plan = Plan.from_dict(state)
-        if self._own.get("teacher") is not None:
-            plan = replace(plan, teacher=str(self._own["teacher"]))
-        given = {k: v for k, v in self._own.items() if k in SPEED_KEYS and v is not None}
-        self.speed = Speed.of({**plan.speed.to_keys(), **given})
+        self.plan = resumed_plan(state, self._own, self.trust_checkpoints)
+        self.speed = self.plan.speed
         if self.speed.cache:
             check_cacheable(vars(self.args))
-        # what the file says of trust does not count: whoever made it must not decide what may run here
-        self.plan = replace(plan, trust_checkpoints=self.trust_checkpoints, speed=self.speed)
-        check_teacher_file(self.plan)
-        asked = {k: self._own[k] for k in POOL_KEYS if self._own.get(k) is not None}
-        if asked:
-            self.plan = replace(self.plan, pool=resumed_pool(plan.pool, asked))
-        if plan.pool is not None:
-            try:
-                self._pool, self._labelled = check_pool(self.plan, vars(self.args))
-            except DataError as error:
-                raise DataError(f"{error} If they are elsewhere now, add {SOURCE_KEY}=<place>.") from error
+        if self.plan.pool is not None:
+            self._pool, self._labelled = resumed_images(self.plan, vars(self.args))
         self._detector = self._load_teacher(data)
         if self.plan.classes is not None:
             found_now, _ = match_classes(self.plan.choice, self.plan.recipe, self._detector, data, vars(self.args))
