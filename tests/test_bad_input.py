@@ -174,6 +174,8 @@ def _checkpoints_to_resume(folder: Path, good: Path) -> None:
     write("nested", tracker=nested)
     torch.save({**content, "epoch": 1, "optimizer": {}, "train_args": [1]}, weights / "list.pt")
     torch.save({**content, "epoch": 1, "optimizer": {}, "train_args": args}, weights / "plain.pt")
+    torch.save({**content, "epoch": 1, "optimizer": {}, "train_args": {**args, "kd": "fgd"}}, weights / "text.pt")
+    torch.save({**content, "epoch": 1, "optimizer": {}, "train_args": {**args, "kd": None}}, weights / "null.pt")
 
 
 # the command line without `yolo-kd`, and a pattern of what it must say
@@ -333,6 +335,7 @@ BAD: list[tuple[str, str]] = [
     ("train resume={good.pt} kd.objectness.weight=2", "kd.objectness.weight cannot be given with resume"),
     ("train resume={half.pt}", "resume=.* it is cut short"),
     ("train resume={run/weights/plain.pt}", "was not written by a distillation"),
+    ("train resume={run/weights/null.pt}", "was not written by a distillation"),
     ("train resume={run/weights/list.pt}", "its training arguments are not"),
     ("train resume={run/weights/elsewhere.pt}", r"belongs to the run folder .*other, but .* add save_dir="),
     ("train resume={run/weights/homeless.pt}", "belongs to the run folder of no name"),
@@ -348,6 +351,7 @@ BAD: list[tuple[str, str]] = [
     ("train resume={run/weights/recipe.pt}", "unknown loss 'fdg'"),
     ("train resume={run/weights/part.pt}", "record of its distillation lacks 'teacher'"),
     ("train resume={run/weights/kind.pt}", "record of its distillation is damaged"),
+    ("train resume={run/weights/text.pt}", "record of its distillation is no mapping"),
     ("train resume={run/weights/classes.pt}", "record of its distillation is damaged: its class map"),
     ("train resume={run/weights/renamed.pt}", r"class 0 was 'b' \(of the teacher: a\) and is 'circle'"),
     ("train resume={run/weights/mapping.pt}", "class_map must be index or a mapping"),

@@ -71,6 +71,8 @@ class Plan:
             ConfigError: If the recipe in it has mistakes, which it has where a plugin was changed since.
             CheckpointError: If it was not made by `to_dict`.
         """
+        if not isinstance(state, Mapping):
+            raise CheckpointError("the checkpoint's record of its distillation is no mapping. Start a new run instead.")
         try:
             texts = [state[key] for key in ("name", "teacher", "teacher_sha256")]
             switches = [state[key] for key in ("trust_checkpoints", "random_teacher")]

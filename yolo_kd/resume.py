@@ -151,7 +151,7 @@ def _check_unfinished(checkpoint: Mapping[str, Any], path: Any, alone: bool) -> 
     arguments = checkpoint.get("train_args") or {}
     if not isinstance(arguments, Mapping):
         raise CheckpointError(f"resume={path} is damaged: its training arguments are not a mapping.")
-    if "kd" not in arguments and "yolo_kd" not in checkpoint and not alone:  # the latter stands in finished files
+    if arguments.get("kd") is None and "yolo_kd" not in checkpoint and not alone:  # the latter stands in finished files
         raise CheckpointError(
             f"resume={path} was not written by a distillation: it names no teacher and no recipe. Start a new run with "
             f"student={path} and teacher=, or add kd=none to go on training it alone."
