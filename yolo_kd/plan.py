@@ -78,7 +78,7 @@ class Plan:
             switches = [state[key] for key in ("trust_checkpoints", "random_teacher")]
             inherit = state["inherit"]
             recipe = state["recipe"]
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
             raise CheckpointError(
                 f"the checkpoint's record of its distillation lacks {error}. Start a new run instead."
             ) from error
