@@ -528,6 +528,17 @@ def test_layers_are_part_of_a_recipe_and_survive_a_round_trip():
     assert load_recipe(recipe.to_dict()).terms[0].teacher_layers == ("model.5",)
 
 
+def test_what_all_terms_need_together():
+    layers = {"student_layers": ["model.4", "model.6"], "teacher_layers": ["model.4", "model.6"]}
+    more = {"student_layers": ["model.6", "model.9"]}
+    recipe = load_recipe({"losses": {"mimic": layers, "pkd": more, "objectness": {}}})
+    assert recipe.student_layers == ["model.4", "model.6", "model.9"]
+    assert recipe.teacher_layers == ["model.4", "model.6"]
+    assert recipe.reads == {"features", "targets", "scores", "boxes"}
+    assert not recipe.head_split
+    assert load_recipe({"losses": {"objectness": {}, "crosskd": {}}}).head_split
+
+
 def test_a_weight_that_sets_itself(tmp_path: Path):
     recipe = load_recipe({"losses": {"fgd": {"weight": "auto"}, "mgd": {"weight": "auto", "ratio": 1}, "at": {}}})
     assert [(t.weight, t.ratio) for t in recipe.terms] == [(1.0, 0.3), (1.0, 1.0), (1.0, None)]

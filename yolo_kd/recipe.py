@@ -10,7 +10,7 @@ from typing import Any
 
 import yolo_kd.losses  # noqa: F401  registers the losses that ship with the package
 from yolo_kd.errors import did_you_mean, listed
-from yolo_kd.losses.base import registered
+from yolo_kd.losses.base import find, registered
 from yolo_kd.plugins import read_plugins
 from yolo_kd.recipe_terms import (
     AUTO,
@@ -51,6 +51,26 @@ class Recipe:
     terms: tuple[TermSpec, ...]
     plugins: tuple[str, ...] = ()
     inherit: bool | str = False
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """What the terms need of a step."""
+        return frozenset().union(*(find(term.name).reads for term in self.terms))
+
+    @property
+    def head_split(self) -> bool:
+        """Whether some term reads the features inside the head."""
+        return any(find(term.name).head_split for term in self.terms)
+
+    @property
+    def student_layers(self) -> list[str]:
+        """Layers of the student that terms read in place of its neck's outputs, each once."""
+        return [*dict.fromkeys(name for term in self.terms for name in term.student_layers)]
+
+    @property
+    def teacher_layers(self) -> list[str]:
+        """Layers of the teacher likewise."""
+        return [*dict.fromkeys(name for term in self.terms for name in term.teacher_layers)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe with every default filled in, in plain types that YAML and `load_recipe` read back."""

@@ -17,7 +17,7 @@ from yolo_kd.checkpoints import LoadedDetector
 from yolo_kd.environment import cpu_has_bf16, release_memory
 from yolo_kd.errors import AuditError
 from yolo_kd.speed import AUTO, Speed
-from yolo_kd.taps import TeacherTap, find_layers, fuse_keeping_branches, head_split_points
+from yolo_kd.taps import TeacherTap, find_layers, fuse_keeping_branches
 from yolo_kd.views import View
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -125,8 +125,7 @@ class Runner:
         self._layout: Any = torch.channels_last if way.channels_last else torch.contiguous_format
         self.model = model.to(device=device, dtype=PRECISIONS[way.precision]).to(memory_format=self._layout)
         self.way = way
-        others = find_layers(self.model, layers, "teacher")
-        self.tap = TeacherTap(self.model, others | (head_split_points(self.model) if head_split else {}), reads)
+        self.tap = TeacherTap(self.model, find_layers(self.model, layers, "teacher", head_split), reads)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> View:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
@@ -22,6 +22,7 @@ from yolo_kd.audit import AuditRow, table
 from yolo_kd.batch_probe import BatchProbe
 from yolo_kd.checkpoints import LoadedDetector, load_detector, restricted_loading
 from yolo_kd.class_choice import CLASS_KEYS, ClassChoice
+from yolo_kd.classes import ClassMap
 from yolo_kd.cpu_precision import cpu_bf16_autocast, is_cpu_bf16
 from yolo_kd.criterion import TEACHER_VIEW, DistillationCriterion
 from yolo_kd.distiller import Distiller
@@ -32,7 +33,6 @@ from yolo_kd.guards import FiniteGuard
 from yolo_kd.inherit import Inheritance, inherit, thin
 from yolo_kd.keep import KeptClasses
 from yolo_kd.keep_trainer import KeepTrainer
-from yolo_kd.losses.base import find
 from yolo_kd.matching import check_same_classes, kept_classes, match_classes
 from yolo_kd.parallel import reaches_every_parameter, without_search
 from yolo_kd.plan import Plan, check_models, check_pool, is_resolved, make_plan
@@ -42,7 +42,7 @@ from yolo_kd.recipe import THINNED
 from yolo_kd.resume import open_run, resumed_images, resumed_plan
 from yolo_kd.saving import write_atomically
 from yolo_kd.speed import AUTO, SPEED_KEYS, Speed, thread_count
-from yolo_kd.taps import LayerTap, OptimizerScope, find_layers, head_split_points, head_tails, pair_of
+from yolo_kd.taps import LayerTap, OptimizerScope, find_layers, head_tails, pair_of
 from yolo_kd.teacher import Pending, Teacher
 from yolo_kd.view_cache import ViewCache, check_cacheable
 from yolo_kd.views import View
@@ -196,37 +196,42 @@ class DistillationTrainer(KeepTrainer):
         self.args.kd = {**self.args.kd, "classes": classes.to_dict()}
         student = unwrap_model(self.model)
         self._inherit(student, detector, classes.is_identity)
-        terms = self.plan.recipe.terms
-        split = any(find(term.name).head_split for term in terms)
-        layers = _names(term.teacher_layers for term in terms)
-        reads = frozenset({"scores"} if self._kept else ()).union(*(find(term.name).reads for term in terms))
-        reads = teacher_reads(self.plan.pool, reads)
-        speed = self.speed
-        if speed.teacher_compile == AUTO:
-            speed = replace(speed, teacher_compile=bool(self.args.compile) and self.device.type == "cuda")
-        self.teacher = Teacher(detector, self.device, speed, layers, split, reads, self._teacher_settled)
-        self._student_taps = find_layers(student, _names(term.student_layers for term in terms), "student")
-        teacher_taps = find_layers(detector.model, layers, "teacher")
-        if split:
-            self._student_taps |= head_split_points(student)
-            teacher_taps |= head_split_points(detector.model)
-        if self._student_taps and self.args.compile:
-            raise ConfigError(
-                "compile= cannot be combined with a recipe that reads layers inside the student "
-                f"({', '.join([*self._student_taps][:3])}, ...). Add compile=False."
-            )
-        pair = pair_of(student, detector.model, self._student_taps, teacher_taps, len(classes.matched))
-        self.distiller = Distiller(self.plan.recipe, pair, classes).to(self.device).train()
-        if dist.is_initialized():
-            for tensor in self.distiller.state_dict().values():  # ranks draw different random numbers
-                if isinstance(tensor, torch.Tensor):
-                    dist.broadcast(tensor, 0)
+        self.teacher = self._make_teacher(detector)
+        self.distiller = self._make_distiller(student, detector.model, classes)
         self.guard = FiniteGuard(self.distiller.trained_parameters())
         student.criterion = self._make_criterion(student)
         if RANK in {-1, 0}:
             LOGGER.info(classes.table())
             origin = "random weights" if detector.random else f"sha256 {detector.sha256[:12]}"
             LOGGER.info(f"Distilling {', '.join(self.distiller.terms)} from {detector.path} ({origin}, frozen)")
+
+    def _make_teacher(self, detector: LoadedDetector) -> Teacher:
+        assert self.plan is not None
+        recipe, speed = self.plan.recipe, self.speed
+        if speed.teacher_compile == AUTO:
+            speed = replace(speed, teacher_compile=bool(self.args.compile) and self.device.type == "cuda")
+        reads = teacher_reads(self.plan.pool, recipe.reads | ({"scores"} if self._kept else set()))
+        layers, split = recipe.teacher_layers, recipe.head_split
+        return Teacher(detector, self.device, speed, layers, split, reads, self._teacher_settled)
+
+    def _make_distiller(self, student: nn.Module, teacher: nn.Module, classes: ClassMap) -> Distiller:
+        """Return what the recipe adds to the student's loss, and find the student's layers that it reads."""
+        assert self.plan is not None
+        recipe = self.plan.recipe
+        self._student_taps = find_layers(student, recipe.student_layers, "student", recipe.head_split)
+        if self._student_taps and self.args.compile:
+            raise ConfigError(
+                "compile= cannot be combined with a recipe that reads layers inside the student "
+                f"({', '.join([*self._student_taps][:3])}, ...). Add compile=False."
+            )
+        teacher_taps = find_layers(teacher, recipe.teacher_layers, "teacher", recipe.head_split)
+        pair = pair_of(student, teacher, self._student_taps, teacher_taps, len(classes.matched))
+        distiller = Distiller(recipe, pair, classes).to(self.device).train()
+        if dist.is_initialized():
+            for tensor in distiller.state_dict().values():  # ranks draw different random numbers
+                if isinstance(tensor, torch.Tensor):
+                    dist.broadcast(tensor, 0)
+        return distiller
 
     def _inherit(self, student: nn.Module, teacher: LoadedDetector, same_classes: bool) -> None:
         """Let the student start from the teacher, if the user says so, or the recipe of one that has no weights."""
@@ -317,13 +322,12 @@ class DistillationTrainer(KeepTrainer):
 
     def auto_batch(self) -> int:
         """Let Ultralytics find the batch size for the whole step: student, teacher, adapters and terms."""
-        if self.teacher is None or self.distiller is None:
+        if self.plan is None or self.teacher is None or self.distiller is None:
             return super().auto_batch()
-        split = any(term.loss.head_split for term in self.distiller.terms.values())
-        names = [name for term in self.distiller.terms.values() for name in term.student_layers]
+        recipe = self.plan.recipe
 
         def tap(student: nn.Module) -> LayerTap:
-            return LayerTap(find_layers(student, names, "student") | (head_split_points(student) if split else {}))
+            return LayerTap(find_layers(student, recipe.student_layers, "student", recipe.head_split))
 
         model = self.model
         student = unwrap_model(model)
@@ -492,8 +496,3 @@ class DistillationTrainer(KeepTrainer):
             return {}
         audit = [vars(row) for row in self.audit_rows]
         return {"yolo_kd": {**self.plan.to_dict(), "audit": audit, "skipped_batches": self.guard.skipped}}
-
-
-def _names(groups: Iterable[Sequence[str]]) -> list[str]:
-    """Return all names once, in order."""
-    return list(dict.fromkeys(name for group in groups for name in group))

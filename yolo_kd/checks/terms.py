@@ -31,7 +31,7 @@ from yolo_kd.plan import Plan
 from yolo_kd.recipe import Recipe
 from yolo_kd.recipe_terms import TermSpec
 from yolo_kd.schedules import RATIO
-from yolo_kd.taps import AssignmentTap, find_layers, head_of, head_split_points, pair_of, targets_of, view_of
+from yolo_kd.taps import AssignmentTap, find_layers, head_of, pair_of, targets_of, view_of
 from yolo_kd.trainer import DistillationTrainer
 
 BATCHES = 3
@@ -53,13 +53,9 @@ def usable_terms(report: Report, plan: Plan, student: Any, teacher: Any, classes
     for term in plan.recipe.terms:
         split = find(term.name).head_split
         try:
-            taps: list[dict[str, Any]] = []
-            for model, names, role in (
-                (student, term.student_layers, "student"),
-                (teacher, term.teacher_layers, "teacher"),
-            ):
-                taps.append(find_layers(model, names, role) | (head_split_points(model) if split else {}))
-            pair = pair_of(student, teacher, taps[0], taps[1], len(classes.matched))
+            s_taps = find_layers(student, term.student_layers, "student", split)
+            t_taps = find_layers(teacher, term.teacher_layers, "teacher", split)
+            pair = pair_of(student, teacher, s_taps, t_taps, len(classes.matched))
             Distiller(Recipe(plan.recipe.name, (term,)), pair, classes)
         except YoloKDError as error:
             report.add("error", "terms", str(error), f"Change or remove the term '{term.name}'.")

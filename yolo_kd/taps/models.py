@@ -68,13 +68,14 @@ def class_rows(model: nn.Module) -> frozenset[str]:
     return frozenset(names[parameter] for branch in branches for parameter in branch[-1].parameters())
 
 
-def find_layers(model: nn.Module, names: Sequence[str], role: str) -> dict[str, nn.Module]:
+def find_layers(model: nn.Module, names: Sequence[str], role: str, head_split: bool = False) -> dict[str, nn.Module]:
     """Return layers by the names that a recipe gives them: `model.9`, or anything deeper such as `model.9.cv2`.
 
     Args:
         model: The detector.
         names: Layer names.
         role: teacher or student, for messages.
+        head_split: Also the points inside the head.
 
     Raises:
         ConfigError: If there is no such layer, with the closest match.
@@ -89,7 +90,7 @@ def find_layers(model: nn.Module, names: Sequence[str], role: str) -> dict[str, 
                 "and everything inside them."
             )
         layers[name] = known[name]
-    return layers
+    return layers | (head_split_points(model) if head_split else {})
 
 
 def head_split_points(model: nn.Module) -> dict[str, nn.Module]:
