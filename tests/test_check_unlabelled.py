@@ -20,6 +20,7 @@ def pool(tmp_path: Path, shapes: Path) -> Path:
     return tmp_path / "pool"
 
 
+@pytest.mark.e2e
 def test_images_of_the_same_kind(few: None, shapes: Path, student: Path, sure: Path, pool: Path) -> None:  # noqa: F811
     report = check(asked(sure, student, shapes, kd="objectness", unlabeled=str(pool), unlabeled_conf=0.3))
     facts = report.to_dict()["pool"]
@@ -31,6 +32,7 @@ def test_images_of_the_same_kind(few: None, shapes: Path, student: Path, sure: P
     assert not found(report, "error", ""), texts(report)
 
 
+@pytest.mark.e2e
 def test_foreign_and_shared_images(
     few: None,  # noqa: F811
     shapes: Path,
@@ -57,6 +59,7 @@ def test_foreign_and_shared_images(
     assert sorted((p, p.stat().st_mtime_ns) for p in pool.rglob("*")) == before
 
 
+@pytest.mark.e2e
 def test_what_cannot_be_used_is_a_finding(
     few: None,  # noqa: F811
     shapes: Path,
@@ -68,6 +71,7 @@ def test_what_cannot_be_used_is_a_finding(
     assert found(report, "error", "pool: unlabeled=", "does not exist")
 
 
+@pytest.mark.e2e
 def test_a_data_set_without_labels(
     few: None,  # noqa: F811
     shapes: Path,

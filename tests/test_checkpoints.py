@@ -143,6 +143,7 @@ def test_a_bad_best_beside_the_checkpoint_to_resume(tmp_path: Path, good: Path, 
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of a process's peak")
+@pytest.mark.e2e
 def test_memory_stays_bounded(hostile: Path, good: Path) -> None:
     """The peak of each refusal, above what the process holds already; getrusage would count the parent's."""
     code = """

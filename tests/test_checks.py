@@ -60,6 +60,7 @@ def found(report: Report, level: str, *parts: str) -> bool:
 # ------------------------------------------------------------------------------------------------- the whole check
 
 
+@pytest.mark.e2e
 def test_a_pair_that_fits(
     few: None, shapes: Path, student: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,6 +90,7 @@ def test_a_pair_that_fits(
     json.dumps(facts, allow_nan=False)
 
 
+@pytest.mark.e2e
 def test_a_student_that_will_start_from_its_teacher(few: None, shapes: Path, teacher: Path, tmp_path: Path) -> None:
     fresh = narrow_yaml("yolov8n", tmp_path)
     report = check(asked(teacher, fresh, shapes))
@@ -96,6 +98,7 @@ def test_a_student_that_will_start_from_its_teacher(few: None, shapes: Path, tea
     assert not found(check(asked(teacher, fresh, shapes, inherit=False)), "note", "start:")
 
 
+@pytest.mark.e2e
 def test_a_student_of_another_family_starts_as_it_is(few: None, shapes: Path, teacher: Path, tmp_path: Path) -> None:
     report = check(asked(teacher, narrow_yaml("yolo11n", tmp_path), shapes))
     assert found(report, "warning", "start: inherited 0 of", "C3k2 here, C2f in the teacher", "own family")

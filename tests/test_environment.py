@@ -73,6 +73,7 @@ print(outside, inside, faults())
 
 
 @pytest.mark.skipif(_of_libc("mallopt") is None, reason="needs glibc")
+@pytest.mark.e2e
 def test_memory_is_used_again_for_the_duration() -> None:
     """A buffer that is freed and allocated again costs page faults, but not inside.
 

@@ -131,6 +131,7 @@ def add_teacher_tensor(graph: onnx.ModelProto) -> None:
     graph.graph.initializer.append(numpy_helper.from_array(extra, "teacher.weight"))
 
 
+@pytest.mark.e2e
 def test_onnx_file_of_v8_agrees_and_the_report_says_so(exported: Path) -> None:
     report = report_of(exported)
     assert report["passed"] is True
@@ -213,6 +214,7 @@ def test_int8_file_is_reported_and_judged_only_on_request(checkpoint: Callable[[
         export_model(checkpoint("yolov8n"), **keys, tolerance_boxes=1e-3)
 
 
+@pytest.mark.e2e
 def test_changed_weight_fails_and_the_report_says_so(
     exported: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,6 +231,7 @@ def test_changed_weight_fails_and_the_report_says_so(
     assert export_model(path, imgsz=SIZE, images=pictures, tolerance_boxes=1e4, tolerance_scores=1.0).parity is not None
 
 
+@pytest.mark.e2e
 def test_not_a_number_fails_in_strict_json(
     exported: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +248,7 @@ def test_not_a_number_fails_in_strict_json(
     assert report["scores_max"] is None
 
 
+@pytest.mark.e2e
 def test_teacher_tensor_is_found(
     exported: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,6 +263,7 @@ def test_teacher_tensor_is_found(
     assert str(report["student_elements"]) in str(caught.value)
 
 
+@pytest.mark.e2e
 def test_missing_detection_fails(checkpoint: Callable[[str], Path], pictures: Path) -> None:
     """A file with another confidence threshold than asked for drops detections that PyTorch has."""
     path = checkpoint("yolov8n")
@@ -269,6 +274,7 @@ def test_missing_detection_fails(checkpoint: Callable[[str], Path], pictures: Pa
     assert not parity.passed
 
 
+@pytest.mark.e2e
 def test_an_nms_file_without_any_detection_is_no_proof(checkpoint: Callable[[str], Path], pictures: Path) -> None:
     with pytest.raises(ParityError, match="Nothing was compared"):
         export_model(checkpoint("yolov8n"), imgsz=SIZE, images=pictures, nms=True, conf=0.9999)
@@ -328,6 +334,7 @@ def test_segmentation_checkpoint_is_refused(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["seg.pt"]
 
 
+@pytest.mark.e2e
 def test_other_formats_pass_through_uncompared(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     result = export_model(checkpoint("yolov8n"), format="torchscript", imgsz=SIZE)
     assert result.file == tmp_path / "best.torchscript"

@@ -155,6 +155,7 @@ def _rank(rank: int, folder: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.e2e
 def test_weights_are_the_same_on_all_ranks(tmp_path: Path):
     multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))

@@ -179,6 +179,7 @@ module.train_all(plan_runs(fake_comparison(folder, "pkd,baseline", 1)), 1, lambd
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
+@pytest.mark.e2e
 def test_a_killed_comparison_takes_its_trainings_along(tmp_path: Path, stand_in: None) -> None:
     """Killed without a chance to tidy up: the training notices and ends by itself."""
     root = Path(__file__).resolve().parents[2]
