@@ -181,8 +181,7 @@ class Bench:
     def _reading(self, name: str) -> tuple[frozenset[str], bool]:
         """Return what a recipe reads of the teacher's head, and whether it reads layers inside."""
         distiller = self.distillers[name]
-        split = any(t.loss.head_split for t in distiller.terms.values())
-        return teacher_reads(self.pool, distiller.reads) & {"scores", "boxes", "one2one"}, split
+        return teacher_reads(self.pool, distiller.reads) & {"scores", "boxes", "one2one"}, distiller.head_split
 
     def _teacher(self, name: str) -> Teacher:
         return self.teachers[self._reading(name)]

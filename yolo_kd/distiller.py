@@ -60,6 +60,7 @@ class Distiller(nn.Module):
         super().__init__()
         self.classes = classes
         self.pair = pair
+        self.reads, self.head_split = recipe.reads, recipe.head_split
         self.losses = nn.ModuleDict()
         self.terms: dict[str, Term] = {}
         for spec in recipe.terms:
@@ -97,11 +98,6 @@ class Distiller(nn.Module):
     def weights(self) -> dict[str, Tensor]:
         """Return the weights that set themselves, by column; they are for the log and no part of the loss."""
         return {column: self.weight(name) for name, column in self.weight_columns.items()}  # type: ignore[misc]
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """What the terms need of a step."""
-        return frozenset().union(*(term.loss.reads for term in self.terms.values()))
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that belong into the student's optimiser."""

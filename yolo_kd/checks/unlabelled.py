@@ -17,7 +17,6 @@ from yolo_kd.checks.certainty import check_certainty
 from yolo_kd.checks.models import devices_of
 from yolo_kd.checks.report import Report, number
 from yolo_kd.classes import ClassMap
-from yolo_kd.losses.base import find
 from yolo_kd.plan import Plan, check_pool
 from yolo_kd.pool_criterion import detects
 from yolo_kd.teacher import Teacher
@@ -53,7 +52,7 @@ def check_unlabelled(
     split = "train" if "train" in sets else "val"
     labelled = sets[split]
     device = select_device(devices_of(keys)[0], verbose=False)
-    reads = frozenset().union(*(find(term.name).reads for term in plan.recipe.terms))
+    reads = plan.recipe.reads
     # where classes are kept, labels do not name all objects
     judged = detects(plan.pool, reads) and "val" in sets and not plan.choice.keep_classes
     judged = judged and classes is not None and bool(classes.matched)

@@ -172,14 +172,14 @@ def sum_in_parts(
 class _Chosen(torch.autograd.Function):
     """Rows of (B, A, C) values, (K, C).
 
-    The gradient lies in memory row by row, whatever the values do: so does that of Ultralytics' own loss, to which it is
-    added, and a sum of two memory formats takes six times as long. So do the maps that it goes on to, channels-last.
+    The gradient lies in memory row by row, whatever the values do: so does that of Ultralytics' own loss, to which it
+    is added, and a sum of two memory formats takes six times as long. So do the maps that it goes on to, channels-last.
     """
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, image: Tensor, point: Tensor) -> Tensor:
         """Return the chosen rows."""
-        ctx.save_for_backward(image, point)
+        ctx.save_for_backward(image * values.shape[1] + point)
         ctx.shape = values.shape
         return values[image, point]
 
@@ -187,9 +187,9 @@ class _Chosen(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradient, zero in all other rows."""
-        image, point = ctx.saved_tensors
+        (rows,) = ctx.saved_tensors
         gradient = slope.new_zeros(ctx.shape)
-        gradient.flatten(0, 1).index_copy_(0, image * ctx.shape[1] + point, slope)
+        gradient.view(-1, ctx.shape[2]).index_copy_(0, rows, slope)
         return gradient, None, None
 
 
