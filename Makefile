@@ -23,7 +23,7 @@ $(VENV)/.installed: $(INPUTS) | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-test: $(INPUTS) | $(BIN)/python
-	$(PIP) install -c constraints.txt -e '.[test]'
+	$(PIP) install -c constraints.txt -e '.[test,docs]'
 	@touch $@ $(VENV)/.installed
 
 install: $(VENV)/.installed  ## the package and what it needs, in $(VENV)

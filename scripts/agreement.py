@@ -22,11 +22,11 @@ import torch
 from ultralytics import YOLO
 from ultralytics.utils.metrics import ap_per_class, box_iou
 
-from yolo_kd.checkpoints import restricted_loading
-from yolo_kd.class_match import match
-from yolo_kd.class_names import short
+from yolo_kd.classes.match import match
+from yolo_kd.classes.names import short
 from yolo_kd.errors import DataError, PairError, YoloKDError
-from yolo_kd.pool_files import images_below
+from yolo_kd.safe_loading.restricted import restricted_loading
+from yolo_kd.unlabeled.images import images_below
 
 IOUS = torch.linspace(0.5, 0.95, 10)
 LOWEST = 0.001  # confidence of the least detection of a student that counts, as in Ultralytics' validation

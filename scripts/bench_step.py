@@ -47,17 +47,19 @@ from ultralytics.cfg import get_cfg
 from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.nn.tasks import DetectionModel
 
-from yolo_kd.checkpoints import LoadedDetector, load_detector
-from yolo_kd.criterion import TEACHER_VIEW, DistillationCriterion
-from yolo_kd.distiller import Distiller
+from yolo_kd.config.recipe import load_recipe, shipped_recipes
+from yolo_kd.config.speed import SPEED_KEYS, Speed
+from yolo_kd.config.unlabeled import MODES, UnlabeledOptions
+from yolo_kd.distillation.criterion import TEACHER_OUTPUTS, DistillationCriterion
+from yolo_kd.distillation.distiller import Distiller
+from yolo_kd.distillation.teacher import Teacher
+from yolo_kd.distillation.unlabeled_criterion import PoolCriterion, teacher_reads
 from yolo_kd.environment import release_memory, reused_memory
-from yolo_kd.pool import MODES, Pool
-from yolo_kd.pool_criterion import PoolCriterion, teacher_reads
-from yolo_kd.pool_data import POOL_MARK
-from yolo_kd.recipe import load_recipe, shipped_recipes
-from yolo_kd.speed import SPEED_KEYS, Speed
-from yolo_kd.taps import LayerTap, head_split_points, head_tails, pair_of
-from yolo_kd.teacher import Teacher
+from yolo_kd.safe_loading.checkpoint import LoadedDetector, load_detector
+from yolo_kd.unlabeled.dataset import UNLABELED_MARK
+from yolo_kd.upstream.heads import head_split_points, head_tails
+from yolo_kd.upstream.pairing import pair_spec
+from yolo_kd.upstream.recorders import LayerRecorder
 
 PAIRS = {"8": ("yolov8s", "yolov8n"), "11": ("yolo11l", "yolo11n"), "26": ("yolo26s", "yolo26n")}
 STUDENT, PLAIN, FAST, UPSTREAM = "student alone", "teacher, plain", "teacher, fast", "Ultralytics distill_model="
@@ -138,7 +140,7 @@ class Bench:
         self.plain = copy.deepcopy(teacher).to(self.device) if PLAIN in rows else None
         self.speed = Speed.of({k: getattr(args, k.replace(".", "_"), None) for k in SPEED_KEYS})
         # images of a pool come last, and nobody labelled them
-        self.pool = Pool(("drawn",), mode=args.pool) if args.pool else None
+        self.pool = UnlabeledOptions(("drawn",), mode=args.pool) if args.pool else None
         count = args.boxes * args.batch
         centre, size = torch.rand(count, 2) * 0.8 + 0.1, torch.rand(count, 2) * 0.2 + 0.02
         self.batch = {
@@ -150,13 +152,13 @@ class Bench:
         self.batch = {k: v.to(self.device) for k, v in self.batch.items()}
         labelled = self.batch["batch_idx"] < args.batch - args.batch // 2
         self.mixed = {k: v if k == "img" else v[labelled] for k, v in self.batch.items()}
-        self.mixed[POOL_MARK] = torch.arange(args.batch) >= args.batch - args.batch // 2
+        self.mixed[UNLABELED_MARK] = torch.arange(args.batch) >= args.batch - args.batch // 2
         self.distillers: dict[str, Distiller] = {}
         self.teachers: dict[tuple[frozenset[str], bool], Teacher] = {}
         self.calls: dict[str, list[Call]] = {}
         self.report = ""
         everything = frozenset({"scores", "boxes", "one2one"})
-        pair = pair_of(student, teacher, head_split_points(student), head_split_points(teacher))
+        pair = pair_spec(student, teacher, head_split_points(student), head_split_points(teacher))
         for name in rows:
             if name in (STUDENT, PLAIN, UPSTREAM):
                 continue
@@ -251,12 +253,12 @@ class Bench:
                 batch = dict(self.mixed)
                 criterion = PoolCriterion(self.student, distiller, native=self.native, pool=self.pool)
             _, split = self._reading(name)
-            criterion.layers = LayerTap(head_split_points(self.student)) if split else None
+            criterion.layers = LayerRecorder(head_split_points(self.student)) if split else None
             criterion.progress = 0.1
             self.student.criterion = criterion
         with self._precision():
             if distiller is not None:
-                batch[TEACHER_VIEW] = self._teacher(name).begin(batch["img"])
+                batch[TEACHER_OUTPUTS] = self._teacher(name).begin(batch["img"])
             loss, _ = self.student.loss(batch, self.student(batch["img"]))
         loss.sum().backward()
         if distiller is not None and criterion is not None:

@@ -39,8 +39,8 @@ from typing import Any
 
 import yaml
 
-from yolo_kd.checkpoints import quiet
 from yolo_kd.compare.statistics import paired, points, spread
+from yolo_kd.safe_loading.restricted import quiet
 
 POOL_ARMS = ("distill", "pseudo", "both")
 ARMS = ("few", "few_kd", "hard", "hard_kd", *POOL_ARMS, "all", "all_kd", "none_distill", "none_both")

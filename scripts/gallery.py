@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from ultralytics.utils.ops import xywh2xyxy
 
-from yolo_kd.checkpoints import load_detector
+from yolo_kd.distillation.teacher import Teacher
 from yolo_kd.losses.fgd import focal_masks
 from yolo_kd.losses.fgfi import FGFI
 from yolo_kd.losses.objectness import objectness_weights
 from yolo_kd.losses.sea import semantic_masks
-from yolo_kd.teacher import Teacher
-from yolo_kd.views import Pair, Step, Targets
+from yolo_kd.safe_loading.checkpoint import load_detector
+from yolo_kd.structures import LossInputs, PairSpec, Targets
 
 
 def read(folder: Path) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
@@ -52,10 +52,10 @@ def main() -> None:
     detector = load_detector(args.teacher, role="teacher")
     pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None].float() / 255
     view = Teacher(detector, torch.device("cpu"))(pixels)
-    pair = Pair((1, 1, 1), (1, 1, 1), view.strides, len(detector.model.names), 16, 16)
+    pair = PairSpec((1, 1, 1), (1, 1, 1), view.strides, len(detector.model.names), 16, 16)
     fgfi = FGFI()
     fgfi.build(pair)
-    step = Step(view, view, Targets(boxes, labels, index, size, 1))
+    step = LossInputs(view, view, Targets(boxes, labels, index, size, 1))
     sea = semantic_masks(boxes, torch.zeros_like(labels), index, 1, 1, shape, 8, 0.5)[0].float()
     kept = objectness_weights(view.scores, view.objectness, view.shapes, True)
     panels = {

@@ -24,15 +24,18 @@ from ultralytics.data.utils import check_det_dataset
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER
 
-from yolo_kd.audit import audit
-from yolo_kd.checkpoints import load_detector
-from yolo_kd.distiller import Distiller
+from yolo_kd.config.recipe import load_recipe
+from yolo_kd.config.speed import Speed
+from yolo_kd.distillation.audit import audit
+from yolo_kd.distillation.distiller import Distiller
+from yolo_kd.distillation.teacher import Teacher
 from yolo_kd.losses.base import registered
-from yolo_kd.recipe import load_recipe
-from yolo_kd.speed import Speed
-from yolo_kd.taps import AssignmentTap, LayerTap, head_split_points, head_tails, pair_of, targets_of, view_of
-from yolo_kd.teacher import Teacher
-from yolo_kd.views import View
+from yolo_kd.safe_loading.checkpoint import load_detector
+from yolo_kd.structures import DetectorOutputs
+from yolo_kd.upstream.heads import head_split_points, head_tails
+from yolo_kd.upstream.pairing import pair_spec
+from yolo_kd.upstream.recorders import AssignmentRecorder, LayerRecorder, outputs_of
+from yolo_kd.upstream.task_loss import targets_of
 
 
 def main() -> None:
@@ -85,7 +88,7 @@ class Bench:
         speed = Speed(teacher_precision="bf16" if args.bf16 else "fp32")
         self.teacher = Teacher(teacher, torch.device("cpu"), speed, head_split=True)
         self.points = head_split_points(self.student)
-        pair = pair_of(self.student, teacher.model, self.points, head_split_points(teacher.model))
+        pair = pair_spec(self.student, teacher.model, self.points, head_split_points(teacher.model))
         self.distillers = {}
         for name, loss in registered().items():
             if (args.losses and name not in args.losses) or (loss.needs_bins and not pair.same_bins):
@@ -94,7 +97,7 @@ class Bench:
             distiller.attach_teacher_head(head_tails(teacher.model))
             self.distillers[name] = distiller
         self.criterion = self.student.init_criterion()
-        self.assignment = AssignmentTap(self.criterion)
+        self.assignment = AssignmentRecorder(self.criterion)
 
     def batches(self, size: int, batch: int) -> Iterator[dict]:
         """Yield training batches as Ultralytics would, mosaic and all, without end."""
@@ -108,9 +111,9 @@ class Bench:
                 item["img"] = item["img"].float() / 255
                 yield item
 
-    def views(self, batch: dict, detach: bool) -> tuple[torch.Tensor, View, View, object]:
+    def views(self, batch: dict, detach: bool) -> tuple[torch.Tensor, DetectorOutputs, DetectorOutputs, object]:
         """Run both models and the task loss on one batch."""
-        tap = LayerTap(self.points)
+        tap = LayerRecorder(self.points)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
             predictions = self.student(batch["img"])
         loss, _ = self.criterion(predictions, batch)
@@ -119,7 +122,7 @@ class Bench:
         if detach:
             predictions = {k: [f.detach() for f in v] if k == "feats" else v.detach() for k, v in predictions.items()}
             layers = {k: v.detach() for k, v in layers.items()}
-        view = view_of(predictions, self.student, layers)
+        view = outputs_of(predictions, self.student, layers)
         targets = targets_of(batch, self.assignment.take())
         return loss.sum() / len(batch["img"]), view, self.teacher(batch["img"]), targets
 

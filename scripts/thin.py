@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from yolo_kd.checkpoints import load_detector
+from yolo_kd.distillation.student_init import thin
 from yolo_kd.errors import YoloKDError
-from yolo_kd.inherit import thin
+from yolo_kd.safe_loading.checkpoint import load_detector
 
 
 def main() -> None:

@@ -88,7 +88,7 @@ def shared() -> Path:
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random detector of three classes."""
-    from tests.models import narrow_checkpoint  # imports Ultralytics, which has to wait for the switches above
+    from tests.support.models import narrow_checkpoint  # imports Ultralytics, which has to wait for the switches above
 
     return narrow_checkpoint("yolov8n", tmp_path_factory.mktemp("teacher"), width=0.25, seed=1)
 
@@ -96,7 +96,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A smaller one."""
-    from tests.models import narrow_checkpoint
+    from tests.support.models import narrow_checkpoint
 
     return narrow_checkpoint("yolov8n", tmp_path_factory.mktemp("student"), seed=2)
 
@@ -104,6 +104,6 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sure(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random detector that finds objects with probabilities from 0 to 1."""
-    from tests.models import narrow_checkpoint
+    from tests.support.models import narrow_checkpoint
 
     return narrow_checkpoint("yolov8n", tmp_path_factory.mktemp("sure"), width=0.25, seed=1, sure=True)

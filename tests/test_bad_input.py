@@ -19,7 +19,7 @@ import torch
 from ultralytics.cfg import DEFAULT_CFG_DICT
 from ultralytics.nn.tasks import SegmentationModel
 
-from tests.models import narrow_checkpoint, narrow_yaml
+from tests.support.models import narrow_checkpoint, narrow_yaml
 from yolo_kd.cli import main
 
 NAMES = "names: [circle, square, triangle]\n"

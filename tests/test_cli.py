@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.models import narrow_checkpoint
-from yolo_kd.checkpoints import load_detector, restricted_loading
+from tests.support.models import narrow_checkpoint
 from yolo_kd.cli import main
 from yolo_kd.errors import CheckpointError
+from yolo_kd.safe_loading.checkpoint import load_detector
+from yolo_kd.safe_loading.restricted import restricted_loading
 
 Run = Callable[..., tuple[int, str, str]]
 

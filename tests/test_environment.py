@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 from yolo_kd import environment
 from yolo_kd.cli import main
 from yolo_kd.environment import _of_libc, release_memory, reused_memory
-from yolo_kd.errors import EnvironmentError_
+from yolo_kd.errors import SetupError
 
 
 def test_a_matching_pair_passes() -> None:
@@ -28,7 +28,7 @@ def test_torchvision_of_another_torch(error: Exception, monkeypatch: pytest.Monk
         raise error
 
     monkeypatch.setattr(torchvision.ops, "nms", broken)
-    with pytest.raises(EnvironmentError_, match=r"torchvision \S+ does not work with torch .*pip install"):
+    with pytest.raises(SetupError, match=r"torchvision \S+ does not work with torch .*pip install"):
         environment.check_torchvision()
 
 
@@ -47,7 +47,7 @@ def test_bfloat16_needs_a_processor_that_has_it(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
     assert not environment.cpu_has_bf16()
-    with pytest.raises(EnvironmentError_, match=r"Use amp=False"):
+    with pytest.raises(SetupError, match=r"Use amp=False"):
         environment.check_cpu_bf16()
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
     environment.check_cpu_bf16()

@@ -16,18 +16,18 @@ import yaml
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from tests.loss_contract import evaluate, leaves, make_loss, make_pair, make_step
-from tests.models import narrow_checkpoint
-from yolo_kd.archive import Refused, inspect
-from yolo_kd.assignments import parse_assignments
-from yolo_kd.checkpoints import load_checkpoint_file
-from yolo_kd.datafiles import check_size
+from tests.support.loss_contract import evaluate, leaves, make_loss, make_pair, make_step
+from tests.support.models import narrow_checkpoint
+from yolo_kd.config.command_line import parse_assignments
+from yolo_kd.config.recipe import load_recipe, read_recipe, shipped_recipes
+from yolo_kd.config.source import parse_yaml
+from yolo_kd.config.train_options import parse_train
+from yolo_kd.engine.resume import is_plain
 from yolo_kd.errors import CheckpointError, ConfigError, DataError, YoloKDError
 from yolo_kd.losses.base import registered
-from yolo_kd.options import parse_train
-from yolo_kd.recipe import load_recipe, read_recipe, shipped_recipes
-from yolo_kd.resume import is_plain
-from yolo_kd.yaml_lines import parse_yaml
+from yolo_kd.safe_loading.checkpoint import load_checkpoint_file
+from yolo_kd.safe_loading.dataset import check_size
+from yolo_kd.safe_loading.pickle_scan import Refused, inspect
 
 
 def quick(examples: int) -> Callable[[Any], Any]:
@@ -236,7 +236,7 @@ def test_a_spoilt_checkpoint_is_loaded_or_refused(
 @quick(300)
 @given(st.one_of(st.binary(max_size=200), st.binary(max_size=200).map(lambda b: b"\x80\x02" + b + b".")))
 def test_any_pickle_is_followed_or_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
-    from tests.hostile import archive
+    from tests.support.hostile import archive
 
     file = archive(tmp_path_factory.getbasetemp() / "fuzz.pt", content)
     with suppress(Refused):

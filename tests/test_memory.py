@@ -18,9 +18,9 @@ from ultralytics.data import dataset
 from ultralytics.engine import trainer as engine
 from ultralytics.nn import tasks
 
-from tests.models import narrow_checkpoint
-from tests.test_trainer import make, record_steps, rows_of, weights_of
-from yolo_kd.distiller import Distiller
+from tests.engine.test_trainer import make, record_steps, rows_of, weights_of
+from tests.support.models import narrow_checkpoint
+from yolo_kd.distillation.distiller import Distiller
 
 pytestmark = pytest.mark.e2e
 
@@ -99,7 +99,7 @@ def test_running_out_of_memory_later_is_an_error(tmp_path: Path, shapes: Path, s
 @pytest.mark.timeout(2400)
 def test_memory_does_not_grow(tmp_path: Path, shapes: Path) -> None:
     """At step 2,000 a training holds what it held at step 200: resident memory within 2 %, and the same objects."""
-    script = Path(__file__).parent / "long_run.py"
+    script = Path(__file__).parent / "support" / "long_run.py"
     models = [
         narrow_checkpoint("yolov3-tiny", tmp_path, width, seed=seed, file=f"{seed}.pt")
         for seed, width in ((1, 0.125), (2, 0.0625))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import yolo_kd.losses  # noqa: F401  (registers the losses that ship with the package)
-from tests.models import narrow_checkpoint
+from tests.support.models import narrow_checkpoint
 from yolo_kd.losses.base import registered
 
 pytestmark = pytest.mark.e2e
@@ -51,7 +51,7 @@ def two(job: str, *arguments: object) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "tests.gloo", job, *map(str, arguments)]
+    command = [sys.executable, "-m", "tests.support.gloo", job, *map(str, arguments)]
     started = []
     for rank in ("0", "1"):
         place = {

@@ -15,7 +15,7 @@ from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionValidator
 
 from tests.conftest import ROOT, load_script
-from tests.models import narrow_checkpoint, narrow_yaml
+from tests.support.models import narrow_checkpoint, narrow_yaml
 
 SCRIPTS = sorted(p.name for p in (ROOT / "scripts").glob("*.py"))
 

@@ -8,25 +8,48 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from yolo_kd.errors import YoloKDError
-    from yolo_kd.export import export_model
-    from yolo_kd.losses.base import Loss
-    from yolo_kd.recipe import Recipe, load_recipe
-    from yolo_kd.trainer import DistillationTrainer
+from yolo_kd._version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from yolo_kd.config.recipe import Recipe, load_recipe
+    from yolo_kd.engine.signals import Interrupted, Terminated
+    from yolo_kd.engine.trainer import DistillationTrainer
+    from yolo_kd.errors import (
+        AuditError,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        NumbersError,
+        PairError,
+        ParityError,
+        SaveError,
+        SetupError,
+        YoloKDError,
+    )
+    from yolo_kd.export.export import export_model
+    from yolo_kd.losses.base import Loss
 
 _HOMES = {
-    "DistillationTrainer": "yolo_kd.trainer",
+    "AuditError": "yolo_kd.errors",
+    "CheckpointError": "yolo_kd.errors",
+    "ConfigError": "yolo_kd.errors",
+    "DataError": "yolo_kd.errors",
+    "DistillationTrainer": "yolo_kd.engine.trainer",
+    "SetupError": "yolo_kd.errors",
+    "Interrupted": "yolo_kd.engine.signals",
     "Loss": "yolo_kd.losses.base",
-    "Recipe": "yolo_kd.recipe",
+    "NumbersError": "yolo_kd.errors",
+    "PairError": "yolo_kd.errors",
+    "ParityError": "yolo_kd.errors",
+    "Recipe": "yolo_kd.config.recipe",
+    "SaveError": "yolo_kd.errors",
+    "Terminated": "yolo_kd.engine.signals",
     "YoloKDError": "yolo_kd.errors",
-    "export_model": "yolo_kd.export",
-    "load_recipe": "yolo_kd.recipe",
+    "export_model": "yolo_kd.export.export",
+    "load_recipe": "yolo_kd.config.recipe",
 }
 
-__all__ = ["DistillationTrainer", "Loss", "Recipe", "YoloKDError", "__version__", "export_model", "load_recipe"]
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from yolo_kd import __version__
+from yolo_kd._version import __version__
+from yolo_kd.engine.signals import Interrupted, Terminated
 from yolo_kd.errors import ConfigError, YoloKDError, did_you_mean, listed
-from yolo_kd.signals import Interrupted, Terminated
 
 if TYPE_CHECKING:
     from yolo_kd.losses.base import Loss
@@ -119,12 +119,12 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    from yolo_kd.options import parse_train
+    from yolo_kd.config.train_options import parse_train
 
     options = parse_train(arguments)  # all mistakes of the command line at once, before anything heavy is imported
     from ultralytics.utils import LOGGER
 
-    from yolo_kd.trainer import DistillationTrainer
+    from yolo_kd.engine.trainer import DistillationTrainer
 
     overrides: dict[str, Any] = {**options.ultralytics, "task": "detect", "mode": "train"}
     overrides |= {k: v for k, v in (("model", options.student), ("resume", options.resume)) if v is not None}
@@ -137,15 +137,15 @@ def _train(arguments: list[str]) -> int:
 
 
 def _check(arguments: list[str]) -> int:
-    from yolo_kd.assignments import parse_assignments
-    from yolo_kd.options import parse_train
+    from yolo_kd.config.command_line import parse_assignments
+    from yolo_kd.config.train_options import parse_train
 
     words = ["json=true" if a == "--json" else a for a in arguments]
     as_json = parse_assignments([w for w in words if w.startswith("json=")]).get("json", False)
     if not isinstance(as_json, bool):
         raise ConfigError(f"json must be true or false, received {as_json!r}.")
     options = parse_train([w for w in words if not w.startswith("json=")])
-    from yolo_kd.checks import check
+    from yolo_kd.check import check
 
     report = check(options)
     print(json.dumps(report.to_dict(), indent=1, ensure_ascii=False) if as_json else report.to_text())
@@ -153,18 +153,18 @@ def _check(arguments: list[str]) -> int:
 
 
 def _compare(arguments: list[str]) -> int:
-    from yolo_kd.compare.flow import compare
+    from yolo_kd.compare.pipeline import compare
 
     return compare(arguments)
 
 
 def _export(arguments: list[str]) -> int:
-    from yolo_kd.assignments import parse_assignments
+    from yolo_kd.config.command_line import parse_assignments
 
     options = parse_assignments(arguments)
     if not options.get("model"):
         raise ConfigError("no model: add model=<checkpoint>, such as model=runs/detect/train/weights/best.pt.")
-    from yolo_kd.export import export_model
+    from yolo_kd.export.export import export_model
 
     export_model(options.pop("model"), **options)
     return 0
@@ -202,12 +202,12 @@ def _losses(arguments: list[str]) -> int:
 
 def _modules(loss: type[Loss]) -> str:
     """Return what a loss trains besides the student: the adapter that it shares, modules of its own, or nothing."""
-    from yolo_kd.views import Pair
+    from yolo_kd.structures import PairSpec
 
     inside = {f"{branch}{i}": 64 for branch in ("cls", "box") for i in range(3)}
     wider = {name: 128 for name in inside}
     made = loss()
-    made.build(Pair((64, 128, 256), (128, 256, 512), (8, 16, 32), 80, 16, 16, inside, wider))
+    made.build(PairSpec((64, 128, 256), (128, 256, 512), (8, 16, 32), 80, 16, 16, inside, wider))
     own = ["own"] if any(True for _ in made.parameters()) else []
     return " + ".join([*([loss.adapter] if loss.adapter else []), *own]) or "-"
 
@@ -229,7 +229,7 @@ def _split_docstring(text: str) -> tuple[str, dict[str, str]]:
 
 
 def _recipes(arguments: list[str]) -> int:
-    from yolo_kd.recipe import describe, shipped_recipes
+    from yolo_kd.config.recipe import describe, shipped_recipes
 
     _at_most_one(arguments, "recipes")
     recipes = shipped_recipes()

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from yolo_kd.errors import EnvironmentError_
+from yolo_kd.errors import SetupError
 
 
 def check_torchvision() -> None:
@@ -21,7 +21,7 @@ def check_torchvision() -> None:
     then fails in its first validation, an epoch into the training.
 
     Raises:
-        EnvironmentError_: Naming both versions and the command that mends it.
+        SetupError: Naming both versions and the command that mends it.
     """
     try:
         import torchvision
@@ -32,7 +32,7 @@ def check_torchvision() -> None:
             vision = version("torchvision")
         except PackageNotFoundError:
             vision = "missing"
-        raise EnvironmentError_(
+        raise SetupError(
             f"torchvision {vision} does not work with torch {torch.__version__}: {str(error).splitlines()[0]}. "
             "Reinstall the matching pair: pip install --force-reinstall ultralytics torch torchvision"
         ) from error
@@ -48,10 +48,10 @@ def check_cpu_bf16() -> None:
     """Check that `amp=bf16` makes sense on this processor.
 
     Raises:
-        EnvironmentError_: If the processor has no bfloat16 instructions.
+        SetupError: If the processor has no bfloat16 instructions.
     """
     if not cpu_has_bf16():
-        raise EnvironmentError_(
+        raise SetupError(
             "amp=bf16 was asked for on a processor without bfloat16 instructions (AVX512-BF16 or AMX), where it would "
             "be slower than float32. Use amp=False."
         )

@@ -5,7 +5,7 @@ YoloKDError
 ├── CheckpointError    a model file that is missing, damaged, unsafe or of another kind
 ├── PairError          a teacher and a student (or a data set) that do not fit each other
 ├── DataError          a data set that cannot be trained or validated on
-├── EnvironmentError_  an installation or a processor that cannot do what was asked
+├── SetupError         an installation or a processor that cannot do what was asked
 ├── SaveError          a file of the run could not be written while it ran
 ├── AuditError         distillation was asked for but is not happening
 ├── NumbersError       NaN or infinity that training cannot get around
@@ -17,6 +17,7 @@ command, 1 where the command was right and the result is not.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
@@ -51,7 +52,7 @@ class DataError(YoloKDError):
     """The data set is missing, or lacks what training needs."""
 
 
-class EnvironmentError_(YoloKDError):
+class SetupError(YoloKDError):
     """The installation or the processor cannot do what was asked."""
 
 
@@ -89,3 +90,9 @@ def listed(words: Sequence[object]) -> str:
     """Return `a, b or c` for use in a sentence."""
     names = [str(w) for w in words]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}" if names else "nothing"
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of a message as the middle of a sentence: no signs in front, no full stop at its end."""
+    text = re.sub(r"^(ERROR)?\W*", "", str(error).strip().partition("\n")[0])
+    return text[:160].rstrip(". ") or type(error).__name__

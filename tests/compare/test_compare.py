@@ -16,15 +16,15 @@ import pytest
 import torch
 from ultralytics.nn.tasks import DetectionModel
 
-from tests.models import narrow_checkpoint
-from yolo_kd.checkpoints import load_detector
+from tests.support.models import narrow_checkpoint
 from yolo_kd.cli import main
 from yolo_kd.compare.arms import parse_compare
-from yolo_kd.compare.flow import check_all
+from yolo_kd.compare.launcher import train_all
+from yolo_kd.compare.pipeline import check_all
 from yolo_kd.compare.runs import FINISHED, Run, plan_runs
-from yolo_kd.compare.training import train_all
 from yolo_kd.compare.upstream import PREVIOUS
 from yolo_kd.errors import CheckpointError, ConfigError
+from yolo_kd.safe_loading.checkpoint import load_detector
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 from ultralytics import YOLO
 
-from tests.models import narrow_checkpoint
+from tests.support.models import narrow_checkpoint
 from yolo_kd.compare import evaluate as module
 from yolo_kd.compare.evaluate import (
     OtherClassesError,
@@ -24,7 +24,7 @@ from yolo_kd.compare.evaluate import (
     save_predictions,
     settings_of,
 )
-from yolo_kd.compare.sizes import ImageResult
+from yolo_kd.compare.size_metrics import ImageResult
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from tests.compare.fakes import fail, fake_comparison, finish
+from tests.support.comparison import fail, fake_comparison, finish
 from yolo_kd.compare.progress import Progress
 from yolo_kd.compare.runs import RUNNING, plan_runs
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.compare import browser
-from tests.compare.fakes import fake_summary
-from tests.models import narrow_checkpoint
+from tests.support import browser
+from tests.support.comparison import fake_summary
+from tests.support.models import narrow_checkpoint
 from yolo_kd.compare import report
 from yolo_kd.compare.report import draw, html, markdown, tables, write_report
 

@@ -8,11 +8,11 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from tests.compare.fakes import fake_comparison, finish
+from tests.support.comparison import fake_comparison, finish
 from yolo_kd.compare.arms import parse_compare
 from yolo_kd.compare.runs import FINISHED, WAITING, Run, keys_of, locked, plan_runs
+from yolo_kd.config.train_options import parse_train
 from yolo_kd.errors import ConfigError
-from yolo_kd.options import parse_train
 
 
 def test_runs_are_planned_seed_by_seed(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.loss_contract import make_loss, make_pair, make_step
+from tests.support.loss_contract import make_loss, make_pair, make_step
 from yolo_kd.losses.at import AT, STRENGTH, attention_map, attention_transfer
 
 

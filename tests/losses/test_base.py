@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import yolo_kd.losses
-from tests.loss_contract import make_pair
+from tests.support.loss_contract import make_pair
 from yolo_kd.errors import ConfigError, PairError
 from yolo_kd.losses import base
 from yolo_kd.losses.base import READABLE, Loss, check_levels, check_range, find, parameters, registered

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from tests.golden_vectors import Golden, assert_gradient, cases
-from tests.loss_contract import BOXES, Facts, make_loss, make_pair, make_step
+from tests.support.golden_vectors import Golden, assert_gradient, cases
+from tests.support.loss_contract import BOXES, Facts, make_loss, make_pair, make_step
 from yolo_kd.losses.bckd import BCKD, CLS_STRENGTH, LOC_STRENGTH, probability_gap
-from yolo_kd.losses.ops import (
+from yolo_kd.losses.kernels.ops import (
     box_giou,
     corners,
     distance_giou,

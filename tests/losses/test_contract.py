@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import yolo_kd.losses  # noqa: F401  (registers the losses that ship with the package)
-from tests import loss_contract as contract
+from tests.support import loss_contract as contract
 from yolo_kd.losses.base import Loss, parameters, registered
-from yolo_kd.losses.ops import categorical_kl, same_shape
+from yolo_kd.losses.kernels.ops import categorical_kl, same_shape
 
 LOSSES = registered()
 

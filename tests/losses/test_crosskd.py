@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from tests.golden_vectors import Golden, assert_gradient, cases
-from tests.loss_contract import Facts, make_loss, make_pair, make_step, make_tails
+from tests.support.golden_vectors import Golden, assert_gradient, cases
+from tests.support.loss_contract import Facts, make_loss, make_pair, make_step, make_tails
 from yolo_kd.errors import PairError
-from yolo_kd.losses import parts
 from yolo_kd.losses.crosskd import BOX_STRENGTH, CLS_STRENGTH, CrossKD, align_scale, crosskd_box, crosskd_cls
-from yolo_kd.losses.ops import corners, giou_distance
-from yolo_kd.views import Step
+from yolo_kd.losses.kernels import chunked
+from yolo_kd.losses.kernels.ops import corners, giou_distance
+from yolo_kd.structures import LossInputs
 
 FACTS = {
     "crosskd": Facts(
@@ -77,7 +77,7 @@ def test_scale_alignment_equals_the_published_code(case: Golden) -> None:
 def test_scale_and_its_gradient_are_autograds(
     part: int, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "PART", part)
+    monkeypatch.setattr(chunked, "PART", part)
     torch.manual_seed(0)
     student, teacher, cotangent = (torch.randn(shape, dtype=torch.float64) + 2 for _ in range(3))
     student.requires_grad_()
@@ -211,7 +211,7 @@ def test_says_what_is_missing() -> None:
     with pytest.raises(PairError, match="for 3 levels, but 0 were attached"):
         loss(step)
     loss.attach_teacher_head(make_tails(pair))
-    blind = Step(replace(step.student, layers={}), step.teacher, step.targets)
+    blind = LossInputs(replace(step.student, layers={}), step.teacher, step.targets)
     with pytest.raises(PairError, match="'cls0' among the student's layers"):
         loss(blind)
 

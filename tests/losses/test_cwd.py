@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.golden_vectors import Golden, assert_gradient, cases
-from tests.loss_contract import make_loss, make_pair, make_step
-from yolo_kd.losses.channels import standardise
+from tests.support.golden_vectors import Golden, assert_gradient, cases
+from tests.support.loss_contract import make_loss, make_pair, make_step
 from yolo_kd.losses.cwd import CWD, STRENGTH, cwd
-from yolo_kd.losses.ops import categorical_kl
+from yolo_kd.losses.kernels.channel_stats import standardise
+from yolo_kd.losses.kernels.ops import categorical_kl
 
 every_case = pytest.mark.parametrize("case", cases("cwd"), ids=lambda c: c.case)
 every_damo_case = pytest.mark.parametrize("case", cases("damo"), ids=lambda c: c.case)

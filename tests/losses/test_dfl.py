@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.golden_vectors import Golden, assert_gradient, cases
-from tests.loss_contract import BOXES, make_loss, make_pair, make_step
+from tests.support.golden_vectors import Golden, assert_gradient, cases
+from tests.support.loss_contract import BOXES, make_loss, make_pair, make_step
+from yolo_kd.config.schedule import Schedule
 from yolo_kd.losses.dfl import DFL, STRENGTH, distribution_kl
-from yolo_kd.losses.ops import weighted_mean
-from yolo_kd.schedules import Schedule
+from yolo_kd.losses.kernels.ops import weighted_mean
 
 golden = pytest.mark.parametrize("case", cases("yolov6"), ids=lambda g: f"case_{g.case}")
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.golden_vectors import assert_gradient, cases
-from tests.loss_contract import BOXES, IMAGE, make_loss, make_pair, make_step
-from tests.losses.test_boxes import flat, slow_weights
+from tests.losses.kernels.test_boxes import flat, slow_weights
+from tests.support.golden_vectors import assert_gradient, cases
+from tests.support.loss_contract import BOXES, IMAGE, make_loss, make_pair, make_step
 from yolo_kd.errors import PairError
-from yolo_kd.losses import parts
 from yolo_kd.losses.fgd import CELLS, CHANNELS, FGD, OBJECTS, STRENGTH, ContextBlock, fgd_sums, focal_masks, normalise
-from yolo_kd.losses.ops import attention
-from yolo_kd.views import Step
+from yolo_kd.losses.kernels import chunked
+from yolo_kd.losses.kernels.ops import attention
+from yolo_kd.structures import LossInputs
 
 GOLDEN = pytest.mark.parametrize("golden", cases("fgd"), ids=lambda g: f"case {g.case}")
 
@@ -115,7 +115,7 @@ def test_sums_equal_the_loop():
 
 @pytest.mark.parametrize("part", [1, 2**18])
 def test_gradients_of_map_and_contexts_are_autograds(part, monkeypatch):
-    monkeypatch.setattr(parts, "PART", part)
+    monkeypatch.setattr(chunked, "PART", part)
     torch.manual_seed(0)
     student, teacher = (torch.randn(3, 4, 5, 6, dtype=torch.float64) for _ in range(2))
     student.requires_grad_()
@@ -190,7 +190,7 @@ def test_the_published_sum_is_kept_at_the_reference_setting():
     targets = replace(step.targets, boxes=boxes, image_index=torch.zeros(OBJECTS, dtype=torch.int64))
     views = replace(step.student, features=(student,)), replace(step.teacher, features=(teacher,))
     loss.build(pair)
-    ours = loss(Step(*views, targets))["fgd_loss"]
+    ours = loss(LossInputs(*views, targets))["fgd_loss"]
     assert ours.item() == pytest.approx(STRENGTH * published.item(), rel=1e-4)
 
 
@@ -255,4 +255,4 @@ def test_a_step_without_targets_is_refused():
     pair = make_pair()
     step = make_step(pair)
     with pytest.raises(ValueError, match="targets"):
-        make_loss(FGD, pair)(Step(step.student, step.teacher, None, 0.0, step._align))
+        make_loss(FGD, pair)(LossInputs(step.student, step.teacher, None, 0.0, step._align))

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.golden_vectors import Golden, assert_gradient, cases
-from tests.loss_contract import BOXES, Facts, make_loss, make_pair, make_step
+from tests.support.golden_vectors import Golden, assert_gradient, cases
+from tests.support.loss_contract import BOXES, Facts, make_loss, make_pair, make_step
 from yolo_kd.errors import PairError
 from yolo_kd.losses.fgfi import (
     FGFI,

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.golden_vectors import cases
-from tests.loss_contract import Facts, evaluate, make_loss, make_pair, make_step
+from tests.support.golden_vectors import cases
+from tests.support.loss_contract import Facts, evaluate, make_loss, make_pair, make_step
 from yolo_kd.losses.holistic import (
     STRENGTH,
     Critic,

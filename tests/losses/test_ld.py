@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.golden_vectors import Golden, assert_gradient, cases
-from tests.loss_contract import BOXES, make_loss, make_pair, make_step
+from tests.support.golden_vectors import Golden, assert_gradient, cases
+from tests.support.loss_contract import BOXES, make_loss, make_pair, make_step
+from yolo_kd.losses.kernels.ops import categorical_kl
 from yolo_kd.losses.ld import LD, MAIN_STRENGTH, VLR_STRENGTH, localisation_kl, reference_boxes, valuable_region
-from yolo_kd.losses.ops import categorical_kl
-from yolo_kd.views import Step
+from yolo_kd.structures import LossInputs
 
 golden = pytest.mark.parametrize("case", cases("ld"), ids=lambda g: f"case_{g.case}")
 
@@ -89,7 +89,7 @@ def slow_region(anchors: list[list[float]], sizes: tuple[int, ...], boxes: list[
     return weights
 
 
-def slow_loss(loss: LD, step: Step) -> tuple[float, float]:
+def slow_loss(loss: LD, step: LossInputs) -> tuple[float, float]:
     """Both terms, one point, side and bin at a time."""
     t, targets = loss.temperature, step.targets
     assert targets is not None
@@ -165,4 +165,4 @@ def test_says_what_does_not_fit() -> None:
         valuable_region(anchors, (6, 1), boxes, torch.zeros(3, dtype=torch.int64), 1)
     step = make_step()
     with pytest.raises(ValueError, match="assignment"):
-        LD()(Step(step.student, step.teacher))
+        LD()(LossInputs(step.student, step.teacher))

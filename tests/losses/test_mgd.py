@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.golden_vectors import assert_gradient, cases
-from tests.loss_contract import Facts, evaluate, make_loss, make_pair, make_step
-from yolo_kd.losses.channels import standardise
+from tests.support.golden_vectors import assert_gradient, cases
+from tests.support.loss_contract import Facts, evaluate, make_loss, make_pair, make_step
+from yolo_kd.losses.kernels.channel_stats import standardise
 from yolo_kd.losses.mgd import MGD, STRENGTH, generator, keep_mask, mgd_sum
 
 FACTS = {

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.golden_vectors import assert_gradient, cases
-from tests.loss_contract import BOXES, IMAGE, Facts, make_loss, make_pair, make_step
-from yolo_kd.losses.channels import standardise
+from tests.support.golden_vectors import assert_gradient, cases
+from tests.support.loss_contract import BOXES, IMAGE, Facts, make_loss, make_pair, make_step
+from yolo_kd.losses.kernels.channel_stats import standardise
 from yolo_kd.losses.mimic import STRENGTH, Mimic, box_mask, mimic
-from yolo_kd.views import Targets
+from yolo_kd.structures import Targets
 
 FACTS = {"mimic": Facts(values={"mask": "boxes"})}
 

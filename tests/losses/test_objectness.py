@@ -11,11 +11,11 @@ import pytest
 import torch
 from scipy.special import expit, softmax
 
-from tests.loss_contract import make_loss, make_pair, make_step
-from tests.losses.test_ops import slow_nms
+from tests.losses.kernels.test_ops import slow_nms
+from tests.support.loss_contract import make_loss, make_pair, make_step
+from yolo_kd.losses.kernels.ops import feature_map_nms
 from yolo_kd.losses.objectness import BOX_GAIN, CLS_GAIN, Objectness, objectness_box, objectness_class
-from yolo_kd.losses.ops import feature_map_nms
-from yolo_kd.views import Step
+from yolo_kd.structures import LossInputs
 
 
 def slow_giou(a, b):
@@ -95,8 +95,8 @@ def test_points_that_the_teacher_calls_background_have_no_say():
     moved = step.student.scores.detach().clone()
     moved[:, 20:] += 5.0
     loss = make_loss(Objectness, pair)
-    before = loss(Step(step.student, teacher))
-    after = loss(Step(replace(step.student, scores=moved), teacher))
+    before = loss(LossInputs(step.student, teacher))
+    after = loss(LossInputs(replace(step.student, scores=moved), teacher))
     for name, value in before.items():
         assert after[name].item() == pytest.approx(value.item(), rel=1e-6)
 

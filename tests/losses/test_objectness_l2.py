@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.special import expit, softmax
 
-from tests.golden_vectors import assert_gradient, cases
-from tests.loss_contract import make_loss, make_pair, make_step
+from tests.support.golden_vectors import assert_gradient, cases
+from tests.support.loss_contract import make_loss, make_pair, make_step
 from yolo_kd.losses.objectness_l2 import STRENGTH, ObjectnessL2, objectness_logit_l2
 
 every_case = pytest.mark.parametrize("case", cases("objscaled_seed"), ids=lambda c: c.case)

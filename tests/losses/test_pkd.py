@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import pearsonr
 
-from tests.golden_vectors import assert_gradient, cases
-from tests.loss_contract import make_loss, make_pair, make_step
+from tests.support.golden_vectors import assert_gradient, cases
+from tests.support.loss_contract import make_loss, make_pair, make_step
 from yolo_kd.losses.pkd import PKD, STRENGTH, pkd
 
 every_case = pytest.mark.parametrize("case", cases("pkd"), ids=lambda c: c.case)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.golden_vectors import Golden, assert_gradient, cases
-from tests.loss_contract import Facts, make_loss, make_pair, make_step
+from tests.support.golden_vectors import Golden, assert_gradient, cases
+from tests.support.loss_contract import Facts, make_loss, make_pair, make_step
 from yolo_kd.errors import PairError
 from yolo_kd.losses.reviewkd import STRENGTH, Fusion, ReviewKD, hcl, review
 

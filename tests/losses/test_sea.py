@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests import loss_contract
-from tests.loss_contract import BOXES, Facts, duplicated, make_loss, make_pair, make_step
+from tests.support import loss_contract
+from tests.support.loss_contract import BOXES, Facts, duplicated, make_loss, make_pair, make_step
 from yolo_kd.losses import sea
 from yolo_kd.losses.sea import (
     CAD_GAIN,
@@ -22,7 +22,7 @@ from yolo_kd.losses.sea import (
     covered_cells,
     semantic_masks,
 )
-from yolo_kd.views import Step
+from yolo_kd.structures import LossInputs
 
 FACTS = {"sea": Facts(exempt={"waits_for_nothing": "asks which classes occur on a CPU; a GPU's way is tested here"})}
 
@@ -63,7 +63,7 @@ def log_softmax(x, axis):
     return x - np.log(np.exp(x).sum(axis, keepdims=True))
 
 
-def slow_sea(step: Step, strides, tau1, tau2, shrink):
+def slow_sea(step: LossInputs, strides, tau1, tau2, shrink):
     """Return the three terms, unweighted, in float64."""
     t = step.targets
     cad, tdd, lda = [], [], []

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.golden_vectors import assert_gradient, cases
-from tests.loss_contract import make_loss, make_pair, make_step
+from tests.support.golden_vectors import assert_gradient, cases
+from tests.support.loss_contract import make_loss, make_pair, make_step
 from yolo_kd.losses.structured import (
     PAIR_GAIN,
     PIXEL_GAIN,
@@ -21,7 +21,7 @@ from yolo_kd.losses.structured import (
     pool_by_scale,
     pool_to_nodes,
 )
-from yolo_kd.views import Step
+from yolo_kd.structures import LossInputs
 
 GOLDEN = pytest.mark.parametrize("golden", cases("structured"), ids=lambda g: f"case {g.case}")
 
@@ -108,7 +108,7 @@ def test_class_equals_loops():
 def test_a_teacher_that_sees_nothing_does_not_blow_up_the_pixel_term():
     step = make_step()
     scores = torch.full_like(step.teacher.scores, -12.0)
-    step = Step(step.student, replace(step.teacher, scores=scores), step.targets)
+    step = LossInputs(step.student, replace(step.teacher, scores=scores), step.targets)
     value = pixel_wise_sigmoid(step.student.scores, scores)
     divergence = -(1 - step.student.scores.detach().sigmoid()).log().sum()
     assert value.item() == pytest.approx(divergence.item() / 2, rel=1e-2)
@@ -123,7 +123,7 @@ def test_levels_choose_points_and_maps():
     scores[:, : 16 * 20] += 5
     scores[:, -20:] += 5
     features = (step.student.features[0] + 1, step.student.features[1], -step.student.features[2])
-    after = loss(Step(replace(step.student, scores=scores, features=features), step.teacher, step.targets))
+    after = loss(LossInputs(replace(step.student, scores=scores, features=features), step.teacher, step.targets))
     assert {k: v.item() for k, v in before.items()} == {k: v.item() for k, v in after.items()}
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.golden_vectors import assert_gradient, cases
-from tests.loss_contract import make_loss, make_pair, make_step
-from yolo_kd.adapters import build_adapters
+from tests.support.golden_vectors import assert_gradient, cases
+from tests.support.loss_contract import make_loss, make_pair, make_step
+from yolo_kd.distillation.adapters import build_adapters
 from yolo_kd.errors import PairError
 from yolo_kd.losses.ultralytics import Ultralytics, score_weighted_l2
-from yolo_kd.views import Pair, Step, View
+from yolo_kd.structures import DetectorOutputs, LossInputs, PairSpec
 
 every_case = pytest.mark.parametrize("case", cases("ultralytics"), ids=lambda c: c.case)
 
@@ -27,13 +27,13 @@ def golden_step(case):
     for f in features["s"]:
         f.requires_grad_()
     widths = [tuple(f.shape[1] for f in features[who]) for who in "st"]
-    pair = Pair(widths[0], widths[1], (8, 16, 32), scores.shape[-1], 1, 1)
-    student = View(features["s"], torch.zeros_like(scores), nothing, pair.strides, 1)
-    teacher = View(features["t"], scores, nothing, pair.strides, 1)
+    pair = PairSpec(widths[0], widths[1], (8, 16, 32), scores.shape[-1], 1, 1)
+    student = DetectorOutputs(features["s"], torch.zeros_like(scores), nothing, pair.strides, 1)
+    teacher = DetectorOutputs(features["t"], scores, nothing, pair.strides, 1)
     adapters = build_adapters("mlp", pair)
     for i, adapter in enumerate(adapters):
         adapter.load_state_dict(case.state(f"p{i}."))
-    return pair, Step(student, teacher, align=lambda kind, i: {"mlp": adapters}[kind][i](student.features[i]))
+    return pair, LossInputs(student, teacher, align=lambda kind, i: {"mlp": adapters}[kind][i](student.features[i]))
 
 
 @every_case
@@ -81,8 +81,8 @@ def test_weights_of_an_end_to_end_head_come_from_the_mean_of_both_logits():
     t = step.teacher
     mean = replace(t, scores=(t.scores + t.one2one_scores) / 2, one2one_scores=None)
     loss = make_loss(Ultralytics, pair)
-    merged = Step(step.student, mean, align=step._align)
-    alone = Step(step.student, replace(t, one2one_scores=None), align=step._align)
+    merged = LossInputs(step.student, mean, align=step._align)
+    alone = LossInputs(step.student, replace(t, one2one_scores=None), align=step._align)
     value = loss(step)["dis_loss"].item()
     assert value == pytest.approx(loss(merged)["dis_loss"].item(), rel=1e-6)
     assert value != pytest.approx(loss(alone)["dis_loss"].item(), rel=1e-4)
@@ -99,7 +99,7 @@ def test_cells_are_weighted_row_by_row():
     features[0][0, :, 2, 3] += 2.0
     features[0][0, :, 3, 2] += 100.0
     teacher = replace(step.teacher, scores=scores)
-    value = make_loss(Ultralytics, pair, dis=1.0)(Step(replace(step.student, features=tuple(features)), teacher))
+    value = make_loss(Ultralytics, pair, dis=1.0)(LossInputs(replace(step.student, features=tuple(features)), teacher))
     assert value["dis_loss"].item() == pytest.approx(4.0, rel=1e-5)
 
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yolo_kd.assignments import NO_RECIPE, parse_assignments
-from yolo_kd.class_choice import CLASS_KEYS
+from yolo_kd.config.class_options import CLASS_KEYS
+from yolo_kd.config.command_line import NO_RECIPE, parse_assignments
+from yolo_kd.config.recipe import load_recipe, shipped_recipes
+from yolo_kd.config.source import Item, problem, raise_if, read_yaml, shown
+from yolo_kd.config.train_options import DEFAULT_RECIPE, TrainOptions, default_recipe, read_items, resolve_items
+from yolo_kd.config.train_options import OWN_KEYS as TRAIN_KEYS
+from yolo_kd.config.unlabeled import UNLABELED_KEYS
 from yolo_kd.errors import ConfigError, did_you_mean, listed
-from yolo_kd.options import DEFAULT_RECIPE, TrainOptions, default_recipe, read_items, resolve_items
-from yolo_kd.options import OWN_KEYS as TRAIN_KEYS
-from yolo_kd.pool import POOL_KEYS
-from yolo_kd.recipe import load_recipe, shipped_recipes
-from yolo_kd.yaml_lines import Item, problem, raise_if, read_yaml, shown
 
 BASELINE = "baseline"  # the student alone
 UPSTREAM = "distill_model"  # Ultralytics' own trainer with its own distillation
@@ -286,7 +286,7 @@ def _arm(name: str, keys: dict[str, Item], common: Mapping[str, Item], problems:
     merged = {**common, **keys}
     extra = {}
     if kind == ALONE:
-        for key in ("teacher", "inherit", "random_teacher", *CLASS_KEYS, *POOL_KEYS):
+        for key in ("teacher", "inherit", "random_teacher", *CLASS_KEYS, *UNLABELED_KEYS):
             if key not in keys:
                 merged.pop(key, None)
     if kind == UPSTREAM:
@@ -295,8 +295,8 @@ def _arm(name: str, keys: dict[str, Item], common: Mapping[str, Item], problems:
         for key in _UPSTREAM_KEYS:
             if key in merged:
                 extra[key] = merged.pop(key)
-        merged = {k: item for k, item in merged.items() if k not in POOL_KEYS or k in keys}
-        ours = ("inherit", "random_teacher", *CLASS_KEYS, *POOL_KEYS)
+        merged = {k: item for k, item in merged.items() if k not in UNLABELED_KEYS or k in keys}
+        ours = ("inherit", "random_teacher", *CLASS_KEYS, *UNLABELED_KEYS)
         for key in [k for k in merged if k.startswith("kd.") or k in ours]:
             problems.append(problem(merged.pop(key).where, f"{key} has no meaning for Ultralytics' own trainer."))
     for key, item in extra.items():

@@ -24,14 +24,15 @@ from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.utils.ops import scale_boxes
 from ultralytics.utils.torch_utils import get_flops, get_num_params
 
-from yolo_kd.checkpoints import load_checkpoint_file, load_detector, quiet, restricted_loading, sha256
-from yolo_kd.class_match import indices_of
-from yolo_kd.class_names import short
+from yolo_kd.classes.match import indices_of
+from yolo_kd.classes.names import short
 from yolo_kd.compare.runs import fingerprint, write_text
-from yolo_kd.compare.sizes import ImageResult, ap_by_size
-from yolo_kd.datafiles import optional_train
+from yolo_kd.compare.size_metrics import ImageResult, ap_by_size
 from yolo_kd.errors import CheckpointError
-from yolo_kd.taps import strides_of
+from yolo_kd.safe_loading.checkpoint import load_checkpoint_file, load_detector, sha256
+from yolo_kd.safe_loading.dataset import optional_train
+from yolo_kd.safe_loading.restricted import quiet, restricted_loading
+from yolo_kd.upstream.heads import strides_of
 
 METRICS = ("mAP50-95", "mAP50", "precision", "recall")
 # keys of a training that also change how a checkpoint is evaluated

@@ -12,11 +12,11 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from yolo_kd.compare import pictures, scenes
+from yolo_kd.compare import examples, plots
 from yolo_kd.compare.evaluate import METRICS, load_predictions, predictions_file
-from yolo_kd.compare.results import assigned, runs_csv
 from yolo_kd.compare.runs import write_text
 from yolo_kd.compare.statistics import GAIN, LOSS, NOISE, NOTHING, THIN, UNCERTAIN, points
+from yolo_kd.compare.summary import assigned, runs_csv
 
 TEMPLATE = "report.html.j2"
 NONE = "-"
@@ -217,8 +217,8 @@ def draw(summary: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, Any]
             drawn["problems"].append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}")
 
     splits = summary["splits"]
-    attempt("differences", lambda: {s: svg_uri(pictures.differences(summary, s)) for s in splits}, {})
-    attempt("curves", lambda: svg_uri(pictures.learning_curves(summary)), None)
+    attempt("differences", lambda: {s: svg_uri(plots.differences(summary, s)) for s in splits}, {})
+    attempt("curves", lambda: svg_uri(plots.learning_curves(summary)), None)
     attempt("terms", lambda: _terms(summary), [])
     for kind in ("classes", "sizes"):
         attempt(kind, partial(_parts, summary, kind), {})
@@ -228,7 +228,7 @@ def draw(summary: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _parts(summary: Mapping[str, Any], kind: str) -> dict[str, str]:
-    drawn = {split: pictures.parts(summary, kind, split) for split in summary["splits"]}
+    drawn = {split: plots.parts(summary, kind, split) for split in summary["splits"]}
     return {split: svg_uri(picture) for split, picture in drawn.items() if picture is not None}
 
 
@@ -240,7 +240,7 @@ def svg_uri(svg: str) -> str:
 def _terms(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = []
     for arm in summary["arms"]:
-        picture = pictures.loss_terms(summary, arm["name"])
+        picture = plots.loss_terms(summary, arm["name"])
         if picture is None:
             continue
         rows = [
@@ -267,23 +267,23 @@ def _scenes(summary: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, A
         return load_predictions(predictions_file(parts["cache"], evaluation["key"], "val"))
 
     runs = {name: [results(evaluations[f"{name} seed {s}"]) for s in seeds] for name in (reference, best)}
-    chosen = scenes.choose(runs[reference], runs[best])
+    chosen = examples.choose(runs[reference], runs[best])
     teacher: str | None = next(iter(parts["teachers"]), None)
     fixed: dict[str, Any] = {"teacher": results(parts["teachers"][teacher])} if teacher else {}
     made = []
     for choice in chosen:
         shown = {**fixed, **{name: runs[name][choice.run] for name in (reference, best)}}
-        drawn = scenes.scene(choice, shown, parts["names"], seeds[choice.run])
+        drawn = examples.scene(choice, shown, parts["names"], seeds[choice.run])
         made += [drawn] if drawn is not None else []
     models: dict[str, Path] = {name: parts["checkpoints"][f"{name} seed {seeds[0]}"] for name in (reference, best)}
     if teacher:
         models = {"teacher": Path(teacher), **models}
-    order = sorted(chosen, key=lambda c: -abs(c.arm - c.reference)) or [scenes.Choice(0, 0, 0.0, 0.0)]
+    order = sorted(chosen, key=lambda c: -abs(c.arm - c.reference)) or [examples.Choice(0, 0, 0.0, 0.0)]
     pictures_of = runs[reference][0]
-    files = [pictures_of[c.index].name for c in order[: scenes.ATTENTION]] if pictures_of else []
-    looked = [(Path(f).name, p) for f in files if (p := scenes.read_picture(f)) is not None]
+    files = [pictures_of[c.index].name for c in order[: examples.ATTENTION]] if pictures_of else []
+    looked = [(Path(f).name, p) for f in files if (p := examples.read_picture(f)) is not None]
     maps = {
-        name: scenes.attention(path, [p for _, p in looked], settings.imgsz, settings.trust)
+        name: examples.attention(path, [p for _, p in looked], settings.imgsz, settings.trust)
         for name, path in models.items()
     }
     attention = [
@@ -315,6 +315,6 @@ def html(summary: Mapping[str, Any], drawn: Mapping[str, Any]) -> str:
         tables=tables(summary),
         by_part=by_part,
         mark=next((_word(a) for a in summary["arms"] if a["name"] in summary["ranking"][:1]), ""),
-        confidence=scenes.CONFIDENCE,
-        iou=scenes.IOU,
+        confidence=examples.CONFIDENCE,
+        iou=examples.IOU,
     )

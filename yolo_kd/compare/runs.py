@@ -17,12 +17,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from yolo_kd import __version__
-from yolo_kd.checkpoints import sha256
+from yolo_kd._version import __version__
 from yolo_kd.compare.arms import DISTILLED, UPSTREAM, Arm, Comparison
+from yolo_kd.config.recipe import load_recipe
+from yolo_kd.config.unlabeled import SOURCE_KEY
 from yolo_kd.errors import ConfigError
-from yolo_kd.pool import SOURCE_KEY
-from yolo_kd.recipe import load_recipe
+from yolo_kd.safe_loading.checkpoint import sha256
 
 FINISHED, FAILED, RUNNING, WAITING = "finished", "failed", "running", "waiting"
 DEFAULTS = {"plots": False}  # what a comparison sets where the user does not

@@ -18,9 +18,9 @@ from typing import Any
 import yaml
 from ultralytics.models.yolo.detect import DetectionTrainer
 
-from yolo_kd.assignments import parse_assignments
-from yolo_kd.cpu_precision import cpu_bf16_autocast
+from yolo_kd.config.command_line import parse_assignments
 from yolo_kd.environment import check_torchvision
+from yolo_kd.upstream.cpu_bf16 import cpu_bf16_autocast
 
 PREVIOUS = "last.complete.pt"  # a copy of last.pt that was finished
 

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_levels, check_range
-from yolo_kd.losses.ops import same_shape
-from yolo_kd.losses.parts import sum_in_parts
-from yolo_kd.views import Step
+from yolo_kd.losses.kernels.chunked import sum_in_parts
+from yolo_kd.losses.kernels.ops import same_shape
+from yolo_kd.structures import LossInputs
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
 STRENGTH = 0.7
@@ -87,7 +87,7 @@ class AT(Loss):
         self.p = check_range("p", p, 1, 8)
         self.level_names = check_levels(levels)
 
-    def forward(self, step: Step) -> dict[str, Tensor]:
+    def forward(self, step: LossInputs) -> dict[str, Tensor]:
         """Return the one term."""
         terms = [attention_transfer(step.student.features[i], step.teacher.features[i], self.p) for i in self.levels]
         return {"at_loss": STRENGTH * torch.stack(terms).sum()}

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from yolo_kd.errors import ConfigError, PairError, did_you_mean, listed
-from yolo_kd.views import Pair, Step
+from yolo_kd.structures import LossInputs, PairSpec
 
 READABLE = frozenset({"features", "scores", "boxes", "one2one", "targets", "assignment"})
 COLUMN_WIDTH = 10  # the progress bar of Ultralytics gives each column 11 characters, one of them a space
@@ -72,7 +72,7 @@ class Loss(nn.Module):
             raise TypeError(f"loss '{cls.name}' declares no columns")
         _REGISTRY[cls.name] = cls
 
-    def build(self, pair: Pair) -> None:
+    def build(self, pair: PairSpec) -> None:
         """Check that this pair can be served, resolve the level names and, in subclasses, make learned modules.
 
         Called once, before training.
@@ -86,7 +86,7 @@ class Loss(nn.Module):
         self.check_bins(pair)
         self.levels = self.level_indices(pair)
 
-    def forward(self, step: Step) -> dict[str, Tensor]:
+    def forward(self, step: LossInputs) -> dict[str, Tensor]:
         """Return one float32 scalar for each of `columns`, not multiplied by the batch size."""
         raise NotImplementedError
 
@@ -105,7 +105,7 @@ class Loss(nn.Module):
                 belong to the teacher: keep them out of this module's parameters and state.
         """
 
-    def check_bins(self, pair: Pair) -> None:
+    def check_bins(self, pair: PairSpec) -> None:
         """Raise `PairError` if the loss needs distance distributions that the pair does not share."""
         if self.needs_bins and not pair.same_bins:
             instead = f" Use '{self.instead}' instead." if self.instead else ""
@@ -115,7 +115,7 @@ class Loss(nn.Module):
                 f"more than 1.{instead}"
             )
 
-    def level_indices(self, pair: Pair) -> tuple[int, ...]:
+    def level_indices(self, pair: PairSpec) -> tuple[int, ...]:
         """Return the indices of the levels this loss acts on, in stride order.
 
         Raises:

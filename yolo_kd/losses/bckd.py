@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_range
-from yolo_kd.losses.ops import corners, giou_distance, same_shape, target_score_sum
-from yolo_kd.losses.parts import gap_cross_entropy_sum
-from yolo_kd.views import Step
+from yolo_kd.losses.kernels.chunked import gap_cross_entropy_sum
+from yolo_kd.losses.kernels.ops import corners, giou_distance, same_shape, target_score_sum
+from yolo_kd.structures import LossInputs
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
 CLS_STRENGTH = 0.1
@@ -59,7 +59,7 @@ class BCKD(Loss):
         self.lam_loc = check_range("lam_loc", lam_loc, 0)
         self.beta = check_range("beta", beta, 1)
 
-    def forward(self, step: Step) -> dict[str, Tensor]:
+    def forward(self, step: LossInputs) -> dict[str, Tensor]:
         """Return the class and the localisation term."""
         s, t = step.student, step.teacher
         divisor = step.once("target score sum", lambda: target_score_sum(step))

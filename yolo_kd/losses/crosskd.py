@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from yolo_kd.errors import PairError
 from yolo_kd.losses.base import Loss, check_range
-from yolo_kd.losses.channels import deviations, rescaling
-from yolo_kd.losses.ops import EPS, corners, giou_distance, same_shape, target_score_sum, weighted_mean
-from yolo_kd.losses.parts import gap_cross_entropy_sum, weighted_bins_kl
-from yolo_kd.views import Pair, Step
+from yolo_kd.losses.kernels.channel_stats import deviations, rescaling
+from yolo_kd.losses.kernels.chunked import gap_cross_entropy_sum, weighted_bins_kl
+from yolo_kd.losses.kernels.ops import EPS, corners, giou_distance, same_shape, target_score_sum, weighted_mean
+from yolo_kd.structures import LossInputs, PairSpec
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
 CLS_STRENGTH = 0.15
@@ -140,7 +140,7 @@ class CrossKD(Loss):
         self.temperature = check_range("temperature", temperature, 0, above=True)
         self.tails = TeacherTails()
 
-    def build(self, pair: Pair) -> None:
+    def build(self, pair: PairSpec) -> None:
         """Make a 1x1 convolution for each branch whose width differs.
 
         Raises:
@@ -173,7 +173,7 @@ class CrossKD(Loss):
                     raise PairError(f"the teacher's head part '{branch}{i}' must be frozen and in eval mode")
         self.tails = TeacherTails((cls, box) for cls, box in tails)
 
-    def forward(self, step: Step) -> dict[str, Tensor]:
+    def forward(self, step: LossInputs) -> dict[str, Tensor]:
         """Return the class and the box term.
 
         Raises:
@@ -193,7 +193,7 @@ class CrossKD(Loss):
             "xbox_loss": BOX_STRENGTH * self.lam_box * box,
         }
 
-    def _reuse(self, step: Step, branch: int) -> Tensor:
+    def _reuse(self, step: LossInputs, branch: int) -> Tensor:
         """Return what the teacher's head makes of the student's features in one branch, (B, A, columns)."""
         outputs = []
         for i, tails in enumerate(self.tails):

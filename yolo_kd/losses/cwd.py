@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_levels, check_range
-from yolo_kd.losses.channels import standardising
-from yolo_kd.losses.ops import same_shape
-from yolo_kd.losses.parts import comes_as_copies, softmax_kl, sum_in_parts
-from yolo_kd.views import Step
+from yolo_kd.losses.kernels.channel_stats import standardising
+from yolo_kd.losses.kernels.chunked import comes_as_copies, softmax_kl, sum_in_parts
+from yolo_kd.losses.kernels.ops import same_shape
+from yolo_kd.structures import LossInputs
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
 STRENGTH = 0.35
@@ -84,7 +84,7 @@ class CWD(Loss):
         self.standardise = standardise
         self.level_names = check_levels(levels)
 
-    def forward(self, step: Step) -> dict[str, Tensor]:
+    def forward(self, step: LossInputs) -> dict[str, Tensor]:
         """Return the one term."""
         terms = [
             cwd(

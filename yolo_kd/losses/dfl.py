@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_range
-from yolo_kd.losses.ops import assigned, categorical_kl, same_shape, weighted_mean
-from yolo_kd.views import Step
+from yolo_kd.losses.kernels.ops import assigned, categorical_kl, same_shape, weighted_mean
+from yolo_kd.structures import LossInputs
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
 STRENGTH = 0.35
@@ -61,7 +61,7 @@ class DFL(Loss):
         super().__init__()
         self.temperature = check_range("temperature", temperature, 0, above=True)
 
-    def forward(self, step: Step) -> dict[str, Tensor]:
+    def forward(self, step: LossInputs) -> dict[str, Tensor]:
         """Return the one term."""
         s, t = step.student, step.teacher
         same_shape(student_boxes=s.boxes, teacher_boxes=t.boxes)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from yolo_kd.losses.base import Loss, check_levels, check_range
-from yolo_kd.losses.boxes import box_cells, cell_weights, paint
-from yolo_kd.losses.ops import EPS, attention, same_shape
-from yolo_kd.losses.parts import add_products, beside, computable, part_length, sum_cells
-from yolo_kd.views import Pair, Step
+from yolo_kd.losses.kernels.boxes import box_cells, cell_weights, paint
+from yolo_kd.losses.kernels.chunked import add_products, beside, computable, part_length, sum_cells
+from yolo_kd.losses.kernels.ops import EPS, attention, same_shape
+from yolo_kd.structures import LossInputs, PairSpec
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
 STRENGTH = 1.2
@@ -344,13 +344,13 @@ class FGD(Loss):
         self.temperature = check_range("temperature", temperature, 0, above=True)
         self.level_names = check_levels(levels)
 
-    def build(self, pair: Pair) -> None:
+    def build(self, pair: PairSpec) -> None:
         """Make a context block for each side of each level."""
         super().build(pair)
         self.student_context = nn.ModuleList(ContextBlock(pair.teacher_channels[i]) for i in self.levels)
         self.teacher_context = nn.ModuleList(ContextBlock(pair.teacher_channels[i]) for i in self.levels)
 
-    def forward(self, step: Step) -> dict[str, Tensor]:
+    def forward(self, step: LossInputs) -> dict[str, Tensor]:
         """Return the one term, summed over levels."""
         strengths = (self.alpha, self.beta, self.gamma, self.gamma, self.lam)
         terms = []
@@ -366,7 +366,7 @@ class FGD(Loss):
         return {"fgd_loss": STRENGTH * torch.stack(terms).sum()}
 
     @staticmethod
-    def _masks(step: Step, level: int) -> tuple[Tensor, Tensor]:
+    def _masks(step: LossInputs, level: int) -> tuple[Tensor, Tensor]:
         """Return the foreground and background weights of a level, made once per step."""
         t, shape = step.targets, step.teacher.shapes[level]
         if t is None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from yolo_kd.losses.base import Loss, check_levels, check_range
-from yolo_kd.losses.ops import same_shape
-from yolo_kd.losses.parts import squared_error_sum
-from yolo_kd.views import Pair, Step, Targets
+from yolo_kd.losses.kernels.chunked import squared_error_sum
+from yolo_kd.losses.kernels.ops import same_shape
+from yolo_kd.structures import LossInputs, PairSpec, Targets
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
 STRENGTH = 50.0
@@ -202,7 +202,7 @@ class FGFI(Loss):
         self.anchor_ratios = tuple(check_range("anchor_ratios", r, 0, above=True) for r in anchor_ratios)
         self.level_names = check_levels(levels)
 
-    def build(self, pair: Pair) -> None:
+    def build(self, pair: PairSpec) -> None:
         """Make one adapter for each level."""
         super().build(pair)
         self.adapters = nn.ModuleList()
@@ -211,7 +211,7 @@ class FGFI(Loss):
             nn.init.normal_(conv.weight, std=INIT_STD)
             self.adapters.append(nn.Sequential(conv, nn.ReLU()))
 
-    def forward(self, step: Step) -> dict[str, Tensor]:
+    def forward(self, step: LossInputs) -> dict[str, Tensor]:
         """Return the one term, over all levels."""
         key = ("imitation", self.psi, self.anchor_scale, self.anchor_ratios)
         masks = step.once(key, lambda: self._masks(step))
@@ -223,7 +223,7 @@ class FGFI(Loss):
         cells = torch.stack([masks[i].sum() for i in self.levels]).sum()
         return {"fgfi_loss": STRENGTH * torch.stack(errors).sum() / (2 * cells.clamp(min=1))}
 
-    def _masks(self, step: Step) -> list[Tensor]:
+    def _masks(self, step: LossInputs) -> list[Tensor]:
         """Return the cells near objects on every level, (B, H, W) bool each."""
         targets = step.targets
         assert isinstance(targets, Targets)  # the distiller supplies what `reads` names

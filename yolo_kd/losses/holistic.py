@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from yolo_kd.errors import did_you_mean, listed
 from yolo_kd.losses.base import Loss, check_levels, check_range
-from yolo_kd.losses.ops import averaging, same_shape
-from yolo_kd.losses.parts import sum_in_parts
-from yolo_kd.views import Pair, Step, View
+from yolo_kd.losses.kernels.chunked import sum_in_parts
+from yolo_kd.losses.kernels.ops import averaging, same_shape
+from yolo_kd.structures import DetectorOutputs, LossInputs, PairSpec
 
 STRENGTH = 0.1  # published λ, for student and critic alike
 CRITIC_SIDE = 64  # cells of the critic's input, near the published 65
@@ -191,7 +191,7 @@ class Adversary(nn.Module):
         return self._optimiser
 
 
-def score_maps(view: View, levels: tuple[int, ...]) -> Tensor:
+def score_maps(view: DetectorOutputs, levels: tuple[int, ...]) -> Tensor:
     """Return the class logits of some levels as one square map, (B, levels * nc, 64, 64), float32.
 
     Logits that overflowed count as zero. Products with two small matrices do what adaptive average pooling would, many
@@ -244,7 +244,7 @@ class Holistic(Loss):
         self.form = form
         self.level_names = check_levels(levels)
 
-    def build(self, pair: Pair) -> None:
+    def build(self, pair: PairSpec) -> None:
         """Make the critic."""
         super().build(pair)
         self.adversary = Adversary(pair.nc * len(self.levels), self.critic_lr, self.form)
@@ -257,7 +257,7 @@ class Holistic(Loss):
         """Train the critic once."""
         self.adversary.step()
 
-    def forward(self, step: Step) -> dict[str, Tensor]:
+    def forward(self, step: LossInputs) -> dict[str, Tensor]:
         """Return the one term, and show the critic what it will learn from."""
         same_shape(student=step.student.scores, teacher=step.teacher.scores)
         student = score_maps(step.student, self.levels)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_range
-from yolo_kd.losses.ops import assigned, categorical_kl, same_shape, weighted_mean
-from yolo_kd.views import Step
+from yolo_kd.losses.kernels.ops import assigned, categorical_kl, same_shape, weighted_mean
+from yolo_kd.structures import LossInputs
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
 MAIN_STRENGTH = 1.0
@@ -156,7 +156,7 @@ class LD(Loss):
         self.lam_main = check_range("lam_main", lam_main, 0)
         self.lam_vlr = check_range("lam_vlr", lam_vlr, 0)
 
-    def forward(self, step: Step) -> dict[str, Tensor]:
+    def forward(self, step: LossInputs) -> dict[str, Tensor]:
         """Return the term of the positives and that of the valuable region."""
         s, t = step.student, step.teacher
         same_shape(student_boxes=s.boxes, teacher_boxes=t.boxes)
@@ -171,7 +171,7 @@ class LD(Loss):
         }
 
     @staticmethod
-    def _region(step: Step) -> Tensor:
+    def _region(step: LossInputs) -> Tensor:
         """Return the weights of the valuable region of this step, (B, A)."""
         view, targets = step.student, step.targets
         assert targets is not None  # `assigned` has run

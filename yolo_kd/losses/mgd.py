@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from yolo_kd.errors import did_you_mean, listed
 from yolo_kd.losses.base import Loss, check_levels, check_range
-from yolo_kd.losses.channels import standardise
-from yolo_kd.losses.ops import same_shape
-from yolo_kd.losses.parts import squared_error_sum
-from yolo_kd.views import Pair, Step
+from yolo_kd.losses.kernels.channel_stats import standardise
+from yolo_kd.losses.kernels.chunked import squared_error_sum
+from yolo_kd.losses.kernels.ops import same_shape
+from yolo_kd.structures import LossInputs, PairSpec
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
 STRENGTH = 0.7
@@ -118,12 +118,12 @@ class MGD(Loss):
         self.standardise = standardise
         self.level_names = check_levels(levels)
 
-    def build(self, pair: Pair) -> None:
+    def build(self, pair: PairSpec) -> None:
         """Make a generator for each level."""
         super().build(pair)
         self.generators = nn.ModuleList(generator(pair.teacher_channels[i]) for i in self.levels)
 
-    def forward(self, step: Step) -> dict[str, Tensor]:
+    def forward(self, step: LossInputs) -> dict[str, Tensor]:
         """Return the one term, summed over levels."""
         terms = []
         for i, generate in zip(self.levels, self.generators, strict=True):

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from yolo_kd.errors import did_you_mean, listed
 from yolo_kd.losses.base import Loss, check_levels
-from yolo_kd.losses.channels import standardising
-from yolo_kd.losses.ops import EPS, same_shape
-from yolo_kd.losses.parts import squared_error_sum
-from yolo_kd.views import Step, Targets
+from yolo_kd.losses.kernels.channel_stats import standardising
+from yolo_kd.losses.kernels.chunked import squared_error_sum
+from yolo_kd.losses.kernels.ops import EPS, same_shape
+from yolo_kd.structures import LossInputs, Targets
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
 STRENGTH = 1.0
@@ -102,7 +102,7 @@ class Mimic(Loss):
         self.standardise = standardise
         self.level_names = check_levels(levels)
 
-    def forward(self, step: Step) -> dict[str, Tensor]:
+    def forward(self, step: LossInputs) -> dict[str, Tensor]:
         """Return the one term."""
         terms = []
         for i in self.levels:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_range
-from yolo_kd.losses.ops import (
+from yolo_kd.losses.kernels.chunked import weighted_binary_kl, weighted_bins_kl
+from yolo_kd.losses.kernels.ops import (
     EPS,
     distance_giou,
     expected_distance,
@@ -15,8 +16,7 @@ from yolo_kd.losses.ops import (
     same_shape,
     weighted_mean,
 )
-from yolo_kd.losses.parts import weighted_binary_kl, weighted_bins_kl
-from yolo_kd.views import Step
+from yolo_kd.structures import LossInputs
 
 # the class gain is that of Ultralytics' own class loss; together their gradient into the neck is half of the task
 # loss's, as upstream's own distillation pulls (table and command in docs/losses.md)
@@ -122,7 +122,7 @@ class Objectness(Loss):
         self.lam_box = check_range("lam_box", lam_box, 0)
         self.fm_nms = fm_nms
 
-    def forward(self, step: Step) -> dict[str, Tensor]:
+    def forward(self, step: LossInputs) -> dict[str, Tensor]:
         """Return the class and the box term."""
         s, t = step.student, step.teacher
         weights = step.once(

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_range
-from yolo_kd.losses.ops import expected_distance, same_shape
-from yolo_kd.views import Step, View
+from yolo_kd.losses.kernels.ops import expected_distance, same_shape
+from yolo_kd.structures import DetectorOutputs, LossInputs
 
 PUBLISHED_LAMBDA = 10.0
 # With the published λ the raw form pulls three to eleven times as hard as the task loss on heads of today, whose bins
@@ -69,14 +69,14 @@ class ObjectnessL2(Loss):
         super().__init__()
         self.lam = check_range("lam", lam, 0)
 
-    def forward(self, step: Step) -> dict[str, Tensor]:
+    def forward(self, step: LossInputs) -> dict[str, Tensor]:
         """Return the one term."""
         same_bins = step.student.reg_max == step.teacher.reg_max
         student, teacher = (self._maps(view, decode=not same_bins) for view in (step.student, step.teacher))
         return {"kobj2_loss": STRENGTH * objectness_logit_l2(student, teacher, self.lam)}
 
     @staticmethod
-    def _maps(view: View, decode: bool) -> list[Outputs]:
+    def _maps(view: DetectorOutputs, decode: bool) -> list[Outputs]:
         """Return boxes, objectness and class logits of each level, (B, H * W, ...) each."""
         scores, boxes = view.scores.float(), view.boxes.float()
         if decode:

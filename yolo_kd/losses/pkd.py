@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_levels
-from yolo_kd.losses.channels import rescaling
-from yolo_kd.losses.ops import same_shape
-from yolo_kd.losses.parts import squared_error_sum
-from yolo_kd.views import Step
+from yolo_kd.losses.kernels.channel_stats import rescaling
+from yolo_kd.losses.kernels.chunked import squared_error_sum
+from yolo_kd.losses.kernels.ops import same_shape
+from yolo_kd.structures import LossInputs
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
 STRENGTH = 2.0
@@ -77,7 +77,7 @@ class PKD(Loss):
         super().__init__()
         self.level_names = check_levels(levels)
 
-    def forward(self, step: Step) -> dict[str, Tensor]:
+    def forward(self, step: LossInputs) -> dict[str, Tensor]:
         """Return the one term."""
         terms = [
             pkd(step.aligned("conv1x1", i, as_is=True), step.teacher_feature(i, as_is=True), unbiased=False)

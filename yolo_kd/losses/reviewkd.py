@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from yolo_kd.errors import PairError
 from yolo_kd.losses.base import Loss, check_levels, check_range
-from yolo_kd.losses.ops import averaging, same_shape
-from yolo_kd.losses.parts import add_products, sum_in_parts
-from yolo_kd.views import Pair, Step
+from yolo_kd.losses.kernels.chunked import add_products, sum_in_parts
+from yolo_kd.losses.kernels.ops import averaging, same_shape
+from yolo_kd.structures import LossInputs, PairSpec
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
 STRENGTH = 3.0
@@ -150,7 +150,7 @@ class ReviewKD(Loss):
         self.mid_channels = int(check_range("mid_channels", mid_channels, 1))
         self.level_names = check_levels(levels)
 
-    def build(self, pair: Pair) -> None:
+    def build(self, pair: PairSpec) -> None:
         """Make one fusion per level, deepest first."""
         super().build(pair)
         self.fusions = nn.ModuleList(
@@ -158,7 +158,7 @@ class ReviewKD(Loss):
             for i in reversed(self.levels)
         )
 
-    def forward(self, step: Step) -> dict[str, Tensor]:
+    def forward(self, step: LossInputs) -> dict[str, Tensor]:
         """Return the one term.
 
         Raises:

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_levels, check_range
-from yolo_kd.losses.ops import same_shape
-from yolo_kd.losses.parts import (
+from yolo_kd.losses.kernels.chunked import (
     MOST_BITS,
     beside,
     channel_norms,
@@ -23,7 +22,8 @@ from yolo_kd.losses.parts import (
     softmax_kl,
     sums_in_parts,
 )
-from yolo_kd.views import Step, Targets
+from yolo_kd.losses.kernels.ops import same_shape
+from yolo_kd.structures import LossInputs, Targets
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
 CAD_GAIN = 14.0
@@ -295,7 +295,7 @@ class SEA(Loss):
         self.shrink = check_range("shrink", shrink, 0, 1, above=True)
         self.level_names = check_levels(levels)
 
-    def forward(self, step: Step) -> dict[str, Tensor]:
+    def forward(self, step: LossInputs) -> dict[str, Tensor]:
         """Return the three terms, means over levels."""
         categories = step.once(("semantic masks", self.shrink), lambda: self._categories(step))
         cad, tdd, lda = [], [], []
@@ -316,7 +316,7 @@ class SEA(Loss):
             "klda_loss": LDA_GAIN * self.gamma * torch.stack(lda).mean(),
         }
 
-    def _categories(self, step: Step) -> list[Categories]:
+    def _categories(self, step: LossInputs) -> list[Categories]:
         """Return the categories of every level's cells."""
         targets = step.targets
         assert isinstance(targets, Targets)  # the distiller supplies what `reads` names

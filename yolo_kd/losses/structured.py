@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_levels, check_range
-from yolo_kd.losses.ops import same_shape
-from yolo_kd.losses.parts import weighted_binary_kl
-from yolo_kd.views import Step, View
+from yolo_kd.losses.kernels.chunked import weighted_binary_kl
+from yolo_kd.losses.kernels.ops import same_shape
+from yolo_kd.structures import DetectorOutputs, LossInputs
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
 PIXEL_GAIN = 0.3
@@ -169,7 +169,7 @@ class Structured(Loss):
         self.nodes = nodes
         self.level_names = check_levels(levels)
 
-    def forward(self, step: Step) -> dict[str, Tensor]:
+    def forward(self, step: LossInputs) -> dict[str, Tensor]:
         """Return the pixel-wise and the pair-wise term."""
         s, t = step.student, step.teacher
         same_shape(student=s.scores, teacher=t.scores)
@@ -183,7 +183,7 @@ class Structured(Loss):
         pair = torch.stack(pairs).mean()
         return {"kpix_loss": PIXEL_GAIN * self.lam_pi * pixel, "kpair_loss": PAIR_GAIN * self.lam_pa * pair}
 
-    def _scores(self, view: View) -> Tensor:
+    def _scores(self, view: DetectorOutputs) -> Tensor:
         """Return the raw class logits of the points on our levels, (B, A, nc)."""
         if len(self.levels) == len(view.shapes):
             return view.scores

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_levels, check_range
-from yolo_kd.losses.ops import EPS, same_shape
-from yolo_kd.losses.parts import squared_error_sum
-from yolo_kd.views import Step
+from yolo_kd.losses.kernels.chunked import squared_error_sum
+from yolo_kd.losses.kernels.ops import EPS, same_shape
+from yolo_kd.structures import LossInputs
 
 
 def score_weighted_l2(student: Tensor, teacher: Tensor, score: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Ultralytics(Loss):
         self.dis = check_range("dis", dis, 0)
         self.level_names = check_levels(levels)
 
-    def forward(self, step: Step) -> dict[str, Tensor]:
+    def forward(self, step: LossInputs) -> dict[str, Tensor]:
         """Return the one term, summed over levels."""
         t = step.teacher
         logits = t.scores if t.one2one_scores is None else (t.scores + t.one2one_scores) / 2

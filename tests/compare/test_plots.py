@@ -1,0 +1,57 @@
+"""Plots: equal for equal numbers, readable as XML, and told apart without colour."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.support.comparison import fake_summary
+from yolo_kd.compare import plots
+
+
+@pytest.fixture(scope="module")
+def summary(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    gains = {"fgd": (0.02, -0.01, 0.0), "objectness": (0.03, 0.031, 0.032)}
+    return fake_summary(tmp_path_factory.mktemp("s"), gains, broken=("fgd seed 0",))[0]
+
+
+def all_of(summary: dict[str, Any]) -> list[str | None]:
+    return [
+        plots.differences(summary, "test"),
+        plots.learning_curves(summary),
+        plots.loss_terms(summary, "fgd"),
+        plots.parts(summary, "classes", "val"),
+        plots.parts(summary, "sizes", "test"),
+    ]
+
+
+def test_equal_numbers_make_equal_pictures(summary: dict[str, Any]) -> None:
+    first = all_of(summary)
+    assert first == all_of(summary)
+    for svg in first:
+        assert svg is not None
+        ElementTree.fromstring(svg)
+        assert "<dc:date>" not in svg
+
+
+def test_what_there_is_not_is_not_drawn(summary: dict[str, Any], tmp_path: Path) -> None:
+    assert plots.loss_terms(summary, "baseline") is None
+    names = [f"{arm} seed 0" for arm in ("baseline", "fgd")]
+    empty = fake_summary(tmp_path, {"fgd": (0.1,)}, broken=names)[0]
+    assert plots.parts(empty, "classes", "val") is None
+    for svg in (plots.differences(empty, "val"), plots.learning_curves(empty)):
+        ElementTree.fromstring(svg)
+
+
+def test_arms_differ_in_line_and_marker_not_only_in_colour() -> None:
+    styles = [plots.style_of(n) for n in range(8)]
+    assert len({str(line) for _, line, _ in styles}) == 8
+    assert len({marker for _, _, marker in styles}) == 8
+    assert plots.style_of(8) == plots.style_of(0)
+
+
+def test_the_reference_comes_first(summary: dict[str, Any]) -> None:
+    assert plots.numbered(summary) == {"baseline": 0, "fgd": 1, "objectness": 2}

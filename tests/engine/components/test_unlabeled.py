@@ -1,0 +1,222 @@
+"""Whole trainings with images that nobody labelled."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from ultralytics import YOLO
+from ultralytics.nn.tasks import DetectionModel
+
+from tests.engine.test_trainer import interrupted, make, rows_of, trained, weights_of
+from tests.support.models import narrow_checkpoint
+from tests.test_processes import two
+from yolo_kd.cli import main
+from yolo_kd.engine.signals import Interrupted
+from yolo_kd.engine.trainer import DistillationTrainer
+from yolo_kd.errors import ConfigError
+
+pytestmark = pytest.mark.e2e
+
+MODES = ("distill", "pseudo", "both")
+SURE = {"unlabeled_conf": 0.5, "unlabeled_low": 0.2}
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
+    """A folder of eight images without labels."""
+    folder = tmp_path_factory.mktemp("unlabelled") / "pool"
+    folder.mkdir()
+    for image in (shapes.parent / "images" / "test").glob("*.png"):
+        shutil.copy(image, folder / f"pool{image.name}")
+    return folder
+
+
+def note_images(trainer: DistillationTrainer) -> list[tuple[int, list[str]]]:
+    """Return a list that fills with epoch and images of every batch."""
+    seen: list[tuple[int, list[str]]] = []
+    preprocess = trainer.preprocess_batch
+
+    def noted(batch: dict) -> dict:
+        seen.append((trainer.epoch, [Path(f).name for f in batch["im_file"]]))
+        return preprocess(batch)
+
+    trainer.preprocess_batch = noted  # type: ignore[method-assign]
+    return seen
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_trains(tmp_path: Path, shapes: Path, student: Path, sure: Path, pool: Path, mode: str) -> None:
+    before = sorted(p.name for p in pool.rglob("*"))
+    keys = {"unlabeled": str(pool), "unlabeled_mode": mode, **SURE, "mosaic": 1.0, "close_mosaic": 1, "plots": True}
+    recipe = {"losses": {"objectness": {}, "fgd": {}}}
+    trainer = make(tmp_path, shapes, student, teacher=str(sure), kd=recipe, multi_scale=0.5, **keys)
+    seen = note_images(trainer)
+    trainer.train()
+    assert len(seen) == 2 * 3, "24 images fill three batches of 8"
+    rows = rows_of(trainer.save_dir)
+    about = {name for name in rows[0] if "pool" in name}
+    terms = {"train/kcls_pool", "train/kbox_pool", "train/fgd_pool"} if mode != "pseudo" else set()
+    task = {"train/box_pool", "train/cls_pool", "train/dfl_pool"} if mode != "distill" else set()
+    assert about == {"train/pool_obj", "train/pool_none"} | terms | task
+    assert all(float(rows[-1][name]) > 0 for name in about - {"train/pool_none"})
+    assert float(rows[0]["train/pool_none"]) < 1
+    assert float(rows[0]["train/box_loss"]) > 0
+    assert not any(name.startswith("val/") and "pool" in name for name in rows[0])
+    saved = yaml.safe_load((trainer.save_dir / "kd.yaml").read_text())["pool"]
+    assert saved["unlabeled"] == [str(pool)]
+    assert saved["unlabeled_mode"] == mode
+    assert sorted(p.name for p in pool.rglob("*")) == before, "nothing is written beside the images"
+    assert type(YOLO(trainer.best).model) is DetectionModel
+
+
+def test_a_ratio_of_zero_is_a_training_without(
+    tmp_path: Path, shapes: Path, student: Path, teacher: Path, pool: Path
+) -> None:
+    plain, steps = trained(tmp_path / "plain", shapes, student, teacher=str(teacher), kd="objectness")
+    keys = {"unlabeled": str(pool), "unlabeled_ratio": 0, "unlabeled_mode": "both"}
+    zero, same = trained(tmp_path / "zero", shapes, student, teacher=str(teacher), kd="objectness", **keys)
+    assert steps == same
+    for (name, a), b in zip(weights_of(plain.last).items(), weights_of(zero.last).values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_an_end_to_end_student(tmp_path: Path, shapes: Path, pool: Path) -> None:
+    """Its criterion is replaced on resume, and must come back with its pool."""
+    teacher = narrow_checkpoint("yolo26n", tmp_path, width=0.25, seed=1, file="teacher.pt", sure=True)
+    student = narrow_checkpoint("yolo26n", tmp_path, seed=2, file="student.pt")
+    keys = {"unlabeled": str(pool), "unlabeled_mode": "both", "unlabeled_ratio": 3, **SURE}
+    last = interrupted(tmp_path, shapes, student, after=1, epochs=2, teacher=str(teacher), kd="objectness", **keys)
+    resumed = DistillationTrainer(overrides={"resume": str(last)})
+    seen = note_images(resumed)
+    names: list[str] = []
+    resumed.add_callback("on_train_start", lambda t: names.append(type(t.model.criterion).__name__))
+    resumed.train()
+    assert names == ["PoolCriterion"]
+    assert resumed.plan.pool.ratio == 3
+    in_pool = {p.name for p in pool.iterdir()}
+    assert [sum(name in in_pool for name in files[2:]) for _, files in seen] == [6, 6, 6]
+    assert [r["epoch"] for r in rows_of(resumed.save_dir)] == ["1", "2"]
+    assert float(rows_of(resumed.save_dir)[1]["train/l1_pool"]) > 0
+
+
+@pytest.mark.parametrize("labels", ["none", "missing"])
+def test_not_a_single_label(tmp_path: Path, shapes: Path, student: Path, sure: Path, pool: Path, labels: str) -> None:
+    root = shapes.parent
+    lines = [f"path: {root}", f"val: {root / 'images' / 'val'}", "names: [circle, square, triangle]"]
+    if labels == "none":
+        shutil.copytree(root / "images" / "train", tmp_path / "bare")
+        lines.append(f"train: {tmp_path / 'bare'}")
+    data = tmp_path / "data.yaml"
+    data.write_text("\n".join(lines))
+    keys = {"unlabeled": str(pool), "batch": 4, **SURE, "plots": True}
+    trainer = make(tmp_path, data, student, teacher=str(sure), kd="objectness", **keys)
+    seen = note_images(trainer)
+    trainer.train()
+    rows = rows_of(trainer.save_dir)
+    assert len(seen) == 4, "an epoch is a pass over the pool"
+    assert {name for epoch, files in seen if epoch == 0 for name in files} == {p.name for p in pool.iterdir()}
+    assert all(float(r["train/box_loss"]) == float(r["train/kcls_loss"]) == 0 for r in rows)
+    assert all(float(r["train/kcls_pool"]) > 0 for r in rows)
+    assert float(rows[0]["val/box_loss"]) > 0, "validation has labels"
+    assert [row.term for row in trainer.audit_rows] == ["objectness"]
+
+
+def test_resume_inside_an_epoch_draws_what_is_left(
+    tmp_path: Path, shapes: Path, student: Path, teacher: Path, pool: Path
+) -> None:
+    keys = {"teacher": str(teacher), "kd": "objectness", "unlabeled": str(pool), "batch": 4, "epochs": 2}
+    whole = make(tmp_path / "whole", shapes, student, **keys)
+    expected = note_images(whole)
+    whole.train()
+    assert len(expected) == 2 * 6
+    cut = make(tmp_path / "cut", shapes, student, **keys)
+    first = note_images(cut)
+    cut.add_callback("on_train_batch_end", lambda t: os.kill(os.getpid(), signal.SIGINT) if len(first) == 8 else None)
+    with pytest.raises(Interrupted):
+        cut.train()
+    resumed = DistillationTrainer(overrides={"resume": str(cut.last)})
+    rest = note_images(resumed)
+    resumed.train()
+    assert first == expected[:8]
+    assert rest == expected[8:]
+    assert len(rows_of(resumed.save_dir)) == 2
+
+
+def test_what_may_be_said_on_resume(tmp_path: Path, shapes: Path, student: Path, teacher: Path, pool: Path) -> None:
+    keys = {"teacher": str(teacher), "kd": "objectness", "unlabeled": str(pool)}
+    last = interrupted(tmp_path, shapes, student, after=1, **keys)
+    for given in ({"unlabeled_ratio": 2}, {"unlabeled": str(pool), "unlabeled_mode": "both"}):
+        with pytest.raises(ConfigError, match=rf"^{list(given)[-1]} cannot be changed on resume"):
+            DistillationTrainer(overrides={"resume": str(last), **given})
+    assert DistillationTrainer(overrides={"resume": str(last), "unlabeled": str(pool)}).plan.pool.ratio == 1
+    moved = pool.parent / "moved"
+    pool.rename(moved)
+    try:
+        with pytest.raises(
+            Exception, match=r"unlabeled=.*pool cannot be used: .* does not exist.*add unlabeled=<place>"
+        ):
+            DistillationTrainer(overrides={"resume": str(last)})
+        resumed = DistillationTrainer(overrides={"resume": str(last), "unlabeled": str(moved)})
+        resumed.train()
+        assert resumed.args.kd["pool"]["unlabeled"] == [str(moved)], "and so the next resume needs no word of it"
+        assert len(rows_of(resumed.save_dir)) == resumed.epochs
+    finally:
+        moved.rename(pool)
+
+
+def test_a_run_without_a_pool_gets_none_on_resume(
+    tmp_path: Path, shapes: Path, student: Path, teacher: Path, pool: Path
+) -> None:
+    last = interrupted(tmp_path, shapes, student, after=1, teacher=str(teacher), kd="objectness")
+    with pytest.raises(ConfigError, match=r"^unlabeled cannot be changed on resume"):
+        DistillationTrainer(overrides={"resume": str(last), "unlabeled": str(pool)})
+
+
+def test_views_in_a_cache(tmp_path: Path, shapes: Path, student: Path, teacher: Path, pool: Path) -> None:
+    """A pool that holds training images as well has one row for each file."""
+    still = dict.fromkeys(("mosaic", "translate", "scale", "fliplr", "hsv_h", "hsv_s", "hsv_v"), 0.0)
+    places = [str(pool), str(shapes.parent / "images" / "train")]
+    keys = {"unlabeled": places, "kd.cache": "disk", "augmentations": [], **still}
+    trainer = make(tmp_path, shapes, student, teacher=str(teacher), kd="objectness", epochs=3, **keys)
+    passes: list[int] = []
+
+    def count(t: Any) -> None:
+        begin = t.teacher.begin
+        t.teacher.begin = lambda images: passes.append(1) or begin(images)
+
+    trainer.add_callback("on_train_start", count)
+    trainer.train()
+    assert 0 < len(passes) < 3 * len(trainer.train_loader), "what is kept is not computed again"
+    assert len(rows_of(trainer.save_dir)) == 3
+
+
+def test_the_command_line(
+    tmp_path: Path, shapes: Path, student: Path, teacher: Path, pool: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = [f"teacher={teacher}", f"student={student}", f"data={shapes}", f"project={tmp_path}", "name=run"]
+    fast = ["imgsz=64", "batch=8", "epochs=1", "workers=0", "plots=False", "optimizer=AdamW", "val=False"]
+    assert main(["train", *words, *fast, f"unlabeled={pool}/*", "unlabeled_ratio=1.5"]) == 0
+    said = caplog.text
+    assert "An epoch is 3 steps of 3 labelled and 5 pool images" in said
+    assert "Pool images have no task loss" in said
+
+
+def test_two_processes_see_other_images(tmp_path: Path, shapes: Path, student: Path, teacher: Path, pool: Path) -> None:
+    two("pool", tmp_path / "seen", shapes, student, teacher, pool)
+    seen: list[dict[str, Any]] = [json.loads((tmp_path / f"seen.{rank}").read_text()) for rank in (0, 1)]
+    in_pool = {p.name for p in pool.iterdir()}
+    for epoch in ("0", "1"):
+        ours, theirs = ([n for n in s["images"][epoch] if n in in_pool] for s in seen)
+        assert len(ours) == len(theirs) == 6
+        assert not {*ours[:4]} & {*theirs[:4]} or epoch != "0", "one order, dealt out"
+        assert {*ours} | {*theirs} == in_pool
+    assert seen[0]["weights"] == seen[1]["weights"]
+    assert seen[0]["images"] != seen[1]["images"]

@@ -1,0 +1,1 @@
+"""Teacher, student and recipe together make one step. Usable without a trainer."""

@@ -1,0 +1,225 @@
+"""Adapters, terms, weights and schedules: two views in, named scalars out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from yolo_kd.classes.mapping import ClassMap, MappedTail
+from yolo_kd.config.recipe import Recipe
+from yolo_kd.config.schedule import Schedule
+from yolo_kd.config.terms import TermSpec
+from yolo_kd.distillation.adapters import build_adapters
+from yolo_kd.distillation.auto_weight import AutoWeights
+from yolo_kd.errors import PairError
+from yolo_kd.losses.base import Loss, find
+from yolo_kd.structures import DetectorOutputs, LossInputs, PairSpec, Targets
+
+NECK = "neck"
+
+
+@dataclass(frozen=True)
+class Term:
+    """A loss with its weight and schedule, and the layers that it reads where these are not the neck's outputs."""
+
+    loss: Loss
+    weight: float
+    schedule: Schedule
+    student_layers: tuple[str, ...] = ()
+    teacher_layers: tuple[str, ...] = ()
+    ratio: float | None = None  # the target of a weight that sets itself
+
+    @property
+    def site(self) -> str:
+        """Name of the pair of places where the features come from; terms of one site share adapters and alignment."""
+        if not self.student_layers and not self.teacher_layers:
+            return NECK
+        return "+".join("-".join(names or (NECK,)) for names in (self.student_layers, self.teacher_layers)).replace(
+            ".", "_"
+        )
+
+
+class Distiller(nn.Module):
+    """Everything that a recipe adds to the student's own loss.
+
+    It owns the modules that are trained for distillation's sake only: adapters, shared by all terms that read the same
+    kind, and what a loss brings along. None of it is ever part of the student.
+
+    Args:
+        recipe: What to distil.
+        pair: Facts about both models; its classes are the matched ones.
+        classes: Which class of the student is which of the teacher, None where they are the same.
+
+    Raises:
+        PairError: If a loss cannot serve this pair.
+    """
+
+    def __init__(self, recipe: Recipe, pair: PairSpec, classes: ClassMap | None = None):
+        super().__init__()
+        self.classes = classes
+        self.pair = pair
+        self.reads, self.head_split = recipe.reads, recipe.head_split
+        self.losses = nn.ModuleDict()
+        self.terms: dict[str, Term] = {}
+        for spec in recipe.terms:
+            self.terms[spec.name] = _term(spec)
+            self.losses[spec.name] = self.terms[spec.name].loss
+        ratios = {name: term.ratio for name, term in self.terms.items() if term.ratio is not None}
+        self.auto = AutoWeights(ratios) if ratios else None
+        pairs = {name: _pair_at(term, name, pair) for name, term in self.terms.items()}
+        self._strides = {term.site: pairs[name].strides for name, term in self.terms.items()}
+        # adapters first, in level order: a lone `ultralytics` term then draws the random numbers that upstream draws
+        self.adapters = nn.ModuleDict()
+        for name, term in self.terms.items():
+            key = f"{term.loss.adapter}@{term.site}"
+            if term.loss.adapter is not None and key not in self.adapters:
+                self.adapters[key] = build_adapters(term.loss.adapter, pairs[name])
+        for name, term in self.terms.items():
+            term.loss.build(pairs[name])
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of all scalars, in the order of the recipe; the same in every step."""
+        return tuple(column for term in self.terms.values() for column in term.loss.columns)
+
+    @property
+    def weight_columns(self) -> dict[str, str]:
+        """Columns of the weights that set themselves, by term: `fgd_w` for the term that reports `fgd_loss`."""
+        names = self.auto.names if self.auto else ()
+        return {name: f"{self.terms[name].loss.columns[0].removesuffix('_loss')}_w" for name in names}
+
+    def weight(self, name: str) -> float | Tensor:
+        """Return the present weight of a term, before its schedule."""
+        term = self.terms[name]
+        return self.auto.weight(name) if self.auto is not None and term.ratio is not None else term.weight
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights that set themselves, by column; they are for the log and no part of the loss."""
+        return {column: self.weight(name) for name, column in self.weight_columns.items()}  # type: ignore[misc]
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that belong into the student's optimiser."""
+        own = {id(p) for term in self.terms.values() for p in term.loss.self_trained()}
+        return [p for p in self.parameters() if id(p) not in own]
+
+    def attach_teacher_head(self, tails: Sequence[tuple[nn.Module, nn.Module]]) -> None:
+        """Hand the end of the teacher's head to the losses that ask for it."""
+        if self.classes is not None:
+            tails = [(MappedTail(cls, self.classes), box) for cls, box in tails]
+        for term in self.terms.values():
+            if term.loss.head_split:
+                term.loss.attach_teacher_head(tails)
+
+    def steps(
+        self,
+        student: DetectorOutputs,
+        teacher: DetectorOutputs,
+        targets: Targets | None = None,
+        progress: float = 0.0,
+        continues: bool = False,
+    ) -> dict[str, LossInputs]:
+        """Return the step that each term sees, by the term's name; terms of one site share one.
+
+        The views hold all classes of their models, the steps those that both have.
+        """
+        if self.classes is not None:
+            student, teacher = self.classes.student_view(student), self.classes.teacher_view(teacher)
+            targets = None if targets is None else self.classes.targets(targets)
+        made: dict[str, LossInputs] = {}
+        for term in self.terms.values():
+            if term.site not in made:
+                made[term.site] = self._step(term, student, teacher, targets, progress, continues)
+        return {name: made[term.site] for name, term in self.terms.items()}
+
+    def _step(
+        self,
+        term: Term,
+        student: DetectorOutputs,
+        teacher: DetectorOutputs,
+        targets: Targets | None,
+        progress: float,
+        continues: bool,
+    ) -> LossInputs:
+        strides = self._strides[term.site]
+        student = _view_at(student, term.student_layers, strides)
+        teacher = _view_at(teacher, term.teacher_layers, strides)
+        device = student.features[0].device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device)
+        site = term.site
+
+        def precision() -> torch.autocast:
+            # an adapter is a layer like any other and runs in the precision of the student's forward pass
+            return torch.autocast(device, dtype=dtype, enabled=autocast)
+
+        def align(kind: str, level: int) -> Tensor:
+            with precision():
+                return self.adapters[f"{kind}@{site}"][level](student.features[level])  # type: ignore[index]
+
+        return LossInputs(student, teacher, targets, progress, align, precision, continues)
+
+    def unweighted(self, name: str, step: LossInputs) -> dict[str, Tensor]:
+        """Return the columns of one term before weight and schedule; its arithmetic runs in float32."""
+        with torch.autocast(step.student.scores.device.type, enabled=False):
+            return self.terms[name].loss(step)
+
+    def forward(self, steps: dict[str, LossInputs], close_mosaic: float = 1.0) -> dict[str, Tensor]:
+        """Return every column, weighted and scheduled, as float32 scalars for one image on average.
+
+        Args:
+            steps: What this distiller's `steps` returned.
+            close_mosaic: Progress at which mosaic augmentation closes.
+        """
+        values: dict[str, Tensor] = {}
+        for name, term in self.terms.items():
+            step = steps[name]
+            multiplier = term.schedule(step.progress, close_mosaic)
+            if term.weight == 0 or multiplier == 0:
+                zero = step.student.scores.new_zeros((), dtype=torch.float32)
+                values.update(dict.fromkeys(term.loss.columns, zero))
+            else:
+                strength = self.weight(name) * multiplier
+                values.update({c: v * strength for c, v in self.unweighted(name, step).items()})
+        return values
+
+    def after_step(self) -> None:
+        """Let losses that train modules of their own do so."""
+        for term in self.terms.values():
+            term.loss.after_step()
+
+
+def _term(spec: TermSpec) -> Term:
+    loss = find(spec.name)(**spec.arguments)
+    return Term(loss, spec.weight, spec.schedule, spec.student_layers, spec.teacher_layers, spec.ratio)
+
+
+def _pair_at(term: Term, name: str, pair: PairSpec) -> PairSpec:
+    """Return the pair as a term sees it: its own layers in place of the neck's outputs.
+
+    Raises:
+        PairError: If the two sides do not have the same number of maps at the same strides.
+    """
+    if term.site == NECK:
+        return pair
+    s_strides = tuple(pair.student_layer_strides[n] for n in term.student_layers) or pair.strides
+    t_strides = tuple(pair.teacher_layer_strides[n] for n in term.teacher_layers) or pair.strides
+    if s_strides != t_strides:
+        raise PairError(
+            f"loss '{name}' pairs student maps of stride {list(s_strides)} with teacher maps of stride "
+            f"{list(t_strides)}; student_layers and teacher_layers need the same strides in the same order, and a side "
+            f"that is left out is the neck with {list(pair.strides)}."
+        )
+    return replace(
+        pair,
+        student_channels=tuple(pair.student_layer_channels[n] for n in term.student_layers) or pair.student_channels,
+        teacher_channels=tuple(pair.teacher_layer_channels[n] for n in term.teacher_layers) or pair.teacher_channels,
+        strides=s_strides,
+    )
+
+
+def _view_at(view: DetectorOutputs, layers: tuple[str, ...], strides: tuple[int, ...]) -> DetectorOutputs:
+    """Return a view whose features are those layers' outputs, at those strides."""
+    return replace(view, features=tuple(view.layers[n] for n in layers), strides=strides) if layers else view

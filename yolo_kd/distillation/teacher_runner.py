@@ -1,0 +1,120 @@
+"""One way of running a teacher: precision, memory format, fusion; and the list of ways worth trying."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from yolo_kd.config.speed import AUTO, Speed
+from yolo_kd.environment import cpu_has_bf16
+from yolo_kd.structures import DetectorOutputs
+from yolo_kd.upstream.heads import find_layers, fuse_keeping_branches
+from yolo_kd.upstream.recorders import TeacherRecorder
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run a teacher.
+
+    Attributes:
+        precision: A key of `PRECISIONS`.
+        channels_last: Layout of the feature maps.
+        fused: Convolutions are joined with their normalisation, which changes nothing but the rounding.
+    """
+
+    precision: str
+    channels_last: bool
+    fused: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.precision}, {'channels-last' if self.channels_last else 'contiguous'}"
+
+
+def ways(speed: Speed, device: torch.device) -> list[Way]:
+    """Return the ways to try, the most promising first; where the user decides, one.
+
+    The last one is always float32 where the precision is not given, as that is what the others are measured against.
+    """
+    if speed.teacher_precision != AUTO:
+        precisions = [speed.teacher_precision]
+    elif device.type == "cuda":
+        precisions = ["fp16", "bf16", "fp32"]
+    else:
+        precisions = ["bf16", "fp32"] if device.type == "cpu" and cpu_has_bf16() else ["fp32"]
+    layouts = [True, False] if speed.teacher_channels_last == AUTO else [bool(speed.teacher_channels_last)]
+    # half-precision convolutions want channels-last everywhere; only float32 is worth a second look
+    return [Way(p, last) for p in precisions for last in layouts if p == "fp32" or last or len(layouts) == 1]
+
+
+class Runner:
+    """A copy of the teacher that runs one way.
+
+    Args:
+        plain: The model, which is copied.
+        way: How it runs.
+        device: Where it runs.
+        layers: Names of other layers to hand out.
+        head_split: Also hand out the features inside the head.
+        reads: What is read of the head.
+    """
+
+    def __init__(
+        self,
+        plain: nn.Module,
+        way: Way,
+        device: torch.device,
+        layers: Sequence[str],
+        head_split: bool,
+        reads: Collection[str],
+    ):
+        model = deepcopy(plain).eval().requires_grad_(False)
+        model = fuse_keeping_branches(model) if way.fused else model
+        self._layout: Any = torch.channels_last if way.channels_last else torch.contiguous_format
+        self.model = model.to(device=device, dtype=PRECISIONS[way.precision]).to(memory_format=self._layout)
+        self.way = way
+        self.tap = TeacherRecorder(self.model, find_layers(self.model, layers, "teacher", head_split), reads)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> DetectorOutputs:
+        """Return the view of (B, C, H, W) images."""
+        images = images.to(dtype=PRECISIONS[self.way.precision], memory_format=self._layout)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.tap(images)
+
+    def seconds(self, images: Tensor) -> float:
+        """Return the time of a pass; one must have been made already."""
+        start = time.perf_counter()
+        self(images)
+        if images.device.type == "cuda":
+            torch.cuda.synchronize(images.device)
+        return time.perf_counter() - start
+
+
+def largest_difference(view: DetectorOutputs, reference: DetectorOutputs) -> float:
+    """Return the largest relative difference over a view's tensors: norm of the difference over the norm."""
+    worst = 0.0
+    for name, exact in _tensors(reference).items():
+        exact, found = exact.float(), _tensors(view)[name].float()
+        gap = ((found - exact).norm() / exact.norm().clamp(min=1e-12)).item()
+        worst = math.inf if math.isnan(gap) else max(worst, gap)
+    return worst
+
+
+def _tensors(view: DetectorOutputs) -> dict[str, Tensor]:
+    """Return all tensors of a view that hold anything, by name."""
+    named = {f"features {i}": f for i, f in enumerate(view.features)} | {
+        f"layer {k}": v for k, v in view.layers.items()
+    }
+    named |= {"scores": view.scores, "boxes": view.boxes}
+    if view.one2one_scores is not None:
+        named["one2one scores"] = view.one2one_scores
+    return {name: tensor for name, tensor in named.items() if tensor.numel()}

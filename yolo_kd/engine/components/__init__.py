@@ -1,0 +1,1 @@
+"""Concerns that a trainer hosts, one class each."""

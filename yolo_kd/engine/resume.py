@@ -1,0 +1,256 @@
+"""A run that goes on from a checkpoint, and what the checkpoint may decide about it.
+
+A run that is resumed takes its arguments from the checkpoint, and the checkpoint may be a stranger's. It may decide how
+to train. It may not decide where files are written, what is fetched from the network, or which code is imported: those
+the user says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ultralytics.cfg import get_cfg
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, RANK
+
+from yolo_kd.config.command_line import NO_RECIPE
+from yolo_kd.config.plugins import import_plugins
+from yolo_kd.config.speed import SPEED_KEYS, Speed
+from yolo_kd.config.ultralytics_keys import wrong_values
+from yolo_kd.config.unlabeled import SOURCE_KEY, UNLABELED_KEYS, resumed_unlabeled
+from yolo_kd.engine.checks_before import check_unlabeled_images, read_dataset
+from yolo_kd.engine.epoch_position import Position
+from yolo_kd.engine.plan import Plan, is_resolved
+from yolo_kd.engine.run_files import restore, usable
+from yolo_kd.errors import CheckpointError, ConfigError, DataError
+from yolo_kd.safe_loading.architecture import check_model
+from yolo_kd.safe_loading.checkpoint import held_model, load_checkpoint_file, sha256
+from yolo_kd.unlabeled.images import UnlabeledImages
+
+MAX_VALUES = 20_000  # with shared lists counted wherever they stand
+MAX_TEXT = 1 << 20
+MAX_DEPTH = 20
+
+
+def open_run(overrides: Mapping[str, Any], own: Mapping[str, Any], trust: bool) -> dict[str, Any]:
+    """Check that a training can go on from a checkpoint, before anything is done with what stands in it.
+
+    A damaged file gives way to the one before it, which then takes its place.
+
+    Args:
+        overrides: Ultralytics' keys that the user gave, `resume` among them.
+        own: This package's keys that the user gave.
+        trust: Load checkpoints without restriction.
+
+    Returns:
+        The data set that the run goes on with.
+
+    Raises:
+        YoloKDError: If it cannot go on.
+    """
+    path = _source(overrides["resume"])
+    found = usable(path)
+    checkpoint, _ = load_checkpoint_file(found, role="resume", trust=trust)
+    _check_unfinished(checkpoint, found, alone=own.get("kd") == NO_RECIPE)
+    state = (checkpoint.get("train_args") or {}).get("kd")
+    data, split = _check_arguments(checkpoint, found, {**overrides, **own})
+    dataset = read_dataset(data, split, train_optional=isinstance(state, Mapping) and bool(state.get("pool")))
+    if not is_resolved(own.get("kd")):  # otherwise the parent of this process has seen to it
+        _check_plugins(state, import_plugins(own.get("plugins")), found)
+    if found != path and RANK in {-1, 0}:
+        LOGGER.warning(restore(path))
+    return dataset
+
+
+def resumed_plan(state: Mapping[str, Any], own: Mapping[str, Any], trust: bool) -> Plan:
+    """Return the plan of a run that goes on, with what the user says anew.
+
+    Args:
+        state: The plan in the checkpoint's arguments.
+        own: This package's keys that the user gave.
+        trust: Load checkpoints without restriction. What the file says of it does not count: whoever made it must not
+            decide what may run here.
+
+    Raises:
+        CheckpointError: If the record is damaged, or the teacher is not the file that the run began with.
+        ConfigError: If the recipe has mistakes, or the user asks for what a run cannot change.
+    """
+    plan = Plan.from_dict(state)
+    given = {key: own[key] for key in SPEED_KEYS if own.get(key) is not None}
+    speed = Speed.of({**plan.speed.to_keys(), **given})
+    teacher = plan.teacher if own.get("teacher") is None else str(own["teacher"])
+    plan = replace(plan, teacher=teacher, trust_checkpoints=trust, speed=speed)
+    _check_teacher_file(plan)
+    asked = {key: own[key] for key in UNLABELED_KEYS if own.get(key) is not None}
+    return replace(plan, pool=resumed_unlabeled(plan.pool, asked)) if asked else plan
+
+
+def resumed_images(plan: Plan, keys: Mapping[str, Any]) -> tuple[UnlabeledImages, bool]:
+    """Find the images of a pool again, see `plan.check_unlabeled_images`.
+
+    Raises:
+        ConfigError: If keys do not go together.
+        DataError: If the images cannot be used, and where to say that they are elsewhere now.
+    """
+    try:
+        return check_unlabeled_images(plan, keys)
+    except DataError as error:
+        raise DataError(f"{error} If they are elsewhere now, add {SOURCE_KEY}=<place>.") from error
+
+
+def is_local_yaml(data: str) -> bool:
+    """Return whether a data set is a YAML file that is here, or one of those that come with Ultralytics."""
+    if "://" in data or ":/" in data or not data.lower().endswith((".yaml", ".yml")):
+        return False
+    return Path(data).is_file() or len(Path(data).parts) == 1
+
+
+def is_plain(value: Any) -> bool:
+    """Return True for nested dictionaries and lists of plain values that stay small when they are written out."""
+    left = [MAX_VALUES]
+
+    def walk(entry: Any, depth: int) -> bool:
+        left[0] -= 1
+        if left[0] < 0 or depth > MAX_DEPTH:
+            return False
+        if isinstance(entry, str):
+            return len(entry) <= MAX_TEXT
+        if isinstance(entry, dict):
+            return all(isinstance(k, str | int) and walk(v, depth + 1) for k, v in entry.items())
+        if isinstance(entry, list | tuple):
+            return all(walk(v, depth + 1) for v in entry)
+        return entry is None or isinstance(entry, bool | int | float | Path)
+
+    return walk(value, 0)
+
+
+def _source(resume: Any) -> Path:
+    """Return the checkpoint to go on from.
+
+    Raises:
+        ConfigError: If it is not named; Ultralytics would take the newest run of the machine instead.
+    """
+    if not isinstance(resume, str | Path) or Path(resume).suffix.lower() != ".pt":
+        raise ConfigError(
+            f"resume={resume} names no checkpoint. Write resume=<run>/weights/last.pt, the file to go on from."
+        )
+    return Path(resume)
+
+
+def _check_unfinished(checkpoint: Mapping[str, Any], path: Any, alone: bool) -> None:
+    """Check that a checkpoint is one that a training can go on from.
+
+    Args:
+        checkpoint: Its dictionary.
+        path: Its file, for messages.
+        alone: True if the run to resume has no teacher.
+
+    Raises:
+        CheckpointError: If it is finished, or holds no distillation.
+    """
+    arguments = checkpoint.get("train_args") or {}
+    if not isinstance(arguments, Mapping):
+        raise CheckpointError(f"resume={path} is damaged: its training arguments are not a mapping.")
+    if arguments.get("kd") is None and "yolo_kd" not in checkpoint and not alone:  # the latter stands in finished files
+        raise CheckpointError(
+            f"resume={path} was not written by a distillation: it names no teacher and no recipe. Start a new run with "
+            f"student={path} and teacher=, or add kd=none to go on training it alone."
+        )
+    epoch = checkpoint.get("epoch")
+    inside_first_epoch = Position.of_checkpoint(checkpoint) is not None
+    if checkpoint.get("optimizer") is None or not isinstance(epoch, int) or (epoch < 0 and not inside_first_epoch):
+        raise CheckpointError(
+            f"resume={path} is a finished training: it holds no optimiser state. Name the last.pt of a run that was "
+            "interrupted."
+        )
+
+
+def _check_arguments(checkpoint: Mapping[str, Any], path: Path, given: Mapping[str, Any]) -> tuple[str, str]:
+    """Check the arguments of a run that is to go on, before anything is done with them.
+
+    Args:
+        checkpoint: The checkpoint's dictionary.
+        path: Its file.
+        given: What the user gave beside `resume`.
+
+    Returns:
+        The data set and the split that the run goes on with.
+
+    Raises:
+        CheckpointError: If they would write elsewhere, fetch something, or are not the arguments of a training.
+    """
+    arguments = checkpoint.get("train_args") or {}
+    if not isinstance(arguments, Mapping) or not is_plain(arguments):
+        raise CheckpointError(f"resume={path} is damaged: its training arguments are not plain values.")
+    home = path.resolve().parent.parent
+    saved = given.get("save_dir") or arguments.get("save_dir")
+    if not isinstance(saved, str | Path) or (Path(saved).resolve() != home and not given.get("save_dir")):
+        raise CheckpointError(
+            f"resume={path} belongs to the run folder {saved or 'of no name'}, but lies in {home}. To go on writing in "
+            f"the latter, add save_dir={home}; otherwise name the file in its own folder."
+        )
+    data = given.get("data") or arguments.get("data")
+    own = str(data) == str(arguments.get("data"))  # YOLO(...).train(resume=True) hands the checkpoint's on as given
+    if not isinstance(data, str | Path) or (own and not is_local_yaml(str(data))):
+        raise CheckpointError(
+            f"resume={path} names the data set {str(data)[:80]!r}, no data YAML of this machine. Add data=<yaml>."
+        )
+    if arguments.get("distill_model"):
+        raise CheckpointError(
+            f"resume={path} was written by Ultralytics' own distillation (distill_model=). Resume it there."
+        )
+    known = {key: value for key, value in arguments.items() if key in DEFAULT_CFG_DICT}
+    told = {key: value for key, value in given.items() if key in DEFAULT_CFG_DICT}
+    try:
+        get_cfg({**DEFAULT_CFG_DICT, **known})
+        if wrong := wrong_values({**known, **told}):
+            raise ValueError(wrong[0])
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(
+            f"resume={path} cannot go on, its training arguments are not valid here: {reason}"
+        ) from error
+    trust = bool(given.get("trust_checkpoints"))
+    check_model(held_model(checkpoint), f"resume={path}", rebuilt=True, trust=trust)
+    best = path.with_name("best.pt")
+    if best.exists() and best != path:  # Ultralytics opens it when the training ends
+        load_checkpoint_file(best, role="model", trust=trust)
+    return str(data), str(known.get("split") or "val")
+
+
+def _check_plugins(state: Any, named: Sequence[str], path: Path) -> None:
+    """Check that the user named every plugin that a checkpoint's recipe would import.
+
+    Raises:
+        CheckpointError: Naming the others.
+    """
+    recipe = state.get("recipe") if isinstance(state, Mapping) else None
+    plugins = recipe.get("plugins") if isinstance(recipe, Mapping) else None
+    unnamed = [str(name)[:80] for name in plugins or [] if name not in named] if isinstance(plugins, list) else []
+    if unnamed:
+        names = ",".join(dict.fromkeys([*named, *unnamed]))
+        raise CheckpointError(
+            f"resume={path} asks to import {', '.join(unnamed[:6])}, and importing runs code. If that code is yours, "
+            f"add plugins=[{names}]."
+        )
+
+
+def _check_teacher_file(plan: Plan) -> None:
+    """Check that the teacher of a run that is resumed is still the file it began with.
+
+    Raises:
+        CheckpointError: If it is gone, or another file stands in its place.
+    """
+    if plan.random_teacher and plan.teacher.lower().endswith((".yaml", ".yml")):
+        return
+    if not Path(plan.teacher).is_file():
+        raise CheckpointError(
+            f"the teacher {plan.teacher} of this run is gone. If it has moved, add teacher=<its new path>."
+        )
+    if (found := sha256(plan.teacher)) != plan.teacher_sha256:
+        raise CheckpointError(
+            f"teacher={plan.teacher} is not the file this run began with: its SHA-256 is {found[:12]}..., the run's "
+            f"teacher had {plan.teacher_sha256[:12]}.... Name the original file with teacher=."
+        )

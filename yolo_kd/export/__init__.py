@@ -1,0 +1,1 @@
+"""Exporting a student, and comparing the exported file with the checkpoint."""

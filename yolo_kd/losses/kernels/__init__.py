@@ -1,0 +1,1 @@
+"""Arithmetic that losses share or that is written for speed."""

@@ -1,0 +1,1 @@
+"""Images without labels: finding them, drawing them, and the labels that a teacher gives them."""
