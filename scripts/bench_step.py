@@ -10,7 +10,7 @@ takes a trained one.
     python scripts/bench_step.py                                        yolov8s -> yolov8n, float32 student
     python scripts/bench_step.py --amp bf16 --pair 11 --imgsz 640
     python scripts/bench_step.py --recipes fgd mgd --batch 16 --boxes 40 --memory
-    python scripts/bench_step.py --teacher yolov8s.pt --pool both       half of each batch from a pool
+    python scripts/bench_step.py --teacher yolov8s.pt --unlabeled both  half of each batch is unlabeled
     python scripts/bench_step.py --recipes fgd --profile                where one step's time goes
 
 Columns: the bound of a row is student + teacher (only what that recipe reads of it) + the bare forward and backward of
@@ -50,16 +50,15 @@ from ultralytics.nn.tasks import DetectionModel
 from yolo_kd.config.recipe import load_recipe, shipped_recipes
 from yolo_kd.config.speed import SPEED_KEYS, Speed
 from yolo_kd.config.unlabeled import MODES, UnlabeledOptions
-from yolo_kd.distillation.criterion import TEACHER_OUTPUTS, DistillationCriterion
+from yolo_kd.distillation.distillation import Distillation
 from yolo_kd.distillation.distiller import Distiller
+from yolo_kd.distillation.sub_batches import teacher_reads
 from yolo_kd.distillation.teacher import Teacher
-from yolo_kd.distillation.unlabeled_criterion import PoolCriterion, teacher_reads
 from yolo_kd.environment import release_memory, reused_memory
 from yolo_kd.safe_loading.checkpoint import LoadedDetector, load_detector
 from yolo_kd.unlabeled.dataset import UNLABELED_MARK
-from yolo_kd.upstream.heads import head_split_points, head_tails
+from yolo_kd.upstream.heads import head_split_points
 from yolo_kd.upstream.pairing import pair_spec
-from yolo_kd.upstream.recorders import LayerRecorder
 
 PAIRS = {"8": ("yolov8s", "yolov8n"), "11": ("yolo11l", "yolo11n"), "26": ("yolo26s", "yolo26n")}
 STUDENT, PLAIN, FAST, UPSTREAM = "student alone", "teacher, plain", "teacher, fast", "Ultralytics distill_model="
@@ -139,8 +138,8 @@ class Bench:
         self.native = self.student.init_criterion()
         self.plain = copy.deepcopy(teacher).to(self.device) if PLAIN in rows else None
         self.speed = Speed.of({k: getattr(args, k.replace(".", "_"), None) for k in SPEED_KEYS})
-        # images of a pool come last, and nobody labelled them
-        self.pool = UnlabeledOptions(("drawn",), mode=args.pool) if args.pool else None
+        # unlabeled images come last
+        self.unlabeled = UnlabeledOptions(("drawn",), mode=args.unlabeled) if args.unlabeled else None
         count = args.boxes * args.batch
         centre, size = torch.rand(count, 2) * 0.8 + 0.1, torch.rand(count, 2) * 0.2 + 0.02
         self.batch = {
@@ -153,7 +152,7 @@ class Bench:
         labelled = self.batch["batch_idx"] < args.batch - args.batch // 2
         self.mixed = {k: v if k == "img" else v[labelled] for k, v in self.batch.items()}
         self.mixed[UNLABELED_MARK] = torch.arange(args.batch) >= args.batch - args.batch // 2
-        self.distillers: dict[str, Distiller] = {}
+        self.distillations: dict[str, Distillation] = {}
         self.teachers: dict[tuple[frozenset[str], bool], Teacher] = {}
         self.calls: dict[str, list[Call]] = {}
         self.report = ""
@@ -162,37 +161,36 @@ class Bench:
         for name in rows:
             if name in (STUDENT, PLAIN, UPSTREAM):
                 continue
-            key = reads, split = everything, False
-            if name != FAST:
-                self.distillers[name] = Distiller(load_recipe(name), pair).to(self.device).train()
-                key = reads, split = self._reading(name)
+            distiller = None if name == FAST else Distiller(load_recipe(name), pair).to(self.device).train()
+            key = reads, split = (everything, False) if distiller is None else self._reading(distiller)
             if key not in self.teachers:
-                frozen = Teacher(detector, self.device, self.speed, (), split, reads, self._keep)
+                frozen = Teacher(detector, self.device, self.speed, (), split, reads)
+                frozen.on_settled = self._keep
                 frozen(self.batch["img"])
                 self.teachers[key] = frozen
-            if name == FAST:
+            if distiller is None:
                 self.fast = self.teachers[key]
                 continue
-            self.distillers[name].attach_teacher_head(head_tails(self.teachers[key].runner.model))
+            self.distillations[name] = distillation = Distillation(
+                self.student, self.teachers[key], distiller, self.unlabeled
+            )
+            distillation.task_loss = self.native
+            distillation.audits = False
             if not args.only_memory:
                 self.calls[name] = self._record(name)
 
     def _keep(self, sentence: str) -> None:
         self.report = self.report or sentence
 
-    def _reading(self, name: str) -> tuple[frozenset[str], bool]:
+    def _reading(self, distiller: Distiller) -> tuple[frozenset[str], bool]:
         """Return what a recipe reads of the teacher's head, and whether it reads layers inside."""
-        distiller = self.distillers[name]
-        return teacher_reads(self.pool, distiller.reads) & {"scores", "boxes", "one2one"}, distiller.head_split
-
-    def _teacher(self, name: str) -> Teacher:
-        return self.teachers[self._reading(name)]
+        return teacher_reads(self.unlabeled, distiller.reads) & {"scores", "boxes", "one2one"}, distiller.head_split
 
     def _record(self, name: str) -> list[Call]:
         """Run one step of a recipe and note which modules besides student and teacher it calls, outermost ones only."""
         calls: list[Call] = []
         depth = 0
-        distiller = self.distillers[name]
+        distiller = self.distillations[name].distiller
         modules = [m for m in distiller.modules() if m is not distiller and not isinstance(m, nn.ModuleList)]
         modules = [m for m in modules if m not in [t.loss for t in distiller.terms.values()]]
         modules += [
@@ -243,27 +241,19 @@ class Bench:
                 loss, _ = self.upstream(batch)
             loss.sum().backward()
             return
-        distiller = self.distillers.get(name)
-        self.student.criterion = self.native
-        criterion: DistillationCriterion | None = None
-        if distiller is not None:
-            if self.pool is None:
-                criterion = DistillationCriterion(self.student, distiller, native=self.native)
-            else:
-                batch = dict(self.mixed)
-                criterion = PoolCriterion(self.student, distiller, native=self.native, pool=self.pool)
-            _, split = self._reading(name)
-            criterion.layers = LayerRecorder(head_split_points(self.student)) if split else None
-            criterion.progress = 0.1
-            self.student.criterion = criterion
+        distillation = self.distillations.get(name)
+        if distillation is None:
+            with self._precision():
+                loss, _ = self.native(self.student(batch["img"]), batch)
+            loss.sum().backward()
+            return
+        batch = dict(self.mixed) if self.unlabeled else batch
         with self._precision():
-            if distiller is not None:
-                batch[TEACHER_OUTPUTS] = self._teacher(name).begin(batch["img"])
-            loss, _ = self.student.loss(batch, self.student(batch["img"]))
-        loss.sum().backward()
-        if distiller is not None and criterion is not None:
-            distiller.after_step()
-            criterion.close()
+            distillation.begin(batch)
+            losses = distillation.loss(distillation.observe(self.student(batch["img"]), batch), progress=0.1)
+        losses.total.backward()
+        distillation.after_step()
+        distillation.detach()
 
     def seconds(self, run: Callable[[], None]) -> float:
         """Time one run, from a quiet device to a quiet device."""
@@ -272,7 +262,7 @@ class Bench:
         run()
         self._wait()
         seconds = self.clock() - start
-        for module in (self.student, self.upstream, *self.distillers.values()):
+        for module in (self.student, self.upstream, *(d.distiller for d in self.distillations.values())):
             if module is not None:
                 module.zero_grad()
         return seconds
@@ -293,7 +283,8 @@ class Bench:
 
     def bound(self, name: str, times: dict[str, float]) -> float:
         """Return the lower bound of a recipe's step from one round's times."""
-        return times[STUDENT] + times[f"teacher {label(*self._reading(name))}"] + times[f"modules {name}"]
+        teacher = label(*self._reading(self.distillations[name].distiller))
+        return times[STUDENT] + times[f"teacher {teacher}"] + times[f"modules {name}"]
 
 
 def label(reads: frozenset[str], split: bool) -> str:
@@ -327,7 +318,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--recipes", nargs="*", help="names of shipped recipes; all by default")
     parser.add_argument("--pair", choices=PAIRS, default="8", help="family: 8 is yolov8s -> n, 11 is yolo11l -> n")
     parser.add_argument("--teacher", help="a trained teacher in place of the pair's random one")
-    parser.add_argument("--pool", choices=MODES, help="half of each batch is from a pool, used in that mode")
+    parser.add_argument("--unlabeled", choices=MODES, help="half of each batch is unlabeled, used in that mode")
     parser.add_argument("--imgsz", type=int, default=320)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--boxes", type=int, default=12, help="boxes in each image")
@@ -408,8 +399,9 @@ def measure(args: argparse.Namespace, recipes: list[str]) -> dict[str, Any]:
     teacher = f"{Path(args.teacher).stem} (trained)" if args.teacher else teacher
     setting = (
         f"{teacher} -> {student}, {args.imgsz} px, batch {args.batch}"
-        f"{f', half of it a pool ({args.pool})' if args.pool else ''}, {args.boxes} boxes per image, student "
-        f"{args.amp}{' compiled' if args.compile else ''}, {device}, torch {torch.__version__}, {args.rounds} rounds"
+        f"{f', half of it unlabeled ({args.unlabeled})' if args.unlabeled else ''}, {args.boxes} boxes per image, "
+        f"student {args.amp}{' compiled' if args.compile else ''}, {device}, torch {torch.__version__}, "
+        f"{args.rounds} rounds"
         f"{', processor time' if args.cpu_time else ''}"
     )
     print(f"{setting}\n{bench.report}\n")

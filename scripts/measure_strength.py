@@ -16,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,15 +28,13 @@ from ultralytics.utils import LOGGER
 from yolo_kd.config.recipe import load_recipe
 from yolo_kd.config.speed import Speed
 from yolo_kd.distillation.audit import audit
+from yolo_kd.distillation.distillation import Distillation
 from yolo_kd.distillation.distiller import Distiller
-from yolo_kd.distillation.teacher import Teacher
+from yolo_kd.distillation.observer import Observation
 from yolo_kd.losses.base import registered
 from yolo_kd.safe_loading.checkpoint import load_detector
-from yolo_kd.structures import DetectorOutputs
-from yolo_kd.upstream.heads import head_split_points, head_tails
-from yolo_kd.upstream.pairing import pair_spec
-from yolo_kd.upstream.recorders import AssignmentRecorder, LayerRecorder, outputs_of
-from yolo_kd.upstream.task_loss import targets_of
+from yolo_kd.structures import DetectorOutputs, LossInputs
+from yolo_kd.upstream.heads import head_tails
 
 
 def main() -> None:
@@ -86,18 +85,18 @@ class Bench:
         for name, p in self.student.named_parameters():
             p.requires_grad = ".dfl" not in name
         speed = Speed(teacher_precision="bf16" if args.bf16 else "fp32")
-        self.teacher = Teacher(teacher, torch.device("cpu"), speed, head_split=True)
-        self.points = head_split_points(self.student)
-        pair = pair_spec(self.student, teacher.model, self.points, head_split_points(teacher.model))
-        self.distillers = {}
+        # these two read all that any loss reads: layers inside the head, and the label assignment
+        self.distillation = Distillation.build(
+            self.student, teacher, {"losses": {"crosskd": {}, "bckd": {}, "ultralytics": {}}}, speed=speed
+        )
+        pair = self.distillation.distiller.pair
+        self.distillers: dict[str, Distiller] = {}
         for name, loss in registered().items():
             if (args.losses and name not in args.losses) or (loss.needs_bins and not pair.same_bins):
                 continue
             distiller = Distiller(load_recipe({"losses": {name: {}}}), pair).train()
             distiller.attach_teacher_head(head_tails(teacher.model))
             self.distillers[name] = distiller
-        self.criterion = self.student.init_criterion()
-        self.assignment = AssignmentRecorder(self.criterion)
 
     def batches(self, size: int, batch: int) -> Iterator[dict]:
         """Yield training batches as Ultralytics would, mosaic and all, without end."""
@@ -111,20 +110,18 @@ class Bench:
                 item["img"] = item["img"].float() / 255
                 yield item
 
-    def views(self, batch: dict, detach: bool) -> tuple[torch.Tensor, DetectorOutputs, DetectorOutputs, object]:
+    def observe(self, batch: dict) -> Observation:
         """Run both models and the task loss on one batch."""
-        tap = LayerRecorder(self.points)
+        self.distillation.begin(batch)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
             predictions = self.student(batch["img"])
-        loss, _ = self.criterion(predictions, batch)
-        layers = tap.take()
-        tap.remove()
-        if detach:
-            predictions = {k: [f.detach() for f in v] if k == "feats" else v.detach() for k, v in predictions.items()}
-            layers = {k: v.detach() for k, v in layers.items()}
-        view = outputs_of(predictions, self.student, layers)
-        targets = targets_of(batch, self.assignment.take())
-        return loss.sum() / len(batch["img"]), view, self.teacher(batch["img"]), targets
+        return self.distillation.observe(predictions, batch)
+
+    def inputs(self, distiller: Distiller, seen: Observation, student: DetectorOutputs) -> dict[str, LossInputs]:
+        """Return what the loss of a distiller reads of an observation, with the student's outputs as given."""
+        targets = next(iter(seen.acting[0].inputs.values())).targets
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
+            return distiller.inputs(student, seen.teacher, targets)
 
     def settle(self, steps: int) -> None:
         """Train the student on its own loss and every adapter on its own term."""
@@ -134,12 +131,13 @@ class Bench:
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]])
         began = time.time()
         for step, batch in zip(range(steps), self.batches(320, 4), strict=False):
-            task, student, teacher, targets = self.views(batch, detach=True)
+            seen = self.observe(batch)
+            student = detached(seen.student)
+            task = seen.task_loss.sum() / seen.images
             total = task * 4
             for distiller in self.distillers.values():
                 if distiller.trained_parameters():  # terms without modules have nothing to settle
-                    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
-                        total = total + sum(distiller(distiller.steps(student, teacher, targets)).values())
+                    total = total + sum(distiller(self.inputs(distiller, seen, student)).values())
             optimizer.zero_grad()
             total.backward()
             for group in optimizer.param_groups:
@@ -152,16 +150,26 @@ class Bench:
         """Return median value, gradient and share of each loss over a few batches."""
         rows: dict[str, list] = {name: [] for name in self.distillers}
         for _, item in zip(range(count), self.batches(size, batch), strict=False):
-            task, student, teacher, targets = self.views(item, detach=False)
+            seen = self.observe(item)
+            task = seen.task_loss.sum() / seen.images
             for name, distiller in self.distillers.items():
-                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
-                    steps = distiller.steps(student, teacher, targets)
-                rows[name] += audit(task, student, distiller, steps)
+                rows[name] += audit(task, seen.student, distiller, self.inputs(distiller, seen, seen.student))
         LOGGER.info(f"measured {size} px, batch {batch}")
         return {
             name: {key: statistics.median(getattr(r, key) for r in found) for key in ("value", "gradient", "share")}
             for name, found in rows.items()
         }
+
+
+def detached(outputs: DetectorOutputs) -> DetectorOutputs:
+    """Return outputs without gradient, so that no loss trains the student."""
+    return replace(
+        outputs,
+        features=tuple(f.detach() for f in outputs.features),
+        scores=outputs.scores.detach(),
+        boxes=outputs.boxes.detach(),
+        layers={name: layer.detach() for name, layer in outputs.layers.items()},
+    )
 
 
 if __name__ == "__main__":

@@ -48,14 +48,14 @@ def runs_out(where: str, batches: set[int]) -> Callable[[Any], None]:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
         if where == "the teacher":
-            trainer.teacher(torch.rand(2, 3, 64, 64))  # settles
-            trainer.teacher.runner.model.model[12].register_forward_hook(lambda *_: count())
+            trainer.distillation.teacher(torch.rand(2, 3, 64, 64))  # settles
+            trainer.distillation.teacher.runner.model.model[12].register_forward_hook(lambda *_: count())
         elif where == "a term":
-            term = trainer.distiller.losses["objectness"]
+            term = trainer.distillation.distiller.losses["objectness"]
             forward = term.forward
             term.forward = lambda step: (count(), forward(step))[1]
         else:
-            trainer.distiller.adapters["mlp@neck"][0][0].weight.register_hook(lambda _: count())
+            trainer.distillation.distiller.adapters["mlp@neck"][0][0].weight.register_hook(lambda _: count())
 
     return start
 
@@ -76,14 +76,14 @@ def test_ultralytics_halves_the_batch(tmp_path: Path, shapes: Path, student: Pat
     assert 0 < whole < 4
     assert progress[whole:] == pytest.approx([(epoch + i / 8) / 3 for epoch in range(3) for i in range(8)])
     assert [r["epoch"] for r in rows_of(trainer.save_dir)] == ["1", "2", "3"]
-    assert [row.term for row in trainer.audit_rows] == list(RECIPE["losses"])
+    assert [row.term for row in trainer.distillation.audit_rows] == list(RECIPE["losses"])
     held = [id(p) for group in trainer.optimizer.param_groups for p in group["params"]]
     assert len(held) == len(set(held))
-    assert {id(p) for p in trainer.distiller.trained_parameters()} <= set(held)
-    for column in trainer.distiller.columns:
+    assert {id(p) for p in trainer.distillation.distiller.trained_parameters()} <= set(held)
+    for column in trainer.distillation.distiller.columns:
         assert [step[column] for step in steps if step[column] <= 0] == [], column
     assert not any(kept)  # an attempt that was given up leaves no maps behind
-    assert trainer.guard.skipped == 0
+    assert trainer.distillation.guard.skipped == 0
 
 
 def test_running_out_of_memory_later_is_an_error(tmp_path: Path, shapes: Path, student: Path, teacher: Path) -> None:
@@ -162,9 +162,11 @@ def test_a_second_training_starts_clean(tmp_path: Path, shapes: Path, student: P
     weights = []
     for name in ("first", "second"):
         trainer = train_once(tmp_path / name, shapes, student, teacher)
-        assert not hooks(trainer.model, trainer.ema.ema, trainer.teacher.runner.model, trainer.distiller)
+        assert not hooks(
+            trainer.model, trainer.ema.ema, trainer.distillation.teacher.runner.model, trainer.distillation.distiller
+        )
         assert trainer.model.criterion is None
-        assert "forward" not in vars(trainer.teacher.runner.model.model[-1])
+        assert "forward" not in vars(trainer.distillation.teacher.runner.model.model[-1])
         assert functions() == before
         weights.append(weights_of(trainer.last))
         del trainer
@@ -193,6 +195,6 @@ def test_a_training_that_fails_leaves_nothing_either(
     trainer.add_callback("on_train_batch_end", fail)
     with pytest.raises(ZeroDivisionError):
         trainer.train()
-    assert not hooks(trainer.model, trainer.teacher.runner.model, trainer.distiller)
+    assert not hooks(trainer.model, trainer.distillation.teacher.runner.model, trainer.distillation.distiller)
     assert trainer.model.criterion is None
     assert functions() == before

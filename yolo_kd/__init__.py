@@ -12,6 +12,7 @@ from yolo_kd._version import __version__
 
 if TYPE_CHECKING:
     from yolo_kd.config.recipe import Recipe, load_recipe
+    from yolo_kd.distillation.distillation import Distillation
     from yolo_kd.engine.signals import Interrupted, Terminated
     from yolo_kd.engine.trainer import DistillationTrainer
     from yolo_kd.errors import (
@@ -34,6 +35,7 @@ _HOMES = {
     "CheckpointError": "yolo_kd.errors",
     "ConfigError": "yolo_kd.errors",
     "DataError": "yolo_kd.errors",
+    "Distillation": "yolo_kd.distillation.distillation",
     "DistillationTrainer": "yolo_kd.engine.trainer",
     "SetupError": "yolo_kd.errors",
     "Interrupted": "yolo_kd.engine.signals",

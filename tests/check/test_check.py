@@ -140,8 +140,8 @@ def test_it_measures_what_training_audits(
     overrides = {"teacher": str(teacher), "model": str(student), "data": str(shapes), "imgsz": 64, "batch": 8, **keys}
     trainer = DistillationTrainer(overrides={**overrides, "project": str(tmp_path), "workers": 0})
     trainer.train()
-    assert len(trainer.audit_rows) == 2
-    for row, facts in zip(trainer.audit_rows, report.facts["terms"], strict=True):
+    assert len(trainer.distillation.audit_rows) == 2
+    for row, facts in zip(trainer.distillation.audit_rows, report.facts["terms"], strict=True):
         for name in ("value", "gradient", "share", "cosine"):
             assert facts[name] == pytest.approx(getattr(row, name), rel=1e-3, abs=1e-4), (row.term, name)
 

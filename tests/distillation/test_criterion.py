@@ -16,8 +16,10 @@ from tests.support.models import FAMILIES, narrow_model
 from yolo_kd.config.recipe import load_recipe
 from yolo_kd.config.speed import Speed
 from yolo_kd.distillation.audit import measure
-from yolo_kd.distillation.criterion import TEACHER_OUTPUTS, DistillationCriterion
+from yolo_kd.distillation.criterion import DistillationCriterion
+from yolo_kd.distillation.distillation import Distillation
 from yolo_kd.distillation.distiller import Distiller
+from yolo_kd.distillation.observer import TEACHER_OUTPUTS
 from yolo_kd.distillation.teacher import Teacher
 from yolo_kd.errors import AuditError, PairError
 from yolo_kd.safe_loading.checkpoint import LoadedDetector
@@ -54,27 +56,27 @@ def make_batch(images: int = 2, size: int = 64) -> dict:
 
 
 def make_step(student: DetectionModel, teacher: DetectionModel, recipe: dict = RECIPE) -> tuple:
-    """Hang a criterion on a copy of the student and return it with distiller, teacher and batch."""
+    """Attach a criterion to a copy of the student; return it with distiller, teacher, batch and distillation."""
     student = copy.deepcopy(student).train()
     student.args = get_cfg()
     frozen = Teacher(LoadedDetector(teacher, {}, Path("teacher.pt"), "0" * 64), CPU, PLAIN)
     distiller = Distiller(load_recipe(recipe), pair_spec(student, teacher))
-    rows: list = []
-    student.criterion = DistillationCriterion(student, distiller, on_audit=rows.extend)
+    distillation = Distillation(student, frozen, distiller)
+    student.criterion = DistillationCriterion(distillation)
     batch = make_batch()
     batch[TEACHER_OUTPUTS] = frozen(batch["img"])
-    return student, distiller, frozen, batch, rows
+    return student, distiller, frozen, batch, distillation
 
 
 def check_one_step(student: DetectionModel, teacher: DetectionModel) -> None:
-    student, distiller, frozen, batch, rows = make_step(student, teacher)
+    student, distiller, frozen, batch, distillation = make_step(student, teacher)
     loss, items = student(batch)
     loss.sum().backward()
     assert list(items)[-3:] == ["kcls_loss", "kbox_loss", "dis_loss"]
     assert all(torch.isfinite(v) for v in items.values())
     assert all(items[c] > 0 for c in distiller.columns)
-    assert [row.term for row in rows] == ["objectness", "ultralytics"]
-    assert all(row.gradient > 0 for row in rows)
+    assert [row.term for row in distillation.audit_rows] == ["objectness", "ultralytics"]
+    assert all(row.gradient > 0 for row in distillation.audit_rows)
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in distiller.trained_parameters())
     assert all(p.grad is None for p in frozen.runner.model.parameters())
     frozen.verify_untouched()
@@ -113,7 +115,7 @@ def test_one_to_many_branch_is_distilled(models: dict) -> None:
     student, _, _, batch, _ = make_step(models["yolo26n"], models["yolo26n"], {"losses": {"objectness": {}}})
     predictions = student(batch["img"])
     assert set(predictions) == {"one2many", "one2one"}
-    student.criterion.native  # noqa: B018  (built before the native part is taken out of the sum)
+    student.criterion.distillation.task_loss  # noqa: B018  (built before the task loss is taken out of the sum)
     loss, _ = student.criterion(predictions, batch)
     loss[3:].sum().backward()
     assert student.model[0].conv.weight.grad.abs().sum() > 0
@@ -131,12 +133,12 @@ def test_criterion_copies_and_pickles_to_nothing(models: dict) -> None:
     assert pickle.loads(pickle.dumps(student.criterion)) is None
 
 
-def test_update_reaches_the_native_loss(models: dict) -> None:
+def test_update_reaches_the_task_loss(models: dict) -> None:
     student, *_ = make_step(models["yolo26n"], models["yolo26n"])
-    before = student.criterion.native.o2m
+    before = student.criterion.distillation.task_loss.o2m
     student.args.epochs = 10
     student.criterion.update()
-    assert student.criterion.native.o2m != before
+    assert student.criterion.distillation.task_loss.o2m != before
 
 
 def test_audit_names_a_term_without_gradient(models: dict) -> None:
@@ -159,7 +161,7 @@ def test_audit_names_a_term_that_is_not_finite(models: dict) -> None:
 
 def test_audit_shares_are_ratios_of_gradients(models: dict) -> None:
     """Compare the audit's share with gradients taken one by one through separate graphs."""
-    student, _, _, batch, rows = make_step(models["yolov8n"], models["yolo11n"])
+    student, _, _, batch, distillation = make_step(models["yolov8n"], models["yolo11n"])
     student(batch)
     plain = copy.deepcopy(student)
     plain.load_state_dict(student.state_dict())
@@ -171,21 +173,21 @@ def test_audit_shares_are_ratios_of_gradients(models: dict) -> None:
         return torch.cat([f.grad.flatten() for f in predictions["feats"]]).norm().item()
 
     task = gradient([0, 1, 2])
-    assert rows[0].share == pytest.approx(gradient([3, 4]) / task, rel=0.05)
-    assert rows[1].share == pytest.approx(gradient([5]) / task, rel=0.05)
+    assert distillation.audit_rows[0].share == pytest.approx(gradient([3, 4]) / task, rel=0.05)
+    assert distillation.audit_rows[1].share == pytest.approx(gradient([5]) / task, rel=0.05)
 
 
 def test_audit_waits_for_a_batch_with_objects(models: dict) -> None:
     """A term that acts near objects has no gradient on a batch without any; that is no fault."""
-    student, _, frozen, batch, rows = make_step(models["yolov8n"], models["yolov8n"], {"losses": {"fgfi": {}}})
+    student, _, frozen, batch, distillation = make_step(models["yolov8n"], models["yolov8n"], {"losses": {"fgfi": {}}})
     empty = {**batch, "bboxes": torch.zeros(0, 4), "cls": torch.zeros(0, 1), "batch_idx": torch.zeros(0)}
     loss, items = student(empty)
     assert torch.isfinite(loss).all()
     assert items["fgfi_loss"] == 0
-    assert not rows
+    assert not distillation.audit_rows
     batch[TEACHER_OUTPUTS] = frozen(batch["img"])
     student(batch)
-    assert [row.term for row in rows] == ["fgfi"]
+    assert [row.term for row in distillation.audit_rows] == ["fgfi"]
 
 
 def test_changed_teacher_is_noticed(models: dict) -> None:
@@ -232,7 +234,7 @@ def shares(student: DetectionModel, distiller: Distiller, batch: dict) -> dict[s
     tap = AssignmentRecorder(native)
     loss, _ = native(predictions, batch)
     view = outputs_of(predictions, student)
-    steps = distiller.steps(view, batch[TEACHER_OUTPUTS], targets_of(batch, tap.take()))
+    steps = distiller.inputs(view, batch[TEACHER_OUTPUTS], targets_of(batch, tap.take()))
     tap.remove()
     rows, problems = measure(loss.sum() / len(batch["img"]), view, distiller, steps)
     assert not problems
@@ -271,17 +273,18 @@ def test_weights_that_set_themselves_reach_their_ratio(models: dict) -> None:
 
 
 def test_logged_weights_are_no_part_of_the_loss(models: dict) -> None:
-    student, _, _, batch, rows = make_step(
+    student, _, _, batch, distillation = make_step(
         models["yolov8n"], models["yolo11n"], {"losses": {"fgd": {"weight": "auto"}}}
     )
     loss, items = student(batch)
     assert loss.shape == (4,)
     assert loss[3].item() == pytest.approx(2 * items["fgd_loss"].item(), rel=1e-6)
-    assert rows[0].share == pytest.approx(0.3, rel=1e-4), "the audit shows the first weight that was found"
+    share = distillation.audit_rows[0].share
+    assert share == pytest.approx(0.3, rel=1e-4), "the audit uses the first automatic weight"
     assert items["fgd_w"].item() != 1.0
     with torch.no_grad():
         student(batch)
-    assert student.criterion._distiller.auto.steps == 1, "a pass without gradients is no training step"
+    assert distillation.distiller.auto.steps == 1, "a pass without gradients is no training step"
 
 
 def test_a_batch_without_objects_leaves_weights_alone(models: dict) -> None:
@@ -311,15 +314,15 @@ def test_a_term_that_is_over_is_measured_no_more(models: dict) -> None:
 
 def test_shares_are_measured_at_the_outputs_where_freeze_stops_at_the_neck(models: dict) -> None:
     recipe = {"losses": {"objectness": {}}}
-    student, _, _, batch, rows = make_step(models["yolov8n"], models["yolo11n"], recipe)
+    student, _, _, batch, distillation = make_step(models["yolov8n"], models["yolo11n"], recipe)
     for layer in student.model[:-1]:
         layer.requires_grad_(False)
     student(batch)
-    assert 0 < rows[0].share < 100
+    assert 0 < distillation.audit_rows[0].share < 100
 
 
 def test_cosine_is_the_angle_between_gradients(models: dict) -> None:
-    student, _, _, batch, rows = make_step(models["yolov8n"], models["yolo11n"])
+    student, _, _, batch, distillation = make_step(models["yolov8n"], models["yolo11n"])
     student(batch)
 
     def gradient(names: list[int]) -> torch.Tensor:
@@ -328,5 +331,5 @@ def test_cosine_is_the_angle_between_gradients(models: dict) -> None:
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss[names].sum(), predictions["feats"])])
 
     task = gradient([0, 1, 2])
-    for row, names in zip(rows, ([3, 4], [5]), strict=True):
+    for row, names in zip(distillation.audit_rows, ([3, 4], [5]), strict=True):
         assert row.cosine == pytest.approx(torch.cosine_similarity(gradient(names), task, dim=0).item(), abs=0.02)

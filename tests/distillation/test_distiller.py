@@ -20,7 +20,7 @@ def distil(losses: dict, **pair: object) -> tuple[Distiller, dict]:
     facts = make_pair(**pair)
     distiller = Distiller(load_recipe({"losses": losses}), facts)
     step = make_step(facts)
-    return distiller, distiller.steps(step.student, step.teacher, step.targets)
+    return distiller, distiller.inputs(step.student, step.teacher, step.targets)
 
 
 def count_calls(distiller: Distiller) -> Counter:
@@ -94,7 +94,7 @@ def test_arithmetic_is_float32_under_autocast_and_adapters_are_not() -> None:
     seen: list[torch.dtype] = []
     distiller.adapters["conv1x1@neck"][0].register_forward_hook(lambda m, i, o: seen.append(o.dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        values = distiller(distiller.steps(step.student, step.teacher, step.targets))
+        values = distiller(distiller.inputs(step.student, step.teacher, step.targets))
     assert seen == [torch.bfloat16]
     assert values["cwd_loss"].dtype == torch.float32
 
@@ -128,7 +128,7 @@ def test_terms_on_layers_see_the_strides_of_these_layers(loss: str) -> None:
     layers = {"student_layers": ["model.6"], "teacher_layers": ["model.6"]}
     on_layer = Distiller(load_recipe({"losses": {loss: layers}}), layered)
     views = [replace(v, layers={"model.6": v.features[1]}) for v in (step.student, step.teacher)]
-    seen = on_layer.steps(*views, step.targets)[loss]
+    seen = on_layer.inputs(*views, step.targets)[loss]
     assert seen.student.strides == seen.teacher.strides == (16,)
     values = on_layer.unweighted(loss, seen)
     assert all(torch.isfinite(v) and v.requires_grad for v in values.values())

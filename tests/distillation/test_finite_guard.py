@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from tests.distillation.test_criterion import make_batch, make_step
 from tests.support.models import narrow_model
-from yolo_kd.distillation.criterion import TEACHER_OUTPUTS
 from yolo_kd.distillation.finite_guard import LIMIT, FiniteGuard
+from yolo_kd.distillation.observer import TEACHER_OUTPUTS
 from yolo_kd.errors import NumbersError
 from yolo_kd.structures import DetectorOutputs, tensors_of
+from yolo_kd.upstream.task_loss import loss_names_of
 
 RECIPE = {"losses": {"objectness": {}, "ultralytics": {}, "fgd": {}}}
 LAZY = pytest.mark.parametrize("lazy", [False, True], ids=["asked at once", "decided on the device"])
@@ -55,7 +56,7 @@ def students(tmp_path_factory: pytest.TempPathFactory) -> dict[str, nn.Module]:
 
 def poison_term(student: Any, _batch: dict) -> None:
     """A term whose value and gradients into the neck and into its adapter are NaN."""
-    term = student.criterion._distiller.losses["ultralytics"]
+    term = student.criterion.distillation.distiller.losses["ultralytics"]
     forward = term.forward
     term.forward = lambda step: {k: (v - v).sqrt() / 0 * v for k, v in forward(step).items()}
 
@@ -67,14 +68,15 @@ def poison_teacher(_student: Any, batch: dict) -> None:
 
 def poison_task(student: Any, _batch: dict) -> None:
     """A loss of the student's own that is infinite, with NaN as its gradient."""
-    native = student.criterion.native
+    native = student.criterion.distillation.task_loss
 
     def infinite(predictions: Any, batch: dict) -> tuple[Tensor, dict]:
         loss, items = native(predictions, batch)
         loss = 1 / (loss - loss).sqrt()
         return loss, dict(zip(items, loss.detach(), strict=True))
 
-    student.criterion._native = infinite
+    infinite.loss_names = loss_names_of(native)  # type: ignore[attr-defined]
+    student.criterion.distillation.task_loss = infinite
 
 
 POISONS = {"a term": poison_term, "the teacher": poison_teacher, "the task": poison_task}
@@ -88,14 +90,14 @@ def micro_batches(
     torch.manual_seed(0)
     student, distiller, frozen, _, _ = make_step(students[family], students["yolov8n"], RECIPE)
     guard = FiniteGuard(distiller.trained_parameters(), lazy)
-    student.criterion._guard = guard
-    student.criterion._on_audit = None
+    student.criterion.distillation.guard = guard
+    student.criterion.distillation.audits = False
     for i in batches:
         batch = make_batch()
         batch["img"] = (batch["img"] + i / 3) % 1
         batch[TEACHER_OUTPUTS] = frozen(batch["img"])
         forwards = {name: loss.forward for name, loss in distiller.losses.items()}
-        native = student.criterion.native
+        native = student.criterion.distillation.task_loss
         if i == 1 and poison is not None:
             poison(student, batch)
         loss, items = student(batch)
@@ -103,7 +105,7 @@ def micro_batches(
         assert all(v.isfinite() for v in items.values())
         for name, forward in forwards.items():
             distiller.losses[name].forward = forward
-        student.criterion._native = native
+        student.criterion.distillation.task_loss = native
     named = {**dict(student.named_parameters()), **{f"kd.{k}": v for k, v in distiller.named_parameters()}}
     return {k: v.grad for k, v in named.items() if v.grad is not None}, guard
 
@@ -136,7 +138,7 @@ def test_a_good_batch_is_not_touched(students: dict, lazy: bool) -> None:
     ours, guard = micro_batches(students, "yolov8n", lazy)
     torch.manual_seed(0)
     student, _, frozen, _, _ = make_step(students["yolov8n"], students["yolov8n"], RECIPE)
-    student.criterion._on_audit = None
+    student.criterion.distillation.audits = False
     for i in range(3):
         batch = make_batch()
         batch["img"] = (batch["img"] + i / 3) % 1
@@ -153,7 +155,7 @@ def test_a_good_batch_is_not_touched(students: dict, lazy: bool) -> None:
 def test_without_a_guard_a_bad_term_spoils_everything(students: dict) -> None:
     """The tests above can fail: this is what they keep out."""
     student, _, _, batch, _ = make_step(students["yolov8n"], students["yolov8n"], RECIPE)
-    student.criterion._on_audit = None
+    student.criterion.distillation.audits = False
     poison_term(student, batch)
     (student(batch)[0].sum() * 0).backward()
     assert student.model[0].conv.weight.grad.isnan().all()
@@ -382,7 +384,7 @@ def test_a_good_batch_on_a_cpu_costs_nothing(students: dict) -> None:
             spent.append(time.process_time() - start)
 
     guard.screen = timed  # type: ignore[method-assign]
-    student.criterion._guard = guard
+    student.criterion.distillation.guard = guard
     steps = []
     for _ in range(7):
         start = time.process_time()

@@ -31,8 +31,10 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return narrow_model(request.param, tmp_path_factory.mktemp("model"), seed=3).eval()
 
 
-def make(model: nn.Module, speed: Speed = EXACT, **keys: Any) -> Teacher:
-    return Teacher(LoadedDetector(model, {}, Path("teacher.pt"), ""), CPU, speed, **keys)
+def make(model: nn.Module, speed: Speed = EXACT, on_settled: Any = None, **keys: Any) -> Teacher:
+    teacher = Teacher(LoadedDetector(model, {}, Path("teacher.pt"), ""), CPU, speed, **keys)
+    teacher.on_settled = on_settled or teacher.on_settled
+    return teacher
 
 
 def raw(model: nn.Module) -> dict:

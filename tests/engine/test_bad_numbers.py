@@ -32,7 +32,7 @@ def term_is(value: float, when: Callable[[Any, int], bool]) -> Callable[[Any], N
     """Return a callback that makes the term `ultralytics` yield that value in the batches that `when` chooses."""
 
     def start(trainer: Any) -> None:
-        term = trainer.distiller.losses["ultralytics"]
+        term = trainer.distillation.distiller.losses["ultralytics"]
         forward, seen = term.forward, [0]
 
         def poisoned(step: Any) -> dict:
@@ -46,7 +46,7 @@ def term_is(value: float, when: Callable[[Any, int], bool]) -> Callable[[Any], N
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:
-    return {**trainer.model.state_dict(), **trainer.distiller.state_dict()}
+    return {**trainer.model.state_dict(), **trainer.distillation.distiller.state_dict()}
 
 
 def finite(trainer: Any) -> bool:
@@ -109,7 +109,7 @@ def test_a_bad_batch_of_the_task(tmp_path: Path, shapes: Path, student: Path, te
     trainer.add_callback("on_train_start", start)
     trainer.train()
     assert finite(trainer)
-    assert [row.term for row in trainer.audit_rows] == ["objectness", "ultralytics"]  # on the second batch
+    assert [row.term for row in trainer.distillation.audit_rows] == ["objectness", "ultralytics"]  # on the second batch
     assert "box_loss (2x), cls_loss (2x), dfl_loss (2x)." in said()
 
 
@@ -120,8 +120,8 @@ def test_a_teacher_that_starts_with_nan_is_refused(
     trainer = make(tmp_path, shapes, student, teacher=str(teacher), kd=RECIPE)
 
     def spoil(t: Any) -> None:
-        t.teacher(torch.rand(2, 3, 64, 64))  # settles
-        layers = t.teacher.runner.model.model
+        t.distillation.teacher(torch.rand(2, 3, 64, 64))  # settles
+        layers = t.distillation.teacher.runner.model.model
         module = {"features": layers[15], "scores": layers[-1].cv3[0], "boxes": layers[-1].cv2[0]}[what]
         with torch.no_grad():
             [*module.parameters()][-1].fill_(float("nan"))
@@ -145,7 +145,7 @@ def test_a_bad_batch_of_the_teacher_is_skipped_and_named(
     trainer = make(tmp_path, shapes, student, teacher=str(teacher), kd=RECIPE, batch=4)
 
     def start(t: Any) -> None:
-        begin, seen = t.teacher.begin, [0]
+        begin, seen = t.distillation.teacher.begin, [0]
 
         def poisoned(images: torch.Tensor) -> Any:
             pending = begin(images)
@@ -154,7 +154,7 @@ def test_a_bad_batch_of_the_teacher_is_skipped_and_named(
                 pending.take().scores[0, 5, 1] = torch.nan
             return pending
 
-        t.teacher.begin = poisoned
+        t.distillation.teacher.begin = poisoned
 
     trainer.add_callback("on_train_start", start)
     trainer.train()
@@ -188,7 +188,7 @@ def test_broken_weights_are_restored_from_the_last_checkpoint(
         progress.append(t.model.criterion.progress)
         if t.epoch == 2 and not poisoned:
             poisoned.append(1)
-            module = t.model.model[3] if broken == "the student" else t.distiller
+            module = t.model.model[3] if broken == "the student" else t.distillation.distiller
             with torch.no_grad():
                 for p in module.parameters():
                     p.fill_(float("nan"))

@@ -21,6 +21,7 @@ from yolo_kd.classes.mapping import ClassMap
 from yolo_kd.cli import main
 from yolo_kd.config.train_options import train_options
 from yolo_kd.engine.class_resolution import check_same_classes
+from yolo_kd.engine.components.keep_classes import KeepClasses
 from yolo_kd.engine.trainer import DistillationTrainer
 from yolo_kd.errors import ConfigError, PairError, YoloKDError
 from yolo_kd.upstream.recorders import outputs_of
@@ -189,8 +190,8 @@ def test_a_mapped_training_goes_on_as_it_began(tmp_path: Path, shapes: Path, stu
     resumed = DistillationTrainer(overrides={"resume": str(last)})
     steps = record_steps(resumed)
     resumed.train()
-    assert resumed.distiller.pair.nc == 2
-    assert [row.term for row in resumed.audit_rows] == ["objectness", "fgd", "crosskd"]
+    assert resumed.distillation.distiller.pair.nc == 2
+    assert [row.term for row in resumed.distillation.audit_rows] == ["objectness", "fgd", "crosskd"]
     assert all(step[column] > 0 for step in steps for column in ("kcls_loss", "xcls_loss"))
     assert len(rows_of(resumed.save_dir)) == 4
     assert YOLO(resumed.best).names == {0: "circle", 1: "square", 2: "triangle"}
@@ -275,7 +276,7 @@ def test_new_classes_beside_old_ones(
     def compare(t: Any) -> None:
         """What validation saw is the student that would be handed out, and training goes on from the other."""
         expected = deepcopy(t.ema.ema)
-        t._blend.apply(expected, new=[3, 4])
+        t.component(KeepClasses)._blend.apply(expected, new=[3, 4])
         for name, tensor in expected.state_dict().items():
             assert torch.equal(seen["judged"][name], tensor), name
         for name, tensor in seen["trained"].items():
@@ -291,7 +292,7 @@ def test_new_classes_beside_old_ones(
     assert seen["old"]
     assert seen["labels"] == seen["val"] == {1, 3, 4}
     assert seen["kept"].unlabelled == (0, 2)
-    assert trainer.audit_rows
+    assert trainer.distillation.audit_rows
     head = len(trainer.model.model) - 1
     assert YAML.load(trainer.save_dir / "args.yaml")["freeze"] == head, "as it was decided, not as it was asked for"
     resumed = DistillationTrainer(overrides={"resume": str(trainer.last)})

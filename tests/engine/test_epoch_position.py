@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from yolo_kd.engine.epoch_position import POSITION, Position, RestOfEpoch
+from yolo_kd.engine.epoch_position import POSITION, EpochPosition, RestOfEpoch
 
 
 class Loader:
@@ -21,9 +21,9 @@ class Loader:
 
 
 def test_it_survives_a_checkpoint() -> None:
-    position = Position(3, 8, {"box_loss": 1.5})
-    assert Position.of_checkpoint({POSITION: position.to_dict()}) == position
-    assert Position.of_checkpoint({"epoch": 3}) is None
+    position = EpochPosition(3, 8, {"box_loss": 1.5})
+    assert EpochPosition.of_checkpoint({POSITION: position.to_dict()}) == position
+    assert EpochPosition.of_checkpoint({"epoch": 3}) is None
 
 
 @pytest.mark.parametrize(
@@ -32,11 +32,11 @@ def test_it_survives_a_checkpoint() -> None:
 )
 def test_how_many_batches_are_left_out(batches: int, of: int, now: int, done: int) -> None:
     """The batch size may be another one now; one batch always stays."""
-    assert Position(batches, of).done(now) == done
+    assert EpochPosition(batches, of).done(now) == done
 
 
 def test_losses_are_means_over_the_whole_epoch() -> None:
-    position = Position(3, 8, {"box_loss": 1.0})
+    position = EpochPosition(3, 8, {"box_loss": 1.0})
     assert position.merged({"box_loss": 2.0}, skipped=3, seen=5)["box_loss"] == pytest.approx((3 * 1 + 5 * 2) / 8)
     assert position.merged({"new_loss": 2.0}, skipped=3, seen=5) == {"new_loss": 2.0}
 

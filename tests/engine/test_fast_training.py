@@ -17,7 +17,6 @@ from tests.engine.test_trainer import make
 from yolo_kd.config.speed import SPEED_KEYS
 from yolo_kd.distillation.memory_probe import MemoryProbe
 from yolo_kd.distillation.teacher import Pending
-from yolo_kd.errors import ConfigError
 from yolo_kd.safe_loading.checkpoint import load_detector
 from yolo_kd.upstream.heads import head_split_points
 from yolo_kd.upstream.recorders import outputs_of
@@ -50,8 +49,9 @@ def test_ten_steps_are_those_of_the_plain_teacher(
     model = load_detector(teacher, role="teacher").model.float().eval()
 
     def begin(images: torch.Tensor) -> Pending:
-        if plain.teacher._build is not None:
-            plain.teacher._settle(images, plain.teacher._build)  # the end of its head is wanted by crosskd
+        frozen = plain.distillation.teacher
+        if frozen._build is not None:
+            frozen._settle(images, frozen._build)  # crosskd runs the end of its head
         split = head_split_points(model)
         captured: dict[str, torch.Tensor] = {}
         handles = [
@@ -63,50 +63,11 @@ def test_ten_steps_are_those_of_the_plain_teacher(
             handle.remove()
         return Pending(outputs_of(out, model, captured))
 
-    plain.add_callback("on_train_start", lambda t: monkeypatch.setattr(t.teacher, "begin", begin))
+    plain.add_callback("on_train_start", lambda t: monkeypatch.setattr(t.distillation.teacher, "begin", begin))
     theirs = losses_of(plain)[:10]
     assert len(ours) == len(theirs) == 10
     for a, b in zip(ours, theirs, strict=True):
         assert a == pytest.approx(b, rel=1e-5, abs=1e-8)  # logits are near 7: KL rounds there
-
-
-@pytest.fixture
-def square(tmp_path: Path, shapes: Path) -> Path:
-    """The drawn set in a folder of its own."""
-    shutil.copytree(shapes.parent, tmp_path / "data")
-    path = tmp_path / "data" / shapes.name
-    data = yaml.safe_load(path.read_text())
-    path.write_text(yaml.safe_dump({**data, "path": str(path.parent)}))
-    return path
-
-
-def test_kept_views_train_alike_and_ask_the_teacher_once(
-    tmp_path: Path, square: Path, student: Path, teacher: Path
-) -> None:
-    keys = {"teacher": str(teacher), "kd": RECIPE, "teacher_precision": "fp32", "epochs": 3, "val": False, **STILL}
-    runs = {}
-    asked: dict[str, int] = {}
-    for name, cache in (("asked", None), ("kept", "disk")):
-        trainer = make(tmp_path / name, square, student, **keys, **({"kd.cache": cache} if cache else {}))
-        calls: list[int] = []
-
-        def count(t: Any, calls: list[int] = calls) -> None:
-            begin = t.teacher.begin
-            t.teacher.begin = lambda images: (calls.append(1), begin(images))[1]
-
-        trainer.add_callback("on_train_start", count)
-        runs[name] = losses_of(trainer)
-        asked[name] = len(calls)
-        assert not (trainer.save_dir / "teacher_views").exists()
-    assert asked == {"asked": 6, "kept": 2}
-    for a, b in zip(runs["kept"], runs["asked"], strict=True):
-        assert a == pytest.approx(b, rel=5e-3, abs=1e-6)
-
-
-def test_views_are_not_kept_of_images_that_change(tmp_path: Path, shapes: Path, student: Path, teacher: Path) -> None:
-    with pytest.raises(ConfigError, match=r"mosaic=1.*fliplr=0\.5.*Switch them off"):
-        make(tmp_path / "x", shapes, student, teacher=str(teacher), **{"kd.cache": "disk"})
-    assert not (tmp_path / "x").exists()
 
 
 def test_threads(tmp_path: Path, shapes: Path, student: Path) -> None:
@@ -123,7 +84,7 @@ def test_keys_are_kept_for_resume(tmp_path: Path, shapes: Path, student: Path, t
     keys = {"teacher_precision": "fp32", "teacher_channels_last": False, "threads": 1}
     trainer = make(tmp_path, shapes, student, teacher=str(teacher), kd="objectness", val=False, **keys)
     trainer.train()
-    assert trainer.teacher.runner.way.channels_last is False
+    assert trainer.distillation.teacher.runner.way.channels_last is False
     saved = yaml.safe_load((trainer.save_dir / "kd.yaml").read_text())["speed"]
     assert {k: saved[k] for k in keys} == keys
     assert saved.keys() == SPEED_KEYS.keys()
@@ -135,7 +96,7 @@ def test_a_resumed_run_goes_on_the_way_that_was_settled(
     trainer = make(tmp_path, shapes, student, teacher=str(teacher), kd="objectness", val=False)
     trainer.add_callback("on_model_save", lambda t: shutil.copy(t.last, tmp_path / "mid.pt"))
     trainer.train()
-    way = trainer.teacher.runner.way
+    way = trainer.distillation.teacher.runner.way
     kept = torch.load(tmp_path / "mid.pt", map_location="cpu", weights_only=False)["train_args"]["kd"]["speed"]
     assert (kept["teacher_precision"], kept["teacher_channels_last"]) == (way.precision, way.channels_last)
     assert yaml.safe_load((trainer.save_dir / "kd.yaml").read_text())["speed"]["teacher_precision"] == "auto"

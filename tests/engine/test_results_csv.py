@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import polars
 import pytest
 
-from yolo_kd.engine.results_csv import Keepsake, cut
+from yolo_kd.engine.results_csv import cut
 
 HEADER = "epoch,time,train/box_loss,lr/pg0"
 ROWS = {n: f"{n},{n}.5,0.{n}25,1e-05" for n in range(1, 6)}
@@ -72,15 +71,3 @@ def test_inside_the_first_epoch_there_are_no_rows(tmp_path: Path) -> None:
 def test_text_and_gaps_of_a_saved_table(tmp_path: Path) -> None:
     cut(tmp_path / "results.csv", 1, {"epoch": [1], "time": [1.0], "note": ["x"], "gap": [None], "nan": [float("nan")]})
     assert (tmp_path / "results.csv").read_text() == "epoch,time,note,gap,nan\n1,1,x,,nan\n"
-
-
-def test_small_files_come_back(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "args.yaml").write_text("a: 1\n")
-    keepsake = Keepsake()
-    keepsake.remember(folder / "args.yaml", folder / "results.csv")
-    assert keepsake.bring_back() == []
-    shutil.rmtree(folder)
-    assert keepsake.bring_back() == ["args.yaml"]
-    assert (folder / "args.yaml").read_text() == "a: 1\n"

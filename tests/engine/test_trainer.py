@@ -114,7 +114,7 @@ def test_terms_are_columns_everywhere(tmp_path: Path, shapes: Path, student: Pat
     saved = yaml.safe_load((trainer.save_dir / "kd.yaml").read_text())
     assert saved["teacher_sha256"] == sha256(teacher)
     assert saved["recipe"]["losses"]["objectness"]["weight"] == 1.0
-    assert [row.term for row in trainer.audit_rows] == ["objectness"]
+    assert [row.term for row in trainer.distillation.audit_rows] == ["objectness"]
 
 
 PLAIN = """
@@ -203,7 +203,7 @@ def test_resume_restores_everything(tmp_path: Path, shapes: Path, family: str) -
     restored: dict[str, Any] = {}
 
     def look(trainer: Any) -> None:
-        restored["adapters"] = {k: v.clone() for k, v in trainer.distiller.state_dict().items()}
+        restored["adapters"] = {k: v.clone() for k, v in trainer.distillation.distiller.state_dict().items()}
         restored["optimizer"] = trainer.optimizer.state_dict()
         restored["epoch"] = trainer.start_epoch
         restored["updates"] = trainer.ema.updates
@@ -235,7 +235,9 @@ def test_weights_that_set_themselves_are_logged_and_resumed(
     saved = torch.load(last, map_location="cpu", weights_only=False)["optimizer"]["yolo_kd"]
     resumed = DistillationTrainer(overrides={"resume": str(last)})
     restored: dict[str, Any] = {}
-    resumed.add_callback("on_train_start", lambda t: restored.update(copy.deepcopy(t.distiller.auto.state_dict())))
+    resumed.add_callback(
+        "on_train_start", lambda t: restored.update(copy.deepcopy(t.distillation.distiller.auto.state_dict()))
+    )
     resumed.train()
     assert restored["_extra_state"] == saved["auto._extra_state"] == 4  # two batches in each of two epochs
     assert torch.equal(restored["log_weight"], saved["auto.log_weight"])
@@ -284,13 +286,13 @@ def test_recovery_from_nan_restores_adapters(tmp_path: Path, shapes: Path, stude
             poisoned.append(1)
             t.loss = t.loss * float("nan")
             with torch.no_grad():
-                for p in t.distiller.parameters():
+                for p in t.distillation.distiller.parameters():
                     p.fill_(float("nan"))
 
     trainer.add_callback("on_train_epoch_end", poison)
     trainer.train()
     assert poisoned
-    assert all(torch.isfinite(p).all() for p in trainer.distiller.parameters())
+    assert all(torch.isfinite(p).all() for p in trainer.distillation.distiller.parameters())
     assert [r["epoch"] for r in rows_of(trainer.save_dir)] == ["1", "2", "3"]
 
 
@@ -304,9 +306,11 @@ def test_layers_by_name_and_inside_the_head(tmp_path: Path, shapes: Path, studen
     }
     trainer = make(tmp_path, shapes, student, teacher=str(teacher), kd=recipe, teacher_precision="fp32")
     trainer.train()
-    assert [row.term for row in trainer.audit_rows] == ["mimic", "crosskd", "cwd"]
-    assert all(row.gradient > 0 for row in trainer.audit_rows)
-    assert all(0 < row.share < 1e4 for row in trainer.audit_rows), "where a term reads, the task loss passes as well"
+    assert [row.term for row in trainer.distillation.audit_rows] == ["mimic", "crosskd", "cwd"]
+    assert all(row.gradient > 0 for row in trainer.distillation.audit_rows)
+    assert all(0 < row.share < 1e4 for row in trainer.distillation.audit_rows), (
+        "where a term reads, the task loss passes as well"
+    )
     assert not any(m._forward_hooks for m in trainer.model.modules())
 
 
@@ -388,7 +392,7 @@ def test_a_teacher_that_learns_is_an_error(tmp_path: Path, shapes: Path, student
 
     def meddle(t: Any) -> None:
         with torch.no_grad():
-            next(t.teacher.runner.model.parameters()).add_(1)
+            next(t.distillation.teacher.runner.model.parameters()).add_(1)
 
     trainer.add_callback("on_train_end", meddle)
     with pytest.raises(AuditError, match="changed during training"):

@@ -230,12 +230,15 @@ def train(rank: int, file: str, data: str, student: str, teacher: str) -> None:
         seen["reduced"].append((before, float(tensor.double().sum())))
 
     def note(t: Any) -> None:
-        named = {"student": unwrap_model(t.model).named_parameters(), "distiller": t.distiller.state_dict().items()}
+        named = {
+            "student": unwrap_model(t.model).named_parameters(),
+            "distiller": t.distillation.distiller.state_dict().items(),
+        }
         seen["steps"].append({k: total({n: p for n, p in v if p.is_floating_point()}) for k, v in named.items()})
-        seen["columns"].append({k: float(v) for k, v in t.loss_items.items() if k in t.distiller.columns})
+        seen["columns"].append({k: float(v) for k, v in t.loss_items.items() if k in t.distillation.distiller.columns})
 
     def poison(t: Any) -> None:
-        term = t.distiller.losses["ultralytics"]
+        term = t.distillation.distiller.losses["ultralytics"]
         forward, calls = term.forward, [0]
 
         def poisoned(step: Any) -> dict:
@@ -258,7 +261,7 @@ def train(rank: int, file: str, data: str, student: str, teacher: str) -> None:
             "device": "cpu",
         }
     )
-    trainer.add_callback("on_train_start", lambda t: seen.update(start=total(t.distiller.state_dict())))
+    trainer.add_callback("on_train_start", lambda t: seen.update(start=total(t.distillation.distiller.state_dict())))
     trainer.add_callback("on_train_start", lambda t: seen.update(searches=t.model.searches))
 
     def without_objects(t: Any) -> None:
@@ -283,7 +286,10 @@ def train(rank: int, file: str, data: str, student: str, teacher: str) -> None:
         patch.object(dist, "all_reduce", record_reduce),
     ):
         trainer.train()
-    seen |= {"skipped": trainer.guard.skipped, "audit": [row.term for row in trainer.audit_rows]}
+    seen |= {
+        "skipped": trainer.distillation.guard.skipped,
+        "audit": [row.term for row in trainer.distillation.audit_rows],
+    }
     Path(f"{file}.{rank}").write_text(json.dumps(seen))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -17,13 +18,14 @@ from yolo_kd.check.dryrun import Trace, nothing_written
 from yolo_kd.check.models import check_quality, describe_files, describe_levels, devices_of
 from yolo_kd.check.report import Report, plain
 from yolo_kd.check.terms import check_terms, usable_terms
-from yolo_kd.check.unlabeled import check_unlabelled
+from yolo_kd.check.unlabeled import check_unlabeled
 from yolo_kd.classes.mapping import ClassMap
 from yolo_kd.config.command_line import NO_RECIPE
 from yolo_kd.config.train_options import TrainOptions
-from yolo_kd.engine.checks_before import pair_problems, read_dataset
+from yolo_kd.engine.checks_before import check_unlabeled_images, pair_problems, read_dataset
 from yolo_kd.engine.class_resolution import match_classes
 from yolo_kd.engine.plan import Plan, make_plan
+from yolo_kd.engine.setup import Setup
 from yolo_kd.environment import check_torchvision
 from yolo_kd.errors import ConfigError, YoloKDError
 from yolo_kd.safe_loading.checkpoint import LoadedDetector, load_detector
@@ -102,12 +104,17 @@ class _Check:
             self.guarded(
                 "quality", lambda: check_quality(report, detectors, sets["val"], data, keys, self.trace.folder, classes)
             )
-        if plan is not None and plan.pool is not None and data is not None and "teacher" in detectors and sets:
-            self.say("the unlabelled images")
-            self.guarded("pool", lambda: check_unlabelled(report, plan, detectors["teacher"], sets, keys, classes))
+        setup = Setup(plan, detectors.get("teacher"))
+        if plan is not None and plan.unlabeled is not None and data is not None and "teacher" in detectors and sets:
+            self.say("the unlabeled images")
+            images = self.attempt("pool", lambda: check_unlabeled_images(plan, keys, self.warn))
+            if images is not None:
+                setup = Setup(plan, detectors["teacher"], *images)
+                self.guarded("pool", lambda: check_unlabeled(report, setup, sets, keys, classes))
+            fits = fits and images is not None
         if fits and plan is not None and classes is not None and len(sets) == 2:
             self.say("gradients and cost of the terms")
-            self.guarded("terms", lambda: self.terms(plan, detectors, classes))
+            self.guarded("terms", lambda: self.terms(setup, detectors["student"], classes))
         known = {finding.text for finding in report.findings}
         for text in dict.fromkeys(self.trace.warnings):
             if text not in known:
@@ -157,11 +164,19 @@ class _Check:
             self.report.tables["classes of student and teacher"] = classes.rows()
         return classes
 
-    def terms(self, plan: Plan, detectors: dict[str, LoadedDetector], classes: ClassMap) -> None:
+    def terms(self, setup: Setup, student: LoadedDetector, classes: ClassMap) -> None:
         """Measure the terms that this pair can serve."""
-        terms = usable_terms(self.report, plan, detectors["student"].model, detectors["teacher"].model, classes)
+        plan, teacher = setup.plan, setup.teacher
+        assert plan is not None
+        assert teacher is not None
+        terms = usable_terms(self.report, plan, student.model, teacher.model, classes)
         if any(term.weight for term in terms):
-            check_terms(self.report, plan, terms, self.keys, self.trace.folder)
+            plan = replace(plan, recipe=replace(plan.recipe, terms=terms))
+            check_terms(self.report, replace(setup, plan=plan), self.keys, self.trace.folder)
+
+    def warn(self, sentence: str) -> None:
+        """Report a warning about unlabeled images."""
+        self.report.add("warning", "pool", sentence)
 
     def attempt(self, topic: str, work: Callable[[], T]) -> T | None:
         """Return what a step returns, or None after its error was noted."""

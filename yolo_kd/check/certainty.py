@@ -13,8 +13,8 @@ from yolo_kd.check.models import evenly_spread
 from yolo_kd.check.report import Report
 from yolo_kd.classes.mapping import ClassMap
 from yolo_kd.config.unlabeled import UnlabeledOptions
+from yolo_kd.distillation.sub_batches import as_student
 from yolo_kd.distillation.teacher import Teacher
-from yolo_kd.distillation.unlabeled_criterion import as_student
 from yolo_kd.unlabeled.pseudo_labels import detect, labels_found
 
 IMAGES = 64

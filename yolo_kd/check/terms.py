@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from ultralytics.engine import trainer as engine
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.torch_utils import unwrap_model
 
@@ -23,19 +22,19 @@ from yolo_kd.classes.mapping import ClassMap
 from yolo_kd.config.recipe import Recipe
 from yolo_kd.config.schedule import RATIO
 from yolo_kd.config.terms import TermSpec
-from yolo_kd.distillation.audit import AuditRow, balance, measure
-from yolo_kd.distillation.criterion import TEACHER_OUTPUTS, DistillationCriterion
+from yolo_kd.distillation.audit import AuditRow
+from yolo_kd.distillation.distillation import Distillation
 from yolo_kd.distillation.distiller import Distiller
 from yolo_kd.distillation.student_init import Inheritance
+from yolo_kd.engine.components.distillation import DistillationComponent
 from yolo_kd.engine.plan import Plan
+from yolo_kd.engine.setup import Setup
 from yolo_kd.engine.trainer import DistillationTrainer
 from yolo_kd.errors import YoloKDError
 from yolo_kd.losses.base import find
-from yolo_kd.upstream.cpu_bf16 import cpu_bf16_autocast
+from yolo_kd.upstream.cpu_bf16 import cpu_bf16_autocast, is_cpu_bf16
 from yolo_kd.upstream.heads import find_layers, head_of
 from yolo_kd.upstream.pairing import pair_spec
-from yolo_kd.upstream.recorders import AssignmentRecorder, outputs_of
-from yolo_kd.upstream.task_loss import targets_of
 
 BATCHES = 3
 SECONDS = 20.0
@@ -43,8 +42,8 @@ SECONDS = 20.0
 MOST_ON_CPU = 16
 AGAINST = -0.2
 """Cosine below which a term works against the task."""
-FAINT, LOUD = 0.01, 3.0
-"""Shares of the task's gradient below which a term does nothing and above which it drowns the task."""
+WEAKEST, STRONGEST = 0.01, 3.0
+"""Shares of the task loss's gradient below which a term does nothing and above which it drowns the task loss."""
 
 
 def usable_terms(report: Report, plan: Plan, student: Any, teacher: Any, classes: ClassMap) -> tuple[TermSpec, ...]:
@@ -67,35 +66,32 @@ def usable_terms(report: Report, plan: Plan, student: Any, teacher: Any, classes
     return tuple(usable)
 
 
-def check_terms(report: Report, plan: Plan, terms: tuple[TermSpec, ...], keys: Mapping[str, Any], folder: Path) -> None:
+def check_terms(report: Report, setup: Setup, keys: Mapping[str, Any], folder: Path) -> None:
     """Set up a training as it would run, measure a few batches, and stop before its first step.
 
     Args:
         report: Receives findings, tables and numbers.
-        plan: The plan.
-        terms: The terms of its recipe to measure.
+        setup: The training, with the terms to measure.
         keys: Ultralytics' keys of the training, `model` among them.
         folder: Where the trainer may write.
     """
-    trainer = _trainer(report, plan, terms, keys, folder)
-    device = trainer.device.type
-    bf16 = trainer.args.amp == "bf16"
+    trainer = DistillationTrainer(overrides=_overrides(report, setup, keys, folder))
+    host = trainer.component(DistillationComponent)
     try:
-        with cpu_bf16_autocast() if bf16 and device == "cpu" else nullcontext():
-            trainer._setup_train()
-            if trainer.inheritance is not None:
-                describe_start(report, trainer.inheritance)
-            trainer.epoch = 0
-            trainer._model_train()
+        with cpu_bf16_autocast() if is_cpu_bf16(vars(trainer.args), trainer.device.type) else nullcontext():
+            trainer.prepare_to_train()
+            if host.inheritance is not None:
+                describe_start(report, host.inheritance)
             batches = _batches(trainer)
             rows, problems, count = _measure(trainer, batches)
-            judge(report, trainer, rows, problems, count)
+            assert trainer.distillation is not None
+            judge(report, trainer.distillation, rows, problems, count)
             _cost(report, trainer, next(batches), keys)
     except torch.OutOfMemoryError:
         text = f"a step with teacher and terms does not fit on the device at batch={trainer.args.batch}."
         report.add("error", "cost", text, f"Use batch={max(trainer.args.batch // 2, 1)} or a smaller imgsz.")
     finally:
-        trainer._detach()
+        host.close()
 
 
 def describe_start(report: Report, inheritance: Inheritance) -> None:
@@ -109,10 +105,9 @@ def describe_start(report: Report, inheritance: Inheritance) -> None:
     report.add("warning", "start", f"{start}, so the student starts as it is: {reason}.", advice)
 
 
-def _trainer(
-    report: Report, plan: Plan, terms: tuple[TermSpec, ...], keys: Mapping[str, Any], folder: Path
-) -> DistillationTrainer:
-    overrides = {k: v for k, v in keys.items() if k not in ("save_dir", "compile", "time", "save_period")}
+def _overrides(report: Report, setup: Setup, keys: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the keys of a training that is measured: as the user's, but it writes nothing and fits a short look."""
+    kept = {k: v for k, v in keys.items() if k not in ("save_dir", "compile", "time", "save_period")}
     batch, share = _batches_of(keys)
     if batch is None:
         report.add("note", "cost", f"batch={keys['batch']} is found by the training itself; 16 was used here.")
@@ -123,7 +118,7 @@ def _trainer(
         report.add(
             "note", "cost", f"measured with batch={MOST_ON_CPU} in place of {share}; time and memory are scaled."
         )
-    overrides |= {
+    return kept | {
         "batch": min(share, MOST_ON_CPU) if on_cpu else share,
         "device": devices_of(keys)[0],
         "project": str(folder),
@@ -134,16 +129,8 @@ def _trainer(
         "workers": 0,
         "task": "detect",
         "mode": "train",
-        "teacher": plan.teacher,
-        "kd": {
-            k: v for k, v in Recipe("check", terms, plan.recipe.plugins, plan.recipe.inherit).to_dict().items() if v
-        },
-        "trust_checkpoints": plan.trust_checkpoints,
-        "random_teacher": plan.random_teacher,
-        "inherit": plan.inherit,
-        **plan.choice.to_keys(),
+        "kd": setup,
     }
-    return DistillationTrainer(overrides=overrides)
 
 
 def _batches_of(keys: Mapping[str, Any]) -> tuple[int | None, int]:
@@ -166,45 +153,29 @@ def _batches(trainer: DistillationTrainer) -> Iterator[dict]:
             yield batch
 
 
-def _precision(trainer: DistillationTrainer) -> Any:
-    return engine.autocast(torch.bfloat16 if trainer.args.amp == "bf16" else trainer.amp, device=trainer.device.type)
-
-
 def _measure(
     trainer: DistillationTrainer, batches: Iterator[dict]
 ) -> tuple[dict[str, list[AuditRow]], dict[str, list[str]], int]:
     """Return the audit's rows by term over a few batches, and what is wrong with terms."""
-    student = unwrap_model(trainer.model)
-    criterion, distiller = student.criterion, trainer.distiller
-    assert distiller is not None
+    student, distillation = unwrap_model(trainer.model), trainer.distillation
+    assert distillation is not None
     rows, problems = defaultdict(list), defaultdict(list)
-    tap = AssignmentRecorder(criterion.native) if "assignment" in distiller.reads else None
     began, count = time.perf_counter(), 0
     while count < BATCHES and (not count or time.perf_counter() - began < SECONDS):
-        with _precision(trainer):
+        with trainer.precision():
             batch = trainer.preprocess_batch(next(batches))
-            predictions = student(batch["img"])
-            loss, _ = criterion.native(criterion.shielded(predictions, batch), batch)
-            view = outputs_of(predictions, student, criterion.layers.take() if criterion.layers else None)
-            targets = targets_of(batch, tap.take() if tap else None)
-            steps = distiller.steps(view, batch[TEACHER_OUTPUTS].take(), targets)
-            task = loss.sum() / len(batch["img"])
-            if distiller.auto is not None:
-                balance(task, view, distiller, steps)
-            found, wrong = measure(task, view, distiller, steps)
+            found, wrong = distillation.measure(distillation.observe(student(batch["img"]), batch))
         for row in found:
             rows[row.term].append(row)
         for name, sentence in wrong.items():
             problems[name].append(sentence)
         count += 1
-    if tap:
-        tap.remove()
     return rows, problems, count
 
 
 def judge(
     report: Report,
-    trainer: DistillationTrainer,
+    distillation: Distillation,
     rows: Mapping[str, list[AuditRow]],
     problems: Mapping[str, list[str]],
     count: int,
@@ -213,13 +184,12 @@ def judge(
 
     Args:
         report: Receives findings, a table and numbers.
-        trainer: The trainer that was set up.
+        distillation: The step that was measured.
         rows: The audit of each measured batch, by term.
         problems: Sentences of the batches on which a term did nothing, by term.
         count: Number of batches.
     """
-    distiller = trainer.distiller
-    assert distiller is not None
+    distiller = distillation.distiller
     table = [("term", "weight", "value", "gradient", "to the task's", "cosine")]
     facts = []
     for name, term in distiller.terms.items():
@@ -250,8 +220,8 @@ def judge(
         if middle["cosine"] < AGAINST:
             text = f"the term '{name}' pulls against the task: cosine {middle['cosine']:.2f} between their gradients."
             report.add("warning", "terms", text, f"Lower kd.{name}.weight, or let it fade with a schedule.")
-        if term.ratio is None and not FAINT <= middle["share"] <= LOUD:
-            what = "drowns the task" if middle["share"] > LOUD else "hardly pulls"
+        if term.ratio is None and not WEAKEST <= middle["share"] <= STRONGEST:
+            what = "drowns the task" if middle["share"] > STRONGEST else "hardly pulls"
             text = f"the term '{name}' {what}: its gradient is {_times(middle['share'])} the task's."
             sane = weight * RATIO / middle["share"] if middle["share"] else weight
             advice = f"Set kd.{name}.weight={sane:.2g}, which makes it {RATIO:.0%}, or kd.{name}.weight=auto."
@@ -267,25 +237,20 @@ def _times(share: float) -> str:
 
 def _cost(report: Report, trainer: DistillationTrainer, raw: dict, keys: Mapping[str, Any]) -> None:
     """Time a step and weigh its memory, with and without teacher and terms."""
-    student = unwrap_model(trainer.model)
-    measured = student.criterion
-    assert trainer.distiller is not None
-    assert trainer.teacher is not None
-    criterion = DistillationCriterion(student, trainer.distiller, native=measured.native)  # without an audit
-    criterion.layers = measured.layers
-    student.criterion = criterion
-    native = measured.native
+    student, distillation = unwrap_model(trainer.model), trainer.distillation
+    assert distillation is not None
+    distillation.audits = False
 
     def alone() -> None:
-        with _precision(trainer):
-            batch = super(DistillationTrainer, trainer).preprocess_batch(dict(raw))
-            loss, _ = native(student(batch["img"]), batch)
+        with trainer.precision():
+            batch = trainer.plain_batch(dict(raw))
+            loss, _ = distillation.task_loss(student(batch["img"]), batch)
         loss.sum().backward()
 
     def distilled() -> None:
-        with _precision(trainer):
+        with trainer.precision():
             batch = trainer.preprocess_batch(dict(raw))
-            criterion.progress = 0.25  # past a warm-up
+            student.criterion.progress = 0.25  # past a warm-up
             loss, _ = student(batch)
         loss.sum().backward()
 
@@ -296,7 +261,7 @@ def _cost(report: Report, trainer: DistillationTrainer, raw: dict, keys: Mapping
     while len(seconds["student alone"]) < 3 and (not seconds["student alone"] or time.perf_counter() - began < SECONDS):
         for name, step in ways.items():
             seconds[name].append(_seconds(trainer, step))
-    weights = sum(t.numel() * t.element_size() for t in trainer.teacher.runner.model.state_dict().values())
+    weights = sum(t.numel() * t.element_size() for t in distillation.teacher.model.state_dict().values())
     cuda = trainer.device.type == "cuda"
     memory["student alone"] -= weights if cuda else 0
     memory["with teacher and terms"] += 0 if cuda else weights

@@ -16,11 +16,9 @@ from yolo_kd.check.certainty import check_certainty
 from yolo_kd.check.models import devices_of
 from yolo_kd.check.report import Report, number
 from yolo_kd.classes.mapping import ClassMap
+from yolo_kd.distillation.sub_batches import needs_detections
 from yolo_kd.distillation.teacher import Teacher
-from yolo_kd.distillation.unlabeled_criterion import detects
-from yolo_kd.engine.checks_before import check_unlabeled_images
-from yolo_kd.engine.plan import Plan
-from yolo_kd.safe_loading.checkpoint import LoadedDetector
+from yolo_kd.engine.setup import Setup
 
 IMAGES = 64
 """Images of each kind that the teacher is tried on, at most, evenly spread."""
@@ -29,10 +27,9 @@ FAR, SURE = 0.3, 0.01
 chance would do that less often than the other (two-sample Kolmogorov-Smirnov test)."""
 
 
-def check_unlabelled(
+def check_unlabeled(
     report: Report,
-    plan: Plan,
-    teacher: LoadedDetector,
+    setup: Setup,
     sets: Mapping[str, Any],
     keys: Mapping[str, Any],
     classes: ClassMap | None,
@@ -41,21 +38,23 @@ def check_unlabelled(
 
     Args:
         report: Receives findings and numbers.
-        plan: The plan, with a pool.
-        teacher: The loaded teacher.
+        setup: The training, with unlabeled images.
         sets: Ultralytics' data sets: `train`, or without labelled images `val` is compared with.
         keys: Ultralytics' keys of the training.
         classes: Which class is which, if that is known.
     """
-    assert plan.pool is not None
-    images, _ = check_unlabeled_images(plan, keys, lambda sentence: report.add("warning", "pool", sentence))
-    report.facts["pool"] = {"images": len(images.files), **plan.pool.to_keys()}
+    plan, teacher, images = setup.plan, setup.teacher, setup.images
+    assert plan is not None
+    assert plan.unlabeled is not None
+    assert teacher is not None
+    assert images is not None
+    report.facts["pool"] = {"images": len(images.files), **plan.unlabeled.to_keys()}
     split = "train" if "train" in sets else "val"
     labelled = sets[split]
     device = select_device(devices_of(keys)[0], verbose=False)
     reads = plan.recipe.reads
     # where classes are kept, labels do not name all objects
-    judged = detects(plan.pool, reads) and "val" in sets and not plan.choice.keep_classes
+    judged = needs_detections(plan.unlabeled, reads) and "val" in sets and not plan.choice.keep_classes
     judged = judged and classes is not None and bool(classes.matched)
     seen = Teacher(teacher, device, reads=("scores", "boxes") if judged else ("scores",))
     size = int(np.max(keys.get("imgsz") or 640))
@@ -64,7 +63,7 @@ def check_unlabelled(
             _confidence(seen, files, size, labelled.cv2_flag, device) for files in (images.files, labelled.im_files)
         )
         if judged and classes is not None:
-            check_certainty(report, plan.pool, seen, sets["val"], classes, device, keys.get("classes"))
+            check_certainty(report, plan.unlabeled, seen, sets["val"], classes, device, keys.get("classes"))
     finally:
         seen.close()
     test = ks_2samp(pool, known)

@@ -125,7 +125,7 @@ def _check(arm: Arm) -> None:
     plan, detector = make_plan(options.own_keys, options.kd_overrides)
     with restricted_loading(options.trust_checkpoints):
         check_models(plan, detector, keys, options.trust_checkpoints)
-        if plan is not None and plan.pool is not None:
+        if plan is not None and plan.unlabeled is not None:
             check_unlabeled_images(plan, keys)
 
 

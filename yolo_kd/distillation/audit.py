@@ -35,21 +35,21 @@ class AuditRow:
 
 
 def audit(
-    task_loss: Tensor, view: DetectorOutputs, distiller: Distiller, steps: Mapping[str, LossInputs]
+    task_loss: Tensor, student: DetectorOutputs, distiller: Distiller, inputs: Mapping[str, LossInputs]
 ) -> list[AuditRow]:
     """Measure each term as `measure` does, and stop where one does nothing.
 
     Raises:
         AuditError: Naming every term whose value is not finite or whose gradient into the student is zero.
     """
-    rows, problems = measure(task_loss, view, distiller, steps)
+    rows, problems = measure(task_loss, student, distiller, inputs)
     if problems:
         raise AuditError("\n".join(problems.values()))
     return rows
 
 
 def measure(
-    task_loss: Tensor, view: DetectorOutputs, distiller: Distiller, steps: Mapping[str, LossInputs]
+    task_loss: Tensor, student: DetectorOutputs, distiller: Distiller, inputs: Mapping[str, LossInputs]
 ) -> tuple[list[AuditRow], dict[str, str]]:
     """Measure each term's value and gradient into the student; costs about one pass through the head per term.
 
@@ -57,10 +57,10 @@ def measure(
     that reads layers before the neck meets the task loss there, so both its gradient and the share are measured there.
 
     Args:
-        task_loss: The student's own loss per image, a scalar with its graph.
-        view: The student's view, with gradient.
+        task_loss: The student's task loss per image, a scalar with its graph.
+        student: The student's outputs, with gradient.
         distiller: Terms and adapters.
-        steps: The step to measure, by term.
+        inputs: What each term reads, by its name.
 
     Returns:
         One row per term that is not switched off, and a sentence for each term that does nothing, by its name.
@@ -71,14 +71,14 @@ def measure(
         if term.weight == 0:
             continue
         if term.site not in places:
-            places[term.site] = _meeting_place(task_loss, view, term.student_layers)
-        inputs, task = places[term.site]
-        columns = distiller.unweighted(name, steps[name])
+            places[term.site] = _meeting_place(task_loss, student, term.student_layers)
+        meeting, task = places[term.site]
+        columns = distiller.unweighted(name, inputs[name])
         total = distiller.weight(name) * torch.stack(list(columns.values())).sum()
-        own = _gradients(total, inputs)
-        gradient, reference = _norm(own).item(), _norm(task).item()
+        gradients = _gradients(total, meeting)
+        gradient, reference = _norm(gradients).item(), _norm(task).item()
         product = gradient * reference
-        cosine = torch.stack([(a * b).sum() for a, b in zip(own, task, strict=True)]).sum().item()
+        cosine = torch.stack([(a * b).sum() for a, b in zip(gradients, task, strict=True)]).sum().item()
         row = AuditRow(
             name,
             total.item(),
@@ -103,9 +103,9 @@ def measure(
 
 def balance(
     task_loss: Tensor,
-    view: DetectorOutputs,
+    student: DetectorOutputs,
     distiller: Distiller,
-    steps: Mapping[str, LossInputs],
+    inputs: Mapping[str, LossInputs],
     close_mosaic: float = 1.0,
 ) -> None:
     """Measure the terms whose weights set themselves, as `measure` does, and let these weights follow.
@@ -113,31 +113,31 @@ def balance(
     Nothing here waits for the device. A term that its schedule has switched off keeps its weight.
 
     Args:
-        task_loss: The student's own loss per image, a scalar with its graph.
-        view: The student's view, with gradient.
+        task_loss: The student's task loss per image, a scalar with its graph.
+        student: The student's outputs, with gradient.
         distiller: Terms and adapters, with weights that set themselves.
-        steps: The step to measure, by term.
+        inputs: What each term reads, by its name.
         close_mosaic: Progress at which mosaic augmentation closes.
     """
     assert distiller.auto is not None
     places: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
     norms = []
     for name in distiller.auto.names:
-        term, step = distiller.terms[name], steps[name]
-        if step.progress > 0 and term.schedule(step.progress, close_mosaic) == 0:
+        term, read = distiller.terms[name], inputs[name]
+        if read.progress > 0 and term.schedule(read.progress, close_mosaic) == 0:
             unmeasured = task_loss.new_full((), float("nan"), dtype=torch.float32)
             norms.append((unmeasured, unmeasured))
             continue
         if term.site not in places:
-            places[term.site] = _meeting_place(task_loss, view, term.student_layers)
-        inputs, task = places[term.site]
-        total = torch.stack(list(distiller.unweighted(name, step).values())).sum()
-        norms.append((_norm(task), _norm(_gradients(total, inputs))))
+            places[term.site] = _meeting_place(task_loss, student, term.student_layers)
+        meeting, task = places[term.site]
+        total = torch.stack(list(distiller.unweighted(name, read).values())).sum()
+        norms.append((_norm(task), _norm(_gradients(total, meeting))))
     distiller.auto.update(*(torch.stack(side) for side in zip(*norms, strict=True)))
 
 
 def _meeting_place(
-    task_loss: Tensor, view: DetectorOutputs, layers: Sequence[str]
+    task_loss: Tensor, student: DetectorOutputs, layers: Sequence[str]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return the tensors where terms and task loss meet, and the task loss's gradient there.
 
@@ -145,11 +145,11 @@ def _meeting_place(
     into them, the outputs are taken in: alone where `freeze=` stops at the neck, beside the features where `compile=`
     made one node of neck and head.
     """
-    inputs = [f for f in ([view.layers[n] for n in layers] or view.features) if f.requires_grad]
+    inputs = [f for f in ([student.layers[n] for n in layers] or student.features) if f.requires_grad]
     task = _autograd(task_loss, inputs) if inputs else []
     if all(g is None for g in task):
-        # a view shows the outputs transposed; the task loss was computed from what lies beneath
-        inputs += [x if x._base is None else x._base for x in (view.scores, view.boxes)]
+        # the outputs are transposed views; the task loss was computed from their bases
+        inputs += [x if x._base is None else x._base for x in (student.scores, student.boxes)]
         task = _autograd(task_loss, inputs)
     return inputs, _filled(task, inputs)
 

@@ -1,8 +1,8 @@
-"""Adapters, terms, weights and schedules: two views in, named scalars out."""
+"""Adapters, terms, weights and schedules: outputs of both models in, named scalars out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,18 +23,18 @@ NECK = "neck"
 
 @dataclass(frozen=True)
 class Term:
-    """A loss with its weight and schedule, and the layers that it reads where these are not the neck's outputs."""
+    """A loss with its weight and schedule, and the layers that it reads in place of the neck's features."""
 
     loss: Loss
     weight: float
     schedule: Schedule
     student_layers: tuple[str, ...] = ()
     teacher_layers: tuple[str, ...] = ()
-    ratio: float | None = None  # the target of a weight that sets itself
+    ratio: float | None = None  # the target of an automatic weight
 
     @property
     def site(self) -> str:
-        """Name of the pair of places where the features come from; terms of one site share adapters and alignment."""
+        """Name of the layers that the features come from; terms at one site share adapters and aligned features."""
         if not self.student_layers and not self.teacher_layers:
             return NECK
         return "+".join("-".join(names or (NECK,)) for names in (self.student_layers, self.teacher_layers)).replace(
@@ -43,15 +43,15 @@ class Term:
 
 
 class Distiller(nn.Module):
-    """Everything that a recipe adds to the student's own loss.
+    """The terms of a recipe, and the modules that only distillation trains.
 
-    It owns the modules that are trained for distillation's sake only: adapters, shared by all terms that read the same
-    kind, and what a loss brings along. None of it is ever part of the student.
+    These modules are the adapters, which terms that read the same kind at the same site share, and the modules of the
+    losses. None of them is ever part of the student.
 
     Args:
         recipe: What to distil.
         pair: Facts about both models; its classes are the matched ones.
-        classes: Which class of the student is which of the teacher, None where they are the same.
+        classes: The class map, None where all classes agree.
 
     Raises:
         PairError: If a loss cannot serve this pair.
@@ -62,6 +62,7 @@ class Distiller(nn.Module):
         self.classes = classes
         self.pair = pair
         self.reads, self.head_split = recipe.reads, recipe.head_split
+        self.student_layers = recipe.student_layers
         self.losses = nn.ModuleDict()
         self.terms: dict[str, Term] = {}
         for spec in recipe.terms:
@@ -87,7 +88,7 @@ class Distiller(nn.Module):
 
     @property
     def weight_columns(self) -> dict[str, str]:
-        """Columns of the weights that set themselves, by term: `fgd_w` for the term that reports `fgd_loss`."""
+        """Columns of the automatic weights, by term: `fgd_w` for the term that reports `fgd_loss`."""
         names = self.auto.names if self.auto else ()
         return {name: f"{self.terms[name].loss.columns[0].removesuffix('_loss')}_w" for name in names}
 
@@ -97,33 +98,39 @@ class Distiller(nn.Module):
         return self.auto.weight(name) if self.auto is not None and term.ratio is not None else term.weight
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the weights that set themselves, by column; they are for the log and no part of the loss."""
+        """Return the automatic weights by column, for the log; they are not part of the loss."""
         return {column: self.weight(name) for name, column in self.weight_columns.items()}  # type: ignore[misc]
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that belong into the student's optimiser."""
-        own = {id(p) for term in self.terms.values() for p in term.loss.self_trained()}
-        return [p for p in self.parameters() if id(p) not in own]
+        """Return the parameters that the student's optimiser trains."""
+        excluded = {id(p) for term in self.terms.values() for p in term.loss.self_trained()}
+        return [p for p in self.parameters() if id(p) not in excluded]
 
     def attach_teacher_head(self, tails: Sequence[tuple[nn.Module, nn.Module]]) -> None:
-        """Hand the end of the teacher's head to the losses that ask for it."""
+        """Give the end of the teacher's head to the losses that run it."""
         if self.classes is not None:
             tails = [(MappedTail(cls, self.classes), box) for cls, box in tails]
         for term in self.terms.values():
             if term.loss.head_split:
                 term.loss.attach_teacher_head(tails)
 
-    def steps(
+    def inputs(
         self,
         student: DetectorOutputs,
         teacher: DetectorOutputs,
         targets: Targets | None = None,
-        progress: float = 0.0,
         continues: bool = False,
     ) -> dict[str, LossInputs]:
-        """Return the step that each term sees, by the term's name; terms of one site share one.
+        """Return what each term reads, by its name; terms at the same site share one object.
 
-        The views hold all classes of their models, the steps those that both have.
+        Args:
+            student: The student's outputs, all classes.
+            teacher: The teacher's outputs, all classes.
+            targets: Ground truth, None when no term reads it.
+            continues: True for the second sub-batch of a batch.
+
+        Returns:
+            Inputs that hold the matched classes only.
         """
         if self.classes is not None:
             student, teacher = self.classes.student_view(student), self.classes.teacher_view(teacher)
@@ -131,21 +138,15 @@ class Distiller(nn.Module):
         made: dict[str, LossInputs] = {}
         for term in self.terms.values():
             if term.site not in made:
-                made[term.site] = self._step(term, student, teacher, targets, progress, continues)
+                made[term.site] = self._inputs_at(term, student, teacher, targets, continues)
         return {name: made[term.site] for name, term in self.terms.items()}
 
-    def _step(
-        self,
-        term: Term,
-        student: DetectorOutputs,
-        teacher: DetectorOutputs,
-        targets: Targets | None,
-        progress: float,
-        continues: bool,
+    def _inputs_at(
+        self, term: Term, student: DetectorOutputs, teacher: DetectorOutputs, targets: Targets | None, continues: bool
     ) -> LossInputs:
         strides = self._strides[term.site]
-        student = _view_at(student, term.student_layers, strides)
-        teacher = _view_at(teacher, term.teacher_layers, strides)
+        student = _outputs_at(student, term.student_layers, strides)
+        teacher = _outputs_at(teacher, term.teacher_layers, strides)
         device = student.features[0].device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device)
@@ -159,34 +160,34 @@ class Distiller(nn.Module):
             with precision():
                 return self.adapters[f"{kind}@{site}"][level](student.features[level])  # type: ignore[index]
 
-        return LossInputs(student, teacher, targets, progress, align, precision, continues)
+        return LossInputs(student, teacher, targets, 0.0, align, precision, continues)
 
-    def unweighted(self, name: str, step: LossInputs) -> dict[str, Tensor]:
+    def unweighted(self, name: str, inputs: LossInputs) -> dict[str, Tensor]:
         """Return the columns of one term before weight and schedule; its arithmetic runs in float32."""
-        with torch.autocast(step.student.scores.device.type, enabled=False):
-            return self.terms[name].loss(step)
+        with torch.autocast(inputs.student.scores.device.type, enabled=False):
+            return self.terms[name].loss(inputs)
 
-    def forward(self, steps: dict[str, LossInputs], close_mosaic: float = 1.0) -> dict[str, Tensor]:
-        """Return every column, weighted and scheduled, as float32 scalars for one image on average.
+    def forward(self, inputs: Mapping[str, LossInputs], close_mosaic: float = 1.0) -> dict[str, Tensor]:
+        """Return every column, weighted and scheduled, as float32 scalars per image.
 
         Args:
-            steps: What this distiller's `steps` returned.
+            inputs: The inputs of each term, by its name.
             close_mosaic: Progress at which mosaic augmentation closes.
         """
-        values: dict[str, Tensor] = {}
+        columns: dict[str, Tensor] = {}
         for name, term in self.terms.items():
-            step = steps[name]
-            multiplier = term.schedule(step.progress, close_mosaic)
+            read = inputs[name]
+            multiplier = term.schedule(read.progress, close_mosaic)
             if term.weight == 0 or multiplier == 0:
-                zero = step.student.scores.new_zeros((), dtype=torch.float32)
-                values.update(dict.fromkeys(term.loss.columns, zero))
+                zero = read.student.scores.new_zeros((), dtype=torch.float32)
+                columns.update(dict.fromkeys(term.loss.columns, zero))
             else:
                 strength = self.weight(name) * multiplier
-                values.update({c: v * strength for c, v in self.unweighted(name, step).items()})
-        return values
+                columns.update({c: v * strength for c, v in self.unweighted(name, read).items()})
+        return columns
 
     def after_step(self) -> None:
-        """Let losses that train modules of their own do so."""
+        """Let losses that train their modules themselves do so."""
         for term in self.terms.values():
             term.loss.after_step()
 
@@ -197,7 +198,7 @@ def _term(spec: TermSpec) -> Term:
 
 
 def _pair_at(term: Term, name: str, pair: PairSpec) -> PairSpec:
-    """Return the pair as a term sees it: its own layers in place of the neck's outputs.
+    """Return the pair for a term, with the term's layers in place of the neck's features.
 
     Raises:
         PairError: If the two sides do not have the same number of maps at the same strides.
@@ -210,7 +211,7 @@ def _pair_at(term: Term, name: str, pair: PairSpec) -> PairSpec:
         raise PairError(
             f"loss '{name}' pairs student maps of stride {list(s_strides)} with teacher maps of stride "
             f"{list(t_strides)}; student_layers and teacher_layers need the same strides in the same order, and a side "
-            f"that is left out is the neck with {list(pair.strides)}."
+            f"without layers is the neck with {list(pair.strides)}."
         )
     return replace(
         pair,
@@ -220,6 +221,6 @@ def _pair_at(term: Term, name: str, pair: PairSpec) -> PairSpec:
     )
 
 
-def _view_at(view: DetectorOutputs, layers: tuple[str, ...], strides: tuple[int, ...]) -> DetectorOutputs:
-    """Return a view whose features are those layers' outputs, at those strides."""
-    return replace(view, features=tuple(view.layers[n] for n in layers), strides=strides) if layers else view
+def _outputs_at(outputs: DetectorOutputs, layers: tuple[str, ...], strides: tuple[int, ...]) -> DetectorOutputs:
+    """Return outputs whose features are those layers' outputs, at those strides."""
+    return replace(outputs, features=tuple(outputs.layers[n] for n in layers), strides=strides) if layers else outputs

@@ -1,4 +1,4 @@
-"""The frozen teacher: loaded safely, verified, made fast, and asked for one view per batch."""
+"""The frozen teacher: verified, made fast, and run once for each batch."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from yolo_kd.config.speed import AUTO, Speed
-from yolo_kd.distillation.teacher_runner import Runner, Way, _tensors, largest_difference, ways
+from yolo_kd.distillation.teacher_runner import Pending, Runner, Way, largest_difference, ways
 from yolo_kd.environment import release_memory
 from yolo_kd.errors import AuditError
 from yolo_kd.safe_loading.checkpoint import LoadedDetector
 from yolo_kd.structures import DetectorOutputs
 
-# A fast way is taken if each tensor that it yields is this close to the plain float32 teacher's, as the norm of the
-# difference over the norm. bfloat16 has 8 bits; a network of 20 to 50 layers comes to 1 to 3 %.
 TOLERANCE = 0.05
+"""Largest relative difference of an output tensor to the plain float32 teacher's, as norm over norm. bfloat16 has 8
+bits; a network of 20 to 50 layers accumulates 1 to 3 %."""
 EXACT = Speed(teacher_precision="fp32")
-PROBE_IMAGES = 4  # of the first batch, to measure with
+PROBE_IMAGES = 4
+"""Images of the first batch with which the ways to run are measured."""
 PROBE_ROUNDS = 5
-# A way further down the list must be faster by this factor: otherwise the noise of a measurement would decide, and a
-# training could not be repeated to the bit.
 CLEARLY = 1.5
+"""Factor by which a way further down the list must be faster. A smaller one would let noise decide, and a training
+could not be repeated to the bit."""
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -36,44 +37,24 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-class Pending:
-    """A view that may still be in the making on a stream of its own.
-
-    Args:
-        view: The view.
-        stream: Where it is made, None if it is complete.
-    """
-
-    def __init__(self, view: DetectorOutputs, stream: torch.cuda.Stream | None = None):
-        self._view = view
-        self._stream = stream
-
-    def take(self) -> DetectorOutputs:
-        """Return the view, ready to be used on the current stream."""
-        if self._stream is not None:
-            current = torch.cuda.current_stream()
-            current.wait_stream(self._stream)
-            for tensor in _tensors(self._view).values():
-                tensor.record_stream(current)  # its memory must not be given away before the current stream is done
-            self._stream = None
-        return self._view
-
-
 class Teacher:
-    """A frozen detector in eval mode that yields a view of each batch.
+    """A frozen detector in eval mode.
 
-    It is no `nn.Module` and hangs on no model, so that no optimiser, EMA, checkpoint or distributed wrapper ever finds
-    it. On the first batch it settles on the fastest way to run: the candidates are timed on a few images, and one whose
-    outputs are further than `TOLERANCE` from those of the plain float32 model is passed over.
+    It is no `nn.Module` and no model refers to it, so no optimiser, EMA, checkpoint or distributed wrapper finds it. On
+    the first batch it chooses the fastest way to run: the candidates are timed on a few images, and a candidate whose
+    outputs differ from the plain float32 model's by more than `TOLERANCE` is dropped.
 
     Args:
         detector: The loaded teacher. It is copied, not changed.
         device: Where it runs.
-        speed: What the user wants; a compile that is left open is off.
+        speed: How it runs; `teacher_compile="auto"` means no compilation here.
         layers: Names of other layers that the recipe reads.
-        head_split: Also hand out the features inside the head, as `Loss.head_split` describes.
-        reads: What the recipe reads; branches of the head that it does not read are not computed.
-        on_settled: Called once the way is settled, with a sentence for the log.
+        head_split: Also return the features inside the head, as `Loss.head_split` describes.
+        reads: What the recipe reads; other branches of the head are not computed.
+
+    Attributes:
+        difference: Largest relative difference to the plain float32 model, on the first batch.
+        on_settled: Called with a sentence for the log when the way is chosen.
     """
 
     def __init__(
@@ -84,41 +65,55 @@ class Teacher:
         layers: Sequence[str] = (),
         head_split: bool = False,
         reads: Collection[str] = ("scores", "boxes", "one2one"),
-        on_settled: Callable[[str], None] | None = None,
     ):
         self.path = detector.path
         self.sha256 = detector.sha256
-        self.difference = 0.0  # largest relative difference to the plain float32 model, on the first batch
+        self.difference = 0.0
+        self.on_settled: Callable[[str], None] = lambda _: None
         self._device = device
         self._speed = speed
+        self._reads = {*reads}
         self._build: Callable[[Way], Runner] | None = lambda way: Runner(
-            detector.model, way, device, layers, head_split, reads
+            detector.model, way, device, layers, head_split, self._reads
         )
-        self._on_settled = on_settled
         self._runner: Runner | None = None
         self._fingerprint = ""
         self._compiled: Callable[[Tensor], Any] | None = None
         self._compiled_shape: torch.Size | None = None
-        own_stream = device.type == "cuda" and speed.teacher_stream in (AUTO, True)
-        self._stream = torch.cuda.Stream(device) if own_stream else None
+        separate_stream = device.type == "cuda" and speed.teacher_stream in (AUTO, True)
+        self._stream = torch.cuda.Stream(device) if separate_stream else None
+
+    @property
+    def settled(self) -> bool:
+        """Whether the way to run is chosen, which happens on the first batch."""
+        return self._runner is not None
 
     @property
     def runner(self) -> Runner:
-        """The copy that runs, settled on the first batch.
+        """The copy that runs.
 
         Raises:
             RuntimeError: Before the first batch.
         """
         if self._runner is None:
-            raise RuntimeError("the teacher has seen no batch yet")
+            raise RuntimeError("the teacher has processed no batch yet")
         return self._runner
 
+    @property
+    def model(self) -> nn.Module:
+        """The model that runs."""
+        return self.runner.model
+
+    def also_read(self, *reads: str) -> None:
+        """Compute more branches of the head; call it before the first batch."""
+        self._reads |= {*reads}
+
     def __call__(self, images: Tensor) -> DetectorOutputs:
-        """Return the teacher's view of (B, C, H, W) images in [0, 1]."""
+        """Return the teacher's outputs on (B, C, H, W) images in [0, 1]."""
         return self.begin(images).take()
 
     def begin(self, images: Tensor) -> Pending:
-        """Start on a batch; with a stream of its own the teacher then works while the caller goes on."""
+        """Start on a batch; on a CUDA stream of its own the teacher then works while the caller goes on."""
         if self._build is not None:
             self._settle(images, self._build)
         if self._stream is None:
@@ -129,72 +124,62 @@ class Teacher:
             return Pending(self._run(images), self._stream)
 
     def rehearsal(self) -> Runner:
-        """Return a copy that runs in the most promising way, to measure memory with before the first batch."""
+        """Return a copy that runs in the most promising way, for measuring memory before the first batch."""
         return self._build(ways(self._speed, self._device)[0]) if self._build is not None else self.runner
 
     def _run(self, images: Tensor) -> DetectorOutputs:
         runner = self.runner
         fits = images.shape == self._compiled_shape
-        runner.tap.forward = runner.model if self._compiled is None or not fits else self._compiled
+        runner.recorder.forward = runner.model if self._compiled is None or not fits else self._compiled
         return runner(images)
 
     def _settle(self, images: Tensor, build: Callable[[Way], Runner]) -> None:
         """Choose the way to run, on the first batch."""
         probe = images[:PROBE_IMAGES]
         exact = build(Way("fp32", channels_last=False, fused=False))(probe)
-        candidates = ways(self._speed, self._device)
         differences: dict[Runner, float] = {}
         notes = []
-        for way in candidates:
+        for way in ways(self._speed, self._device):
             runner = build(way)
             difference = largest_difference(runner(probe), exact)
             if way.precision != "fp32" and not difference <= TOLERANCE:
                 notes.append(f"; {way} differs by {difference:.1%}, more than {TOLERANCE:.0%}, so it is not used")
             else:
                 differences[runner] = difference
-        if not differences:  # what was asked for is too far off
+        if not differences:  # the way that the user chose differs too much
             runner = build(Way("fp32", channels_last=True))
             differences[runner] = largest_difference(runner(probe), exact)
-        best, *others = differences
-        times: dict[Way, float] = {}
-        if others:
-            # in turn, so that a slow moment of the machine hits all of them
-            rounds = [{r.way: r.seconds(probe) for r in differences} for _ in range(PROBE_ROUNDS)]
-            times = {r.way: min(seconds[r.way] for seconds in rounds) for r in differences}
-        for runner in others:
-            if times[runner.way] * CLEARLY < times[best.way]:
-                best = runner
+        best, times = _fastest(list(differences), probe)
         self._runner, self.difference = best, differences[best]
         self._build = None  # and with it the plain model
-        del build, runner, exact, best, others, differences
-        release_memory()  # the candidates' memory, which would otherwise lie in pieces between what lives on
+        del build, runner, exact, best, differences
+        release_memory()  # of the other candidates, which would otherwise fragment what lives on
         self._fingerprint = fingerprint(self._runner.model)
         compiled = self._compile(images) if self._speed.teacher_compile is True else "eager"
-        if self._on_settled is not None:
-            slowest = max(times.values(), default=0.0)
-            gain = f" ({times[self._runner.way]:.3f} s against {slowest:.3f} s)" if slowest else ""
-            self._on_settled(
-                f"Teacher runs in {self._runner.way}, {compiled}{gain}; largest difference to plain float32 "
-                f"{self.difference:.2g}{''.join(notes)}"
-            )
+        slowest = max(times.values(), default=0.0)
+        gain = f" ({times[self._runner.way]:.3f} s against {slowest:.3f} s)" if slowest else ""
+        self.on_settled(
+            f"Teacher runs in {self._runner.way}, {compiled}{gain}; largest difference to plain float32 "
+            f"{self.difference:.2g}{''.join(notes)}"
+        )
 
     def _compile(self, images: Tensor) -> str:
         """Compile for the shape of the first batch; other shapes (the last batch, multi-scale) stay eager.
 
         Returns:
-            What came of it, for the log.
+            The result, for the log.
         """
         runner = self.runner
         eager = runner(images)
         compiled = torch.compile(runner.model, dynamic=False)
-        runner.tap.forward = compiled
+        runner.recorder.forward = compiled
         try:
             difference = largest_difference(runner(images), eager)
-        except Exception as error:  # no compiler, an operator that it does not know: the eager model is as right
+        except Exception as error:  # no compiler, or an operator that it does not support
             lines = str(error).strip().splitlines() or [type(error).__name__]
             return f"eager, as it could not be compiled: {lines[0][:120]}"
         if not difference <= TOLERANCE:
-            return f"eager, as compiled it differs by {difference:.1%}"
+            return f"eager, as the compiled model differs by {difference:.1%}"
         self._compiled, self._compiled_shape = compiled, images.shape
         return "compiled"
 
@@ -215,6 +200,23 @@ class Teacher:
             raise AuditError(f"the weights of the teacher {self.path} changed during training; they must stay frozen.")
 
     def close(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         if self._runner is not None:
-            self._runner.tap.remove()
+            self._runner.close()
+
+
+def _fastest(runners: list[Runner], probe: Tensor) -> tuple[Runner, dict[Way, float]]:
+    """Return the runner to use and the best time of each in seconds; no times where there is one only.
+
+    The first runner wins unless another is faster by `CLEARLY`.
+    """
+    best = runners[0]
+    if len(runners) == 1:
+        return best, {}
+    # interleaved, so that a slow moment of the machine affects all of them
+    rounds = [{r.way: r.seconds(probe) for r in runners} for _ in range(PROBE_ROUNDS)]
+    times = {r.way: min(seconds[r.way] for seconds in rounds) for r in runners}
+    for runner in runners[1:]:
+        if times[runner.way] * CLEARLY < times[best.way]:
+            best = runner
+    return best, times

@@ -55,6 +55,29 @@ def ways(speed: Speed, device: torch.device) -> list[Way]:
     return [Way(p, last) for p in precisions for last in layouts if p == "fp32" or last or len(layouts) == 1]
 
 
+class Pending:
+    """Outputs that a CUDA stream may still be computing.
+
+    Args:
+        outputs: The outputs.
+        stream: The stream, None if they are complete.
+    """
+
+    def __init__(self, outputs: DetectorOutputs, stream: torch.cuda.Stream | None = None):
+        self._outputs = outputs
+        self._stream = stream
+
+    def take(self) -> DetectorOutputs:
+        """Return the outputs, ready for use on the current stream."""
+        if self._stream is not None:
+            current = torch.cuda.current_stream()
+            current.wait_stream(self._stream)
+            for tensor in _tensors(self._outputs).values():
+                tensor.record_stream(current)  # its memory must not be reused before the current stream is done
+            self._stream = None
+        return self._outputs
+
+
 class Runner:
     """A copy of the teacher that runs one way.
 
@@ -62,9 +85,9 @@ class Runner:
         plain: The model, which is copied.
         way: How it runs.
         device: Where it runs.
-        layers: Names of other layers to hand out.
-        head_split: Also hand out the features inside the head.
-        reads: What is read of the head.
+        layers: Names of other layers whose outputs are returned.
+        head_split: Also return the features inside the head.
+        reads: What the terms read of the head.
     """
 
     def __init__(
@@ -81,14 +104,22 @@ class Runner:
         self._layout: Any = torch.channels_last if way.channels_last else torch.contiguous_format
         self.model = model.to(device=device, dtype=PRECISIONS[way.precision]).to(memory_format=self._layout)
         self.way = way
-        self.tap = TeacherRecorder(self.model, find_layers(self.model, layers, "teacher", head_split), reads)
+        self.recorder = TeacherRecorder(self.model, find_layers(self.model, layers, "teacher", head_split), reads)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> DetectorOutputs:
-        """Return the view of (B, C, H, W) images."""
+        """Return the outputs on (B, C, H, W) images in [0, 1]."""
         images = images.to(dtype=PRECISIONS[self.way.precision], memory_format=self._layout)
         with torch.autocast(images.device.type, enabled=False):
-            return self.tap(images)
+            return self.recorder(images)
+
+    def begin(self, images: Tensor) -> Pending:
+        """Return the outputs in the form in which `Teacher.begin` does."""
+        return Pending(self(images))
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        self.recorder.remove()
 
     def seconds(self, images: Tensor) -> float:
         """Return the time of a pass; one must have been made already."""
@@ -99,22 +130,21 @@ class Runner:
         return time.perf_counter() - start
 
 
-def largest_difference(view: DetectorOutputs, reference: DetectorOutputs) -> float:
-    """Return the largest relative difference over a view's tensors: norm of the difference over the norm."""
+def largest_difference(outputs: DetectorOutputs, reference: DetectorOutputs) -> float:
+    """Return the largest relative difference over all tensors: norm of the difference over the norm."""
     worst = 0.0
     for name, exact in _tensors(reference).items():
-        exact, found = exact.float(), _tensors(view)[name].float()
+        exact, found = exact.float(), _tensors(outputs)[name].float()
         gap = ((found - exact).norm() / exact.norm().clamp(min=1e-12)).item()
         worst = math.inf if math.isnan(gap) else max(worst, gap)
     return worst
 
 
-def _tensors(view: DetectorOutputs) -> dict[str, Tensor]:
-    """Return all tensors of a view that hold anything, by name."""
-    named = {f"features {i}": f for i, f in enumerate(view.features)} | {
-        f"layer {k}": v for k, v in view.layers.items()
-    }
-    named |= {"scores": view.scores, "boxes": view.boxes}
-    if view.one2one_scores is not None:
-        named["one2one scores"] = view.one2one_scores
+def _tensors(outputs: DetectorOutputs) -> dict[str, Tensor]:
+    """Return all tensors that are not empty, by name."""
+    named = {f"features {i}": f for i, f in enumerate(outputs.features)}
+    named |= {f"layer {name}": layer for name, layer in outputs.layers.items()}
+    named |= {"scores": outputs.scores, "boxes": outputs.boxes}
+    if outputs.one2one_scores is not None:
+        named["one2one scores"] = outputs.one2one_scores
     return {name: tensor for name, tensor in named.items() if tensor.numel()}

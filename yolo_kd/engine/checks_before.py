@@ -45,7 +45,7 @@ def check_models(
     """
     if wrong := wrong_values(keys):
         raise ConfigError(wrong)
-    pool = plan is not None and plan.pool is not None
+    pool = plan is not None and plan.unlabeled is not None
     data = read_dataset(keys.get("data"), keys.get("split") or "val", train_optional=pool)
     nc = 1 if keys.get("single_cls") else data["nc"]
     channels = data["channels"]
@@ -80,26 +80,26 @@ def check_unlabeled_images(
         ConfigError: If keys do not go together.
         DataError: If the images cannot be used.
     """
-    assert plan.pool is not None
+    assert plan.unlabeled is not None
     if keys.get("rect"):
         raise ConfigError(
             f"rect=True orders images by their shape, {SOURCE_KEY}= draws them in an order of its own. Leave one out."
         )
     split = keys.get("split") or "val"
     data = read_dataset(keys.get("data"), split, train_optional=True)
-    place = ",".join(plan.pool.source)
-    images = readable_images(find_images(plan.pool.source), place, warn)
+    place = ",".join(plan.unlabeled.source)
+    images = readable_images(find_images(plan.unlabeled.source), place, warn)
     check_apart(images, data[split], place, warn)
     labelled = has_labels(data.get("train"))
     auto = [term.name for term in plan.recipe.terms if term.ratio is not None]
     if labelled and keys.get("batch") == 1:
         raise ConfigError(f"batch=1 has no room for a labelled and an unlabelled image ({SOURCE_KEY}=). Use batch=2.")
-    if not labelled and not plan.pool.distils:
+    if not labelled and not plan.unlabeled.distils:
         raise ConfigError(
-            f"data={keys.get('data')} has no labelled training images, and with unlabeled_mode={plan.pool.mode} the "
-            "terms of the recipe act on those only. Write unlabeled_mode=both or distill."
+            f"data={keys.get('data')} has no labeled training images, and with unlabeled_mode={plan.unlabeled.mode} "
+            "the terms of the recipe act on those only. Write unlabeled_mode=both or distill."
         )
-    if not labelled and not plan.pool.labels and auto:
+    if not labelled and not plan.unlabeled.labels and auto:
         raise ConfigError(
             f"weight: auto (here: {', '.join(auto)}) follows the task loss, but there is none: data={keys.get('data')} "
             "has no labelled training images. Give a number as weight, or write unlabeled_mode=both."

@@ -11,7 +11,7 @@ POSITION = "yolo_kd_position"  # key in a checkpoint that was written inside an 
 
 
 @dataclass(frozen=True)
-class Position:
+class EpochPosition:
     """How far an epoch had got.
 
     Attributes:
@@ -25,7 +25,7 @@ class Position:
     losses: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of_checkpoint(cls, checkpoint: Mapping[str, Any]) -> Position | None:
+    def of_checkpoint(cls, checkpoint: Mapping[str, Any]) -> EpochPosition | None:
         """Return the position that a checkpoint holds, None for one of a finished epoch."""
         try:
             state = checkpoint[POSITION]

@@ -32,7 +32,7 @@ class Plan:
     speed: Speed = field(default_factory=Speed)
     choice: ClassOptions = field(default_factory=ClassOptions)
     classes: ClassMap | None = None  # what came of the choice, None until both models are known
-    pool: UnlabeledOptions | None = None
+    unlabeled: UnlabeledOptions | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types only."""
@@ -47,7 +47,7 @@ class Plan:
             "speed": self.speed.to_keys(),
             **self.choice.to_keys(),
             "classes": None if self.classes is None else self.classes.to_dict(),
-            "pool": None if self.pool is None else self.pool.to_keys(),
+            "unlabeled": None if self.unlabeled is None else self.unlabeled.to_keys(),
             "version": __version__,
         }
 
@@ -61,6 +61,11 @@ class Plan:
         """
         if not isinstance(state, Mapping):
             raise CheckpointError("the checkpoint's record of its distillation is no mapping. Start a new run instead.")
+        if "pool" in state:
+            raise CheckpointError(
+                "the checkpoint was written by an earlier revision of yolo_kd, whose record of the distillation this "
+                "one cannot read. Finish the run with that revision, or start a new run."
+            )
         try:
             texts = [state[key] for key in ("name", "teacher", "teacher_sha256")]
             switches = [state[key] for key in ("trust_checkpoints", "random_teacher")]
@@ -76,9 +81,9 @@ class Plan:
         speed = state.get("speed") or {}
         if not isinstance(speed, Mapping):
             raise CheckpointError("the checkpoint's record of its distillation is damaged: speed is no mapping.")
-        pool = state.get("pool") or {}
-        if not isinstance(pool, Mapping):
-            raise CheckpointError("the checkpoint's record of its distillation is damaged: pool is no mapping.")
+        unlabeled = state.get("unlabeled") or {}
+        if not isinstance(unlabeled, Mapping):
+            raise CheckpointError("the checkpoint's record of its distillation is damaged: unlabeled is no mapping.")
         if not isinstance(recipe, Mapping):
             raise CheckpointError("the checkpoint's record of its distillation is damaged: it holds no recipe.")
         name, teacher, digest = texts
@@ -93,7 +98,7 @@ class Plan:
             Speed.of(speed),
             ClassOptions.of(state),
             None if state.get("classes") is None else ClassMap.from_dict(state["classes"]),
-            UnlabeledOptions.of(pool),
+            UnlabeledOptions.of(unlabeled),
         )
 
 
@@ -123,7 +128,7 @@ def make_plan(own: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Plan 
     choice = ClassOptions.of(own)
     if source is None and teacher is None:
         raise ConfigError("no teacher: add teacher=<checkpoint>, or kd=none to train the student alone.")
-    pool = UnlabeledOptions.of(own)
+    unlabeled = UnlabeledOptions.of(own)
     if source == NO_RECIPE:
         if own.get(SOURCE_KEY) is not None:
             raise ConfigError(
@@ -153,7 +158,7 @@ def make_plan(own: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Plan 
                 f"teacher={teacher} is a model YAML, so its weights would be random and teach nothing. Name a trained "
                 "checkpoint, or add random_teacher=true if that is what you want."
             )
-        return Plan(recipe, str(teacher), "", trust, random, inherit, speed, choice, pool=pool), None
+        return Plan(recipe, str(teacher), "", trust, random, inherit, speed, choice, unlabeled=unlabeled), None
     detector = load_detector(teacher, role="teacher", trust=trust)
     file, digest = str(detector.path.resolve()), detector.sha256
-    return Plan(recipe, file, digest, trust, random, inherit, speed, choice, pool=pool), detector
+    return Plan(recipe, file, digest, trust, random, inherit, speed, choice, unlabeled=unlabeled), detector

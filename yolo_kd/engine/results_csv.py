@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,25 +57,3 @@ def _cell(value: Any) -> str:
 def _epoch(line: str) -> int:
     cell = line.split(",")[0].strip()
     return int(cell) if cell.isdecimal() else 0
-
-
-class Keepsake:
-    """Holds a run's small text files in memory, so that they come back if its folder is removed while it runs."""
-
-    def __init__(self) -> None:
-        self._files: dict[Path, bytes] = {}
-
-    def remember(self, *paths: Path) -> None:
-        """Take the files as they are now, and have them on the disk."""
-        for path in paths:
-            if path.exists():
-                with open(path, "rb+") as file:
-                    self._files[path] = file.read()
-                    os.fsync(file.fileno())
-
-    def bring_back(self) -> list[str]:
-        """Write those that are gone, and return their names."""
-        gone = [path for path in self._files if not path.exists()]
-        for path in gone:
-            write_atomically(path, self._files[path])
-        return [path.name for path in gone]

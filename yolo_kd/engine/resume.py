@@ -21,20 +21,21 @@ from yolo_kd.config.speed import SPEED_KEYS, Speed
 from yolo_kd.config.ultralytics_keys import wrong_values
 from yolo_kd.config.unlabeled import SOURCE_KEY, UNLABELED_KEYS, resumed_unlabeled
 from yolo_kd.engine.checks_before import check_unlabeled_images, read_dataset
-from yolo_kd.engine.epoch_position import Position
+from yolo_kd.engine.class_resolution import check_same_classes, match_classes
+from yolo_kd.engine.epoch_position import EpochPosition
 from yolo_kd.engine.plan import Plan, is_resolved
 from yolo_kd.engine.run_files import restore, usable
+from yolo_kd.engine.setup import Setup
 from yolo_kd.errors import CheckpointError, ConfigError, DataError
 from yolo_kd.safe_loading.architecture import check_model
-from yolo_kd.safe_loading.checkpoint import held_model, load_checkpoint_file, sha256
-from yolo_kd.unlabeled.images import UnlabeledImages
+from yolo_kd.safe_loading.checkpoint import held_model, load_checkpoint_file, load_detector
 
 MAX_VALUES = 20_000  # with shared lists counted wherever they stand
 MAX_TEXT = 1 << 20
 MAX_DEPTH = 20
 
 
-def open_run(overrides: Mapping[str, Any], own: Mapping[str, Any], trust: bool) -> dict[str, Any]:
+def check_resumable(overrides: Mapping[str, Any], own: Mapping[str, Any], trust: bool) -> dict[str, Any]:
     """Check that a training can go on from a checkpoint, before anything is done with what stands in it.
 
     A damaged file gives way to the one before it, which then takes its place.
@@ -56,7 +57,7 @@ def open_run(overrides: Mapping[str, Any], own: Mapping[str, Any], trust: bool) 
     _check_unfinished(checkpoint, found, alone=own.get("kd") == NO_RECIPE)
     state = (checkpoint.get("train_args") or {}).get("kd")
     data, split = _check_arguments(checkpoint, found, {**overrides, **own})
-    dataset = read_dataset(data, split, train_optional=isinstance(state, Mapping) and bool(state.get("pool")))
+    dataset = read_dataset(data, split, train_optional=isinstance(state, Mapping) and bool(state.get("unlabeled")))
     if not is_resolved(own.get("kd")):  # otherwise the parent of this process has seen to it
         _check_plugins(state, import_plugins(own.get("plugins")), found)
     if found != path and RANK in {-1, 0}:
@@ -84,20 +85,39 @@ def resumed_plan(state: Mapping[str, Any], own: Mapping[str, Any], trust: bool) 
     plan = replace(plan, teacher=teacher, trust_checkpoints=trust, speed=speed)
     _check_teacher_file(plan)
     asked = {key: own[key] for key in UNLABELED_KEYS if own.get(key) is not None}
-    return replace(plan, pool=resumed_unlabeled(plan.pool, asked)) if asked else plan
+    return replace(plan, unlabeled=resumed_unlabeled(plan.unlabeled, asked)) if asked else plan
 
 
-def resumed_images(plan: Plan, keys: Mapping[str, Any]) -> tuple[UnlabeledImages, bool]:
-    """Find the images of a pool again, see `plan.check_unlabeled_images`.
+def resumed_setup(
+    state: Any, own: Mapping[str, Any], data: Mapping[str, Any], keys: Mapping[str, Any], trust: bool
+) -> Setup:
+    """Return the plan of a run that continues, with its files opened and checked.
+
+    Args:
+        state: The plan in the checkpoint's arguments.
+        own: This package's keys that the user gave.
+        data: What `check_resumable` returned.
+        keys: Ultralytics' keys of the run.
+        trust: Load checkpoints without restriction.
 
     Raises:
-        ConfigError: If keys do not go together.
-        DataError: If the images cannot be used, and where to say that they are elsewhere now.
+        YoloKDError: If the record is damaged, a file is gone or another one, or the classes differ.
     """
-    try:
-        return check_unlabeled_images(plan, keys)
-    except DataError as error:
-        raise DataError(f"{error} If they are elsewhere now, add {SOURCE_KEY}=<place>.") from error
+    plan = resumed_plan(state, own, trust)
+    images, labeled = None, True
+    if plan.unlabeled is not None:
+        try:
+            images, labeled = check_unlabeled_images(plan, keys)
+        except DataError as error:
+            raise DataError(f"{error} If they are elsewhere now, add {SOURCE_KEY}=<place>.") from error
+    nc = 1 if keys.get("single_cls") else data["nc"]
+    teacher = load_detector(plan.teacher, role="teacher", trust=trust, nc=nc, channels=data["channels"])
+    if teacher.sha256 != plan.teacher_sha256 and plan.teacher_sha256:
+        raise CheckpointError(_other_teacher(plan, teacher.sha256))
+    if plan.classes is not None:
+        classes, _ = match_classes(plan.choice, plan.recipe, teacher, data, keys)
+        check_same_classes(plan.classes, classes)
+    return Setup(plan, teacher, images, labeled)
 
 
 def is_local_yaml(data: str) -> bool:
@@ -159,7 +179,7 @@ def _check_unfinished(checkpoint: Mapping[str, Any], path: Any, alone: bool) -> 
             f"student={path} and teacher=, or add kd=none to go on training it alone."
         )
     epoch = checkpoint.get("epoch")
-    inside_first_epoch = Position.of_checkpoint(checkpoint) is not None
+    inside_first_epoch = EpochPosition.of_checkpoint(checkpoint) is not None
     if checkpoint.get("optimizer") is None or not isinstance(epoch, int) or (epoch < 0 and not inside_first_epoch):
         raise CheckpointError(
             f"resume={path} is a finished training: it holds no optimiser state. Name the last.pt of a run that was "
@@ -238,10 +258,10 @@ def _check_plugins(state: Any, named: Sequence[str], path: Path) -> None:
 
 
 def _check_teacher_file(plan: Plan) -> None:
-    """Check that the teacher of a run that is resumed is still the file it began with.
+    """Check that the teacher of a resumed run is still there.
 
     Raises:
-        CheckpointError: If it is gone, or another file stands in its place.
+        CheckpointError: If it is gone.
     """
     if plan.random_teacher and plan.teacher.lower().endswith((".yaml", ".yml")):
         return
@@ -249,8 +269,10 @@ def _check_teacher_file(plan: Plan) -> None:
         raise CheckpointError(
             f"the teacher {plan.teacher} of this run is gone. If it has moved, add teacher=<its new path>."
         )
-    if (found := sha256(plan.teacher)) != plan.teacher_sha256:
-        raise CheckpointError(
-            f"teacher={plan.teacher} is not the file this run began with: its SHA-256 is {found[:12]}..., the run's "
-            f"teacher had {plan.teacher_sha256[:12]}.... Name the original file with teacher=."
-        )
+
+
+def _other_teacher(plan: Plan, found: str) -> str:
+    return (
+        f"teacher={plan.teacher} is not the file this run began with: its SHA-256 is {found[:12]}..., the run's "
+        f"teacher had {plan.teacher_sha256[:12]}.... Name the original file with teacher=."
+    )

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ultralytics.engine import trainer as engine
 
+from yolo_kd import patches
 from yolo_kd.errors import CheckpointError, SaveError
 
 PARTIAL = ".partial"  # ends the name of a file that is being written
@@ -140,14 +142,13 @@ def with_entry(checkpoint: bytes, key: str, value: Any) -> bytes:
 
 @contextmanager
 def stripping_atomically(
-    engine: Any, last: Path, extra: Mapping[str, Any], quiet: Callable[[], AbstractContextManager] = nullcontext
+    last: Path, extra: Mapping[str, Any], quiet: Callable[[], AbstractContextManager] = nullcontext
 ) -> Iterator[None]:
     """Let Ultralytics strip finished checkpoints beside their place, and put them there when they are whole.
 
     `last.pt` comes last, after the final validation: until then it is a checkpoint that a run killed here resumes from.
 
     Args:
-        engine: The module whose `strip_optimizer` Ultralytics' `final_eval` calls.
         last: The run's `last.pt`.
         extra: Plain entries that the finished files hold besides.
         quiet: Makes a context in which Ultralytics' announcements are not shown.
@@ -170,14 +171,13 @@ def stripping_atomically(
             commit(partial, path)
         return combined
 
-    engine.strip_optimizer = strip
     try:
-        yield
+        with patches.replaced(engine, "strip_optimizer", strip):
+            yield
         if partial_of(last) in begun and partial_of(last).exists():
             commit(partial_of(last), last)
             previous_of(last).unlink(missing_ok=True)
     finally:
-        engine.strip_optimizer = original
         for partial in begun:
             with suppress(OSError):
                 partial.unlink()

@@ -100,7 +100,7 @@ def test_an_end_to_end_student(tmp_path: Path, shapes: Path, pool: Path) -> None
     resumed.add_callback("on_train_start", lambda t: names.append(type(t.model.criterion).__name__))
     resumed.train()
     assert names == ["PoolCriterion"]
-    assert resumed.plan.pool.ratio == 3
+    assert resumed.plan.unlabeled.ratio == 3
     in_pool = {p.name for p in pool.iterdir()}
     assert [sum(name in in_pool for name in files[2:]) for _, files in seen] == [6, 6, 6]
     assert [r["epoch"] for r in rows_of(resumed.save_dir)] == ["1", "2"]
@@ -126,7 +126,7 @@ def test_not_a_single_label(tmp_path: Path, shapes: Path, student: Path, sure: P
     assert all(float(r["train/box_loss"]) == float(r["train/kcls_loss"]) == 0 for r in rows)
     assert all(float(r["train/kcls_pool"]) > 0 for r in rows)
     assert float(rows[0]["val/box_loss"]) > 0, "validation has labels"
-    assert [row.term for row in trainer.audit_rows] == ["objectness"]
+    assert [row.term for row in trainer.distillation.audit_rows] == ["objectness"]
 
 
 def test_resume_inside_an_epoch_draws_what_is_left(
@@ -156,7 +156,7 @@ def test_what_may_be_said_on_resume(tmp_path: Path, shapes: Path, student: Path,
     for given in ({"unlabeled_ratio": 2}, {"unlabeled": str(pool), "unlabeled_mode": "both"}):
         with pytest.raises(ConfigError, match=rf"^{list(given)[-1]} cannot be changed on resume"):
             DistillationTrainer(overrides={"resume": str(last), **given})
-    assert DistillationTrainer(overrides={"resume": str(last), "unlabeled": str(pool)}).plan.pool.ratio == 1
+    assert DistillationTrainer(overrides={"resume": str(last), "unlabeled": str(pool)}).plan.unlabeled.ratio == 1
     moved = pool.parent / "moved"
     pool.rename(moved)
     try:
@@ -178,24 +178,6 @@ def test_a_run_without_a_pool_gets_none_on_resume(
     last = interrupted(tmp_path, shapes, student, after=1, teacher=str(teacher), kd="objectness")
     with pytest.raises(ConfigError, match=r"^unlabeled cannot be changed on resume"):
         DistillationTrainer(overrides={"resume": str(last), "unlabeled": str(pool)})
-
-
-def test_views_in_a_cache(tmp_path: Path, shapes: Path, student: Path, teacher: Path, pool: Path) -> None:
-    """A pool that holds training images as well has one row for each file."""
-    still = dict.fromkeys(("mosaic", "translate", "scale", "fliplr", "hsv_h", "hsv_s", "hsv_v"), 0.0)
-    places = [str(pool), str(shapes.parent / "images" / "train")]
-    keys = {"unlabeled": places, "kd.cache": "disk", "augmentations": [], **still}
-    trainer = make(tmp_path, shapes, student, teacher=str(teacher), kd="objectness", epochs=3, **keys)
-    passes: list[int] = []
-
-    def count(t: Any) -> None:
-        begin = t.teacher.begin
-        t.teacher.begin = lambda images: passes.append(1) or begin(images)
-
-    trainer.add_callback("on_train_start", count)
-    trainer.train()
-    assert 0 < len(passes) < 3 * len(trainer.train_loader), "what is kept is not computed again"
-    assert len(rows_of(trainer.save_dir)) == 3
 
 
 def test_the_command_line(

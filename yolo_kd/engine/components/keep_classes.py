@@ -1,7 +1,8 @@
-"""`KeepTrainer`: a trainer whose student gets classes beside its old ones and does not forget these."""
+"""Training for new classes without forgetting the teacher's."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,106 +11,107 @@ from ultralytics.utils import LOGGER, RANK, YAML
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_kd.config.class_options import ClassOptions
+from yolo_kd.engine.class_resolution import kept_classes
+from yolo_kd.engine.component import Component
 from yolo_kd.engine.components.kept_head import KeptClasses, extend_head
-from yolo_kd.engine.components.unlabeled import PoolTrainer
 from yolo_kd.engine.components.weight_blend import Blend, blend_checkpoint
+from yolo_kd.safe_loading.checkpoint import LoadedDetector
 from yolo_kd.upstream.heads import layers_before_head
 
-START_STATE = "yolo_kd_start"  # key of the student's start inside the optimiser's state dict
 
+class KeepClasses(Component):
+    """Trains for the classes of the teacher and those of the data set.
 
-class KeepTrainer(PoolTrainer):
-    """Trains for the classes of a teacher and those of the data set, where that was asked for.
+    - The head has all classes, and labels are renumbered accordingly.
+    - Only the head is trained, unless `freeze` is given.
+    - The weights of the finished student are a blend of its weights before and after training. The student that is
+      validated is blended likewise.
 
-    - The head has all classes, and labels count in them.
-    - Only the head is trained, unless `freeze` says otherwise.
-    - The finished student stands between its start and what training made of it, and so does the one that is validated.
+    Args:
+        trainer: The host.
+        options: The user's class options.
+        teacher: The loaded teacher.
     """
 
-    _kept: KeptClasses | None = None
-    _blend: Blend | None = None
-    _data_of_labels: dict[str, Any] | None = None  # the data set with its own classes, where the run has more
+    state_key = "yolo_kd_start"
 
-    @property
-    def choice(self) -> ClassOptions:
-        """What the user said about classes."""
-        return ClassOptions()
+    def __init__(self, trainer: Any, options: ClassOptions, teacher: LoadedDetector):
+        super().__init__(trainer)
+        self.options = options
+        self.kept: KeptClasses | None = None
+        self._teacher = teacher
+        self._blend: Blend | None = None
+        self._data_of_labels: dict[str, Any] = {}  # the data set with the classes of its label files
 
-    def kept_classes(self, data: dict[str, Any]) -> KeptClasses:
-        """Return the classes of the run, from those of the data set."""
-        raise NotImplementedError
+    def get_dataset(self, proceed: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Put the teacher's classes before the data set's."""
+        self._data_of_labels = data = proceed()
+        self.kept = kept = kept_classes(self.options, self._teacher, data, vars(self.trainer.args))
+        return {**data, "names": kept.by_index, "nc": len(kept.names)}
 
-    def get_dataset(self) -> dict[str, Any]:
-        """Put the teacher's classes before the data set's where they are kept."""
-        data = super().get_dataset()
-        if not self.choice.keep_classes:
-            return data
-        self._kept = self.kept_classes(data)
-        self._data_of_labels = data
-        return {**data, "names": self._kept.by_index, "nc": len(self._kept.names)}
-
-    def labelled_dataset(self, img_path: Any, mode: str, batch: int | None) -> Any:
-        """Read labels in the data set's own classes, as its label cache holds them, then count as the run does."""
-        if self._kept is None or self._data_of_labels is None:
-            return super().labelled_dataset(img_path, mode, batch)
-        run = self.data
-        self.data = self._data_of_labels
+    def build_dataset(self, proceed: Callable[..., Any], path: Any, mode: str, batch: int | None) -> Any:
+        """Read labels with the data set's class indices, which label caches hold, then renumber them."""
+        assert self.kept is not None
+        trainer = self.trainer
+        run, trainer.data = trainer.data, self._data_of_labels
         try:
-            dataset = super().labelled_dataset(img_path, mode, batch)
+            dataset = proceed(path, mode, batch)
         finally:
-            self.data = run
+            trainer.data = run
         dataset.data = run
-        self._kept.renumber(dataset.labels)
+        self.kept.renumber(dataset.labels)
         return dataset
 
-    def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
-        """Let old classes start from the student's own where they are kept; a resumed run has them already."""
-        model = super().get_model(cfg, weights, verbose)
-        if self._kept is None or self.resume:
+    def get_model(self, proceed: Callable[..., nn.Module], cfg: Any, weights: Any, verbose: bool) -> nn.Module:
+        """Initialise the old classes from the student's head; a resumed run has them already."""
+        assert self.kept is not None
+        trainer = self.trainer
+        model = proceed(cfg, weights, verbose)
+        if trainer.resume:
             return model
-        extend_head(model, weights, self._kept.names)
-        if self.args.freeze is None:
-            self.args.freeze = layers_before_head(model)
+        extend_head(model, weights, self.kept.names)
+        if trainer.args.freeze is None:
+            trainer.args.freeze = layers_before_head(model)
             if RANK in {-1, 0}:
-                written = self.save_dir / "args.yaml"  # before there was a model whose layers could be counted
-                YAML.save(written, {**YAML.load(written), "freeze": self.args.freeze})
+                written = trainer.save_dir / "args.yaml"  # from before the model's layers could be counted
+                YAML.save(written, {**YAML.load(written), "freeze": trainer.args.freeze})
                 LOGGER.info(
-                    f"Old classes are kept: only the head is trained (freeze={self.args.freeze}), and the finished "
-                    f"student goes {self.choice.keep_blend:.0%} of its way (keep_blend)"
+                    f"Old classes are kept: only the head is trained (freeze={trainer.args.freeze}), and the finished "
+                    f"student moves {self.options.keep_blend:.0%} of the way to its trained weights (keep_blend)"
                 )
         return model
 
-    def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Let the student's start ride in every checkpoint that can be resumed."""
-        optimizer = super().build_optimizer(model, *args, **kwargs)
-        if self._kept is None:
-            return optimizer
-        share = self.choice.keep_blend
-        if self._blend is None:  # otherwise Ultralytics has halved the batch, and the start lies behind
-            self._blend = Blend.of(unwrap_model(self.model), share, self.freeze_layer_names)
+    def set_model_attributes(self, proceed: Callable[[], None]) -> None:
+        """Hide old classes that the teacher detects from the task loss."""
+        proceed()
+        assert self.kept is not None
+        self.trainer.distillation.protect(self.kept)
 
-        def save(_optimizer: Any, state: dict) -> dict:
-            assert self._blend is not None
-            return {**state, START_STATE: self._blend.start}
+    def build_optimizer(self, proceed: Callable[[], torch.optim.Optimizer]) -> torch.optim.Optimizer:
+        """Remember the student's weights before training, unless Ultralytics builds again with half the batch."""
+        if self._blend is None:
+            student = unwrap_model(self.trainer.model)
+            self._blend = Blend.of(student, self.options.keep_blend, self.trainer.freeze_layer_names)
+        return proceed()
 
-        def load(_optimizer: Any, state: dict) -> dict:
-            state = dict(state)
-            self._blend = Blend(state.pop(START_STATE), share)
-            return state
+    def validate(self, proceed: Callable[[], Any]) -> Any:
+        """Validate the student that the run would hand out now, so that `best.pt` is the best of these."""
+        if self._blend is None or self.kept is None or self.trainer.ema is None:
+            return proceed()
+        with self._blend.applied(self.trainer.ema.ema, self.kept.new):
+            return proceed()
 
-        optimizer.register_state_dict_post_hook(save)
-        optimizer.register_load_state_dict_pre_hook(load)
-        return optimizer
+    def finish_checkpoint(self, proceed: Callable[[dict], None], checkpoint: dict[str, Any]) -> None:
+        """Blend the weights of a finished checkpoint."""
+        proceed(checkpoint)
+        if self._blend is not None and self.kept is not None:
+            blend_checkpoint(checkpoint, self._blend, self.kept.new)
 
-    def validate(self) -> Any:
-        """Judge the student that the run would hand out now, so that the best of these makes the best epoch."""
-        if self._kept is None or self._blend is None or self.ema is None:
-            return super().validate()
-        with self._blend.applied(self.ema.ema, self._kept.new):
-            return super().validate()
+    def state_dict(self) -> Any:
+        """Return the student's weights before training."""
+        assert self._blend is not None
+        return self._blend.start
 
-    def finish_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the finished student back towards its start."""
-        super().finish_checkpoint(checkpoint)
-        if self._kept is not None and self._blend is not None:
-            blend_checkpoint(checkpoint, self._blend, self._kept.new)
+    def load_state_dict(self, state: Any) -> None:
+        """Restore the weights before training."""
+        self._blend = Blend(state, self.options.keep_blend)

@@ -1,76 +1,74 @@
-"""`PoolTrainer`: a durable trainer that also trains on images nobody labelled. It does not know what they teach."""
+"""Training on images without labels besides the labeled ones."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
-from torch import distributed as dist
+from torch import distributed
 from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import torch_distributed_zero_first, unwrap_model
 
 from yolo_kd.config.unlabeled import UnlabeledOptions
-from yolo_kd.engine.components.durability import DurableTrainer
+from yolo_kd.engine.component import Component
 from yolo_kd.safe_loading.dataset import optional_train
 from yolo_kd.unlabeled.dataset import MixedDataset, MixedSampler, mixed_loader, unlabeled_dataset
 from yolo_kd.unlabeled.images import UnlabeledImages
 
 
-class PoolTrainer(DurableTrainer):
-    """Puts the images of a pool behind the labelled ones of every batch."""
+class Unlabeled(Component):
+    """Puts unlabeled images behind the labeled ones of every batch.
 
-    model: Any
-    data: dict[str, Any]
-    args: Any
-    _pool: UnlabeledImages | None = None
-    _labelled = True  # whether there are labelled images; without any there is a pool
+    Args:
+        trainer: The host.
+        options: How unlabeled images are used.
+        images: The images.
+        labeled: Whether there are labeled training images as well.
+    """
 
-    @property
-    def pool(self) -> UnlabeledOptions | None:
-        """What the user said about the pool, None where there is none."""
-        return None
+    def __init__(self, trainer: Any, options: UnlabeledOptions, images: UnlabeledImages, labeled: bool):
+        super().__init__(trainer)
+        self.options = options
+        self.images = images
+        self.labeled = labeled
 
-    def lenient_data(self) -> AbstractContextManager[None]:
-        """Let the data YAML name no training images where there is a pool, for the duration."""
-        return optional_train() if self._pool is not None else nullcontext()
+    def train(self, proceed: Callable[[], Any]) -> Any:
+        """Let the data YAML name no training images, for the duration."""
+        with optional_train():
+            return proceed()
 
-    def train(self) -> Any:
-        """Train; the data YAML may name no training images where there is a pool."""
-        with self.lenient_data():
-            return super().train()
+    def get_dataset(self, proceed: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Let the data YAML name no training images."""
+        with optional_train():
+            return proceed()
 
-    def get_dataset(self) -> dict[str, Any]:
-        """Read the data YAML, which may name no training images where there is a pool."""
-        with self.lenient_data():
-            return super().get_dataset()
+    def build_dataset(self, proceed: Callable[..., Any], path: Any, mode: str, batch: int | None) -> Any:
+        """Append the unlabeled images to the labeled training images."""
+        if mode != "train":
+            return proceed(path, mode, batch)
+        trainer = self.trainer
+        stride = max(int(unwrap_model(trainer.model).stride.max()), 32)
+        labeled = proceed(path, mode, batch) if self.labeled else None
+        return MixedDataset(labeled, unlabeled_dataset(self.images, trainer.args, batch or 16, trainer.data, stride))
 
-    def labelled_dataset(self, img_path: Any, mode: str, batch: int | None) -> Any:
-        """Make Ultralytics' own data set."""
-        return super().build_dataset(img_path, mode, batch)
-
-    def build_dataset(self, img_path: Any, mode: str = "train", batch: int | None = None) -> Any:
-        """Put the pool behind the labelled training images."""
-        if mode != "train" or self._pool is None:
-            return self.labelled_dataset(img_path, mode, batch)
-        stride = max(int(unwrap_model(self.model).stride.max()), 32)
-        labelled = self.labelled_dataset(img_path, mode, batch) if self._labelled else None
-        return MixedDataset(labelled, unlabeled_dataset(self._pool, self.args, batch or 16, self.data, stride))
-
-    def get_dataloader(self, dataset_path: Any, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
-        """Draw labelled and pool images in the ratio that was asked for."""
-        if mode != "train" or self._pool is None:
-            return super().get_dataloader(dataset_path, batch_size, rank, mode)
-        assert self.pool is not None
+    def get_dataloader(self, proceed: Callable[..., Any], path: Any, batch_size: int, rank: int, mode: str) -> Any:
+        """Draw labeled and unlabeled images in the requested ratio."""
+        if mode != "train":
+            return proceed(path, batch_size, rank, mode)
+        trainer = self.trainer
         with torch_distributed_zero_first(rank):
-            dataset = self.build_dataset(dataset_path, mode, batch_size)
-        place = (dist.get_rank(), dist.get_world_size()) if rank != -1 and dist.is_initialized() else (0, 1)
+            dataset = trainer.build_dataset(path, mode, batch_size)
+        place = (0, 1)
+        if rank != -1 and distributed.is_initialized():
+            place = distributed.get_rank(), distributed.get_world_size()
         counts = dataset.labelled, dataset.unlabelled
-        sampler = MixedSampler(*counts, batch_size, self.pool.ratio, self.args.seed, *place)
+        sampler = MixedSampler(*counts, batch_size, self.options.ratio, trainer.args.seed, *place)
         if RANK in {-1, 0}:
-            LOGGER.info(f"{sampler.describe()} {self.pool.describe(dataset.labelled > 0)}")
-        return mixed_loader(dataset, sampler, self.args.workers, self.device)
+            LOGGER.info(f"{sampler.describe()} {self.options.describe(dataset.labelled > 0)}")
+        return mixed_loader(dataset, sampler, trainer.args.workers, trainer.device)
 
-    def _begin_epoch(self) -> None:
-        super()._begin_epoch()
-        if isinstance(sampler := self.train_loader.sampler, MixedSampler):
-            sampler.begin(self.epoch, self._skipped)
+    def run_callbacks(self, proceed: Callable[[str], None], event: str) -> None:
+        """Tell the sampler which epoch begins, and how much of it an interrupted process has trained."""
+        proceed(event)
+        if event == "on_train_epoch_start" and isinstance(sampler := self.trainer.train_loader.sampler, MixedSampler):
+            sampler.begin(self.trainer.epoch, self.trainer.skipped)

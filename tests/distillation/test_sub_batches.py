@@ -18,13 +18,16 @@ from tests.support.models import make_sure, narrow_model
 from yolo_kd.classes.mapping import ClassMap
 from yolo_kd.config.recipe import load_recipe
 from yolo_kd.config.unlabeled import UnlabeledOptions
-from yolo_kd.distillation.criterion import TEACHER_OUTPUTS, DistillationCriterion
+from yolo_kd.distillation.criterion import DistillationCriterion
+from yolo_kd.distillation.distillation import Distillation
 from yolo_kd.distillation.distiller import Distiller
 from yolo_kd.distillation.finite_guard import FiniteGuard
+from yolo_kd.distillation.observer import TEACHER_OUTPUTS
+from yolo_kd.distillation.sub_batches import is_unlabeled_column, teacher_reads
 from yolo_kd.distillation.teacher import Teacher
-from yolo_kd.distillation.unlabeled_criterion import PoolCriterion, is_pool_column, teacher_reads
 from yolo_kd.engine.components.kept_head import KeptClasses
 from yolo_kd.safe_loading.checkpoint import LoadedDetector
+from yolo_kd.unlabeled.dataset import UNLABELED_MARK
 from yolo_kd.unlabeled.pseudo_labels import detect, labels_of, pseudo_labels
 from yolo_kd.upstream.pairing import pair_spec
 from yolo_kd.upstream.recorders import AssignmentRecorder, outputs_of
@@ -64,19 +67,22 @@ class Setting:
         self.pool = UnlabeledOptions(("x",), mode=mode, conf=0.5, low=0.2, **keys)
         self.distiller = Distiller(load_recipe(recipe), pair_spec(student, teacher))
         self.teacher = Teacher(LoadedDetector(teacher, {}, Path("teacher.pt"), ""), CPU, PLAIN)
-        self.rows: list = []
-        self.criterion = PoolCriterion(self.student, self.distiller, on_audit=self.rows.extend, pool=self.pool)
+        self.attach()
         self.labelled, self.pooled = labelled, pooled
         self.batch = {
             "img": torch.rand(labelled + pooled, 3, 64, 64),
             "bboxes": torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.3, 0.3, 0.2, 0.3]])[:labelled],
             "cls": torch.tensor([[0.0], [2.0]])[:labelled],
             "batch_idx": torch.tensor([0.0, 1.0])[:labelled],
-            "pool": (False,) * labelled + (True,) * pooled,
+            UNLABELED_MARK: (False,) * labelled + (True,) * pooled,
         }
         self.batch[TEACHER_OUTPUTS] = self.teacher(self.batch["img"])
         self.predictions = self.student(self.batch["img"])
         self.outputs = [b[k] for b in self.branches() for k in ("scores", "boxes")]
+
+    def attach(self) -> None:
+        self.distillation = Distillation(self.student, self.teacher, self.distiller, self.pool)
+        self.criterion = DistillationCriterion(self.distillation)
 
     def branches(self) -> list[dict]:
         p = self.predictions
@@ -142,7 +148,7 @@ def test_terms_act_on_both_parts(family: str, models: dict) -> None:
         tap = AssignmentRecorder(native)
         native(part_of(s.predictions, chosen), labels)
         targets = targets_of(labels, tap.take())
-        steps = s.distiller.steps(student.part(chosen), teacher.part(chosen), targets)
+        steps = s.distiller.inputs(student.part(chosen), teacher.part(chosen), targets)
         means.append(s.distiller(steps))
     for place, column in enumerate(s.distiller.columns):
         a, b = (mean[column] for mean in means)
@@ -245,7 +251,7 @@ def test_confidence_weights_are_not_cancelled(models: dict, monkeypatch: pytest.
             object.__setattr__(found.certain, "confidence", torch.full_like(found.certain.confidence, by))
             return found
 
-        monkeypatch.setattr("yolo_kd.distillation.unlabeled_criterion.pseudo_labels", halved)
+        monkeypatch.setattr("yolo_kd.distillation.sub_batches.pseudo_labels", halved)
         values.append(s.run()[1])
     for name in ("box_pool", "dfl_pool"):
         assert values[1][name].item() == pytest.approx(0.5 * values[0][name].item(), rel=1e-4)
@@ -261,11 +267,11 @@ def test_both_is_pseudo_and_terms(models: dict) -> None:
     assert {"box_pool", "cls_pool", "dfl_pool", "kcls_pool", "kbox_pool", "dis_pool"} <= items.keys()
 
 
-def test_a_native_loss_is_itself_again(models: dict) -> None:
+def test_the_task_loss_is_itself_again(models: dict) -> None:
     s = Setting(models["yolo26n"], "both")
     s.run()
-    branches = branches_of(s.criterion.native)
-    s.criterion.close()
+    branches = branches_of(s.distillation.task_loss)
+    s.distillation.close()
     assert len(branches) == 2
     for branch in branches:
         assert "loss" not in vars(branch)
@@ -280,7 +286,7 @@ def test_what_is_logged_of_the_teacher(models: dict) -> None:
     assert items["pool_none"] == 0
     unsure = Setting((models["yolov8n"][0], models["yolov8n"][0]))
     assert unsure.run()[1]["pool_none"] == 1
-    assert all(is_pool_column(n) == n.startswith("pool_") or n.endswith("_pool") for n in items)
+    assert all(is_unlabeled_column(n) == n.startswith("pool_") or n.endswith("_pool") for n in items)
     features = Setting(models["yolov8n"], recipe={"losses": {"at": {}}}).run()[1]
     assert "pool_obj" not in features, "scores are not computed for a column"
 
@@ -311,7 +317,7 @@ def test_without_a_single_label(family: str, mode: str, models: dict) -> None:
         assert (task > 0).all()
     loss.sum().backward()
     assert s.student.model[0].conv.weight.grad.abs().sum() > 0
-    assert [row.term for row in s.rows] == ["objectness", "ultralytics", "fgd", "bckd"]
+    assert [row.term for row in s.distillation.audit_rows] == ["objectness", "ultralytics", "fgd", "bckd"]
     assert items["fgd_pool"] > 0
 
 
@@ -325,13 +331,16 @@ def test_audit_and_weights_look_at_labelled_images(models: dict) -> None:
     s.run()
     weight = s.distiller.weight("at").item()
     alone = Setting(models["yolov8n"], recipe={"losses": {"at": {"weight": "auto"}}})
-    criterion = DistillationCriterion(s.student, alone.distiller, on_audit=alone.rows.extend)
+    labeled = Distillation(s.student, alone.teacher, alone.distiller)
     images = s.batch["img"][s.own]
-    criterion(s.student(images), {**s.batch, "img": images, TEACHER_OUTPUTS: s.batch[TEACHER_OUTPUTS].part(s.own)})
+    batch = {k: v for k, v in s.batch.items() if k != UNLABELED_MARK}
+    batch |= {"img": images, TEACHER_OUTPUTS: s.batch[TEACHER_OUTPUTS].part(s.own)}
+    DistillationCriterion(labeled)(s.student(images), batch)
     assert weight == pytest.approx(alone.distiller.weight("at").item(), rel=1e-4)
     assert weight != 1.0
-    assert s.rows[0].value == pytest.approx(alone.rows[0].value, rel=1e-4)
-    assert s.rows[0].cosine == pytest.approx(alone.rows[0].cosine, abs=1e-4)
+    ours, theirs = s.distillation.audit_rows[0], labeled.audit_rows[0]
+    assert ours.value == pytest.approx(theirs.value, rel=1e-4)
+    assert ours.cosine == pytest.approx(theirs.cosine, abs=1e-4)
 
 
 def test_a_critic_learns_from_both_parts(models: dict) -> None:
@@ -352,8 +361,8 @@ def test_a_critic_learns_from_both_parts(models: dict) -> None:
 
 def test_a_bad_batch_leaves_finite_columns(models: dict) -> None:
     s = Setting(models["yolov8n"], "both")
-    s.criterion._guard = FiniteGuard()
-    s.criterion._on_audit = None
+    s.distillation.guard = guard = FiniteGuard()
+    s.distillation.audits = False
     good = s.run()[1]
     s.predictions = s.student(s.batch["img"])
     with torch.no_grad():
@@ -362,15 +371,7 @@ def test_a_bad_batch_leaves_finite_columns(models: dict) -> None:
     assert loss.sum() == 0
     assert items.keys() == good.keys()
     assert all(v.isfinite() for v in items.values())
-    assert s.criterion._guard.skipped == 1
-
-
-def test_every_output_takes_part_where_processes_expect_it(models: dict) -> None:
-    s = Setting(models["yolov8n"])
-    s.criterion.whole_graph = True
-    loss, _ = s.run()
-    gradients = torch.autograd.grad(loss[:3].sum(), s.outputs)
-    assert all((g[s.others] == 0).all() for g in gradients)
+    assert guard.skipped == 1
 
 
 MERGED = ClassMap(("a", "b", "c"), ("new", "a or b", "c"), ((), (0, 1), (2,)))
@@ -381,7 +382,7 @@ def mapped(models: dict, mode: str) -> Setting:
     s = Setting(models["yolov8n"], mode)
     pair = pair_spec(s.student, models["yolov8n"][1], nc=len(MERGED.matched))
     s.distiller = Distiller(load_recipe(TERMS), pair, MERGED)
-    s.criterion = PoolCriterion(s.student, s.distiller, pool=s.pool)
+    s.attach()
     return s
 
 
@@ -392,7 +393,7 @@ def test_detections_count_in_the_students_classes(mode: str, models: dict, monke
     handed: list = []
     real = labels_of
     monkeypatch.setattr(
-        "yolo_kd.distillation.unlabeled_criterion.labels_of",
+        "yolo_kd.distillation.sub_batches.labels_of",
         lambda found, size: handed.append(found) or real(found, size),
     )
     items = s.run()[1]
@@ -412,7 +413,7 @@ def test_classes_leaves_out_the_same_on_the_pool(chosen: Any, models: dict, monk
     found: list[dict] = []
     original = labels_of
     monkeypatch.setattr(
-        "yolo_kd.distillation.unlabeled_criterion.labels_of", lambda *a: found.append(original(*a)) or found[-1]
+        "yolo_kd.distillation.sub_batches.labels_of", lambda *a: found.append(original(*a)) or found[-1]
     )
     loss, _ = s.run()
     everything = detect(s.batch[TEACHER_OUTPUTS].part(s.others), s.pool.conf, s.pool.iou).labels
@@ -439,8 +440,8 @@ def test_old_classes_are_shielded_on_labelled_images(models: dict) -> None:
     s.distiller = Distiller(load_recipe(TERMS), pair_spec(s.student, models["yolov8n"][1], nc=2), kept.classes)
     teacher = s.batch[TEACHER_OUTPUTS]
     s.batch[TEACHER_OUTPUTS] = replace(teacher, scores=teacher.scores[..., :2])
-    s.criterion = PoolCriterion(s.student, s.distiller, pool=s.pool)
-    s.criterion.kept = kept
+    s.attach()
+    s.distillation.protect(kept)
     loss, _ = s.run()
     (gradient,) = torch.autograd.grad(loss[:3].sum(), s.predictions["scores"])
     seen = (teacher.scores[s.own, :, :2].sigmoid() >= 0.05).any(-1)
