@@ -1,4 +1,4 @@
-"""Checkpoints that a stranger might send: each builder writes one file and says what it tries."""
+"""Hostile checkpoints: each builder writes one file, and its name says what the file tries."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import builtins
 import io
 import os
 import pickle
+import pickletools
 import struct
 import tarfile
 import warnings
@@ -52,7 +53,7 @@ def pickled(content: Any, protocol: int = 2) -> bytes:
 
 
 def archive(path: Path, data: bytes, records: dict[str, bytes] | None = None, prefix: str = "x") -> Path:
-    """Write a file as torch.save does, with a pickle and records of one's own."""
+    """Write a file in the layout of torch.save with any pickle and records."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
         file.writestr(f"{prefix}/data.pkl", data)
         file.writestr(f"{prefix}/version", b"3\n")
@@ -192,6 +193,19 @@ def _nested_tuples(path: Path, _good: Path) -> Path:
     return archive(path, data)
 
 
+def _instruction(opcode: pickletools.OpcodeInfo) -> Callable[[Path, Path], Path]:
+    """Write a pickle with one instruction in it, on a stack with a dictionary, a mark and a number."""
+    reader = opcode.arg
+    if reader is None:
+        argument = b""
+    elif reader.n == pickletools.UP_TO_NEWLINE:
+        argument = {"STRING": b"''\n", "INST": b"torch\nSize\n"}.get(opcode.name, b"0\n")
+    else:
+        argument = bytes(reader.n if reader.n > 0 else 8)  # a length of zero takes 8 bytes at most
+    data = b"\x80\x02}(K\x01" + opcode.code.encode("latin-1") + argument + b"."
+    return lambda path, _good: archive(path, data)
+
+
 def _put_hook(model: Any) -> None:
     model._forward_hooks[0] = nn.Identity()
 
@@ -308,4 +322,17 @@ MISLEADS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     "web page": (_bytes(lambda data: b"<html>Not found</html>"), "it is a web page"),
 }  # fmt: skip
 
-ATTACKS = {**RUNS_CODE, **GROWS, **MISLEADS}
+# what torch.save writes; every other instruction of the stack machine must be refused
+WRITTEN = frozenset({
+    "PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
+    "BINUNICODE", "EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "GLOBAL", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET",
+    "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "BINPERSID", "NEWOBJ", "BUILD",
+    "REDUCE",
+})  # fmt: skip
+INSTRUCTIONS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
+    f"instruction {opcode.name}": (_instruction(opcode), f"its pickle holds the instruction {opcode.name}, which")
+    for opcode in pickletools.opcodes
+    if opcode.name not in WRITTEN
+}
+
+ATTACKS = {**RUNS_CODE, **GROWS, **MISLEADS, **INSTRUCTIONS}

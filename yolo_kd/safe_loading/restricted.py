@@ -18,8 +18,9 @@ from ultralytics.nn import tasks
 from ultralytics.utils import LOGGER, remove_colorstr, torch_utils
 
 from yolo_kd.errors import CheckpointError
+from yolo_kd.safe_loading.archive import inspect
 from yolo_kd.safe_loading.dataset import restricted_data
-from yolo_kd.safe_loading.pickle_scan import Refused, inspect
+from yolo_kd.safe_loading.pickle_scan import Refused
 
 
 @contextmanager
