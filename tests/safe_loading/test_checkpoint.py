@@ -1,4 +1,4 @@
-"""Checkpoints from strangers: nothing runs, nothing is written, memory stays bounded, and the answer is a sentence."""
+"""Hostile files: nothing runs, nothing is written, memory stays bounded, and the error is one sentence."""
 
 from __future__ import annotations
 
@@ -260,6 +260,19 @@ def test_the_scripts_of_shipped_data_files_are_left_alone() -> None:
     with restricted_data() as left_out:
         assert "import" in utils.YAML.load(ROOT / "cfg" / "datasets" / "VOC.yaml")["download"]
         assert not left_out
+
+
+def test_restrictions_last_until_the_last_holder_leaves() -> None:
+    """Two trainings in one process overlap, and the one that began first ends first."""
+    plain = ultralytics_dataset.load_dataset_cache_file, tasks.SAFE_LOAD
+    first, second = restricted_loading(), restricted_loading()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert ultralytics_dataset.load_dataset_cache_file is read_label_cache
+    assert tasks.SAFE_LOAD
+    second.__exit__(None, None, None)
+    assert (ultralytics_dataset.load_dataset_cache_file, tasks.SAFE_LOAD) == plain
 
 
 def test_restrictions_end(good: Path) -> None:

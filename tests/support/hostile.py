@@ -296,6 +296,10 @@ GROWS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
         _changed(_spoil_yaml(width_multiple=1e9, scales=None)),
         r"a multiple of depth or width must lie in \(0, 10\]",
     ),
+    "scale without numbers": (
+        _changed(_spoil_yaml(scales={"n": 5}, scale="n")),
+        r"is not a model YAML for a detector",
+    ),
     "description of another": (
         _changed(_spoil_yaml(scales={"n": [10, 10, 10**6]}, scale="n")),
         r"its description builds [\d,]+ parameters, it holds",

@@ -27,6 +27,7 @@ from yolo_kd.engine.run_files import restore, usable
 from yolo_kd.errors import CheckpointError, ConfigError, DataError
 from yolo_kd.safe_loading.architecture import check_model
 from yolo_kd.safe_loading.checkpoint import held_model, load_checkpoint_file, sha256
+from yolo_kd.safe_loading.dataset import is_local_yaml
 from yolo_kd.unlabeled.images import UnlabeledImages
 
 MAX_VALUES = 20_000  # with shared lists counted wherever they stand
@@ -98,13 +99,6 @@ def resumed_images(plan: Plan, keys: Mapping[str, Any]) -> tuple[UnlabeledImages
         return check_unlabeled_images(plan, keys)
     except DataError as error:
         raise DataError(f"{error} If they are elsewhere now, add {SOURCE_KEY}=<place>.") from error
-
-
-def is_local_yaml(data: str) -> bool:
-    """Return whether a data set is a YAML file that is here, or one of those that come with Ultralytics."""
-    if "://" in data or ":/" in data or not data.lower().endswith((".yaml", ".yml")):
-        return False
-    return Path(data).is_file() or len(Path(data).parts) == 1
 
 
 def is_plain(value: Any) -> bool:

@@ -21,10 +21,10 @@ from ultralytics.engine.exporter import export_formats, validate_args
 from ultralytics.utils import DEFAULT_CFG, LOGGER
 
 from yolo_kd.config.ultralytics_keys import wrong_value, wrong_values
-from yolo_kd.engine.resume import is_local_yaml
 from yolo_kd.errors import CheckpointError, ConfigError, ParityError, SetupError, did_you_mean, listed
 from yolo_kd.export.parity import Parity, find_images, summary, verify_onnx
 from yolo_kd.safe_loading.checkpoint import LoadedDetector, load_detector, sha256
+from yolo_kd.safe_loading.dataset import is_local_yaml
 from yolo_kd.safe_loading.restricted import restricted_loading
 
 # Words that the exporter takes beside those it lists.
