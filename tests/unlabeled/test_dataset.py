@@ -1,4 +1,4 @@
-"""Labelled and pool images together: who is drawn when, and that each kind stays with its own."""
+"""Labelled and unlabeled images together: the order of the draws, and that augmentations combine one kind."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_an_epoch_of_the_sampler(labelled: int, unlabelled: int, batch: int, rat
     seen = Counter(i for e in epochs for i in e)
     for kind in (range(labelled), range(labelled, total)):
         counts = {seen[i] for i in kind}
-        assert not counts or max(counts) - min(counts) <= 1, "each image of a kind is seen equally often"
+        assert not counts or max(counts) - min(counts) <= 1, "each image of a kind is drawn equally often"
 
 
 def test_the_order_follows_from_seed_and_epoch() -> None:
@@ -96,10 +96,10 @@ def test_a_batch_has_room_for_both() -> None:
 def test_the_log_says_what_an_epoch_is() -> None:
     said = MixedSampler(41, 164, 16, 1).describe()
     assert said.startswith(
-        "An epoch is 13 steps of 8 labelled and 8 pool images: each of the 41 labelled images is seen"
+        "An epoch is 13 steps of 8 labelled and 8 unlabeled images: each of the 41 labelled images is drawn"
     )
     assert "2.5 times" in said
-    assert "0.63 times. With unlabeled_ratio=4 the few labelled ones would repeat less." in said
+    assert "0.63 times. With unlabeled_ratio=4 the labelled images would repeat less often." in said
     for ratio, batch in ((4, 16), (1, 2)):  # what is asked for already, and all that a batch has room for
         assert MixedSampler(41, 164, batch, ratio).describe().endswith(" times.")
     assert MixedSampler(100, 164, 16, 1).describe().endswith(" times."), "nearly equal"
@@ -110,7 +110,7 @@ def test_the_log_says_what_an_epoch_is() -> None:
 
 @pytest.fixture
 def coloured(tmp_path: Path) -> Path:
-    """Four labelled images, all red, and five of a pool, all blue."""
+    """Four labelled images, all red, and five unlabeled images, all blue."""
     for kind, count, channel in (("images", 4, 0), ("pool", 5, 2)):
         (tmp_path / kind).mkdir()
         for i in range(count):
@@ -133,7 +133,7 @@ def mixed(folder: Path, labelled: bool = True, **keys: object) -> MixedDataset:
 
 
 def test_each_kind_augments_with_its_own(coloured: Path) -> None:
-    """Mosaic, mixup and cutmix take further images: a mosaic of both kinds would put labels onto pool images."""
+    """Mosaic, mixup and cutmix take further images: a mosaic of both kinds would put labels onto unlabeled images."""
     np.random.seed(0)
     torch.manual_seed(0)
     dataset = mixed(coloured, mosaic=1.0, mixup=1.0, cutmix=1.0, copy_paste=1.0, hsv_s=0.0, hsv_v=0.0, bgr=0.0)
@@ -147,7 +147,7 @@ def test_each_kind_augments_with_its_own(coloured: Path) -> None:
             red, _, blue = image.float().flatten(1).amax(1)
             assert (blue if pooled else red) > grey
             assert (red if pooled else blue) <= grey, "no colour of the other kind"
-        assert (batch["batch_idx"] < 2).all(), "pool images have no labels"
+        assert (batch["batch_idx"] < 2).all(), "unlabeled images have no labels"
         assert len(batch["cls"]) > 0
 
 

@@ -19,7 +19,7 @@ import yaml
 from ultralytics.data import dataset as ultralytics_dataset
 from ultralytics.data import utils as ultralytics_data
 from ultralytics.nn import tasks
-from ultralytics.utils import LOGGER, ROOT, YAML
+from ultralytics.utils import DATASETS_DIR, LOGGER, ROOT, YAML
 
 from yolo_kd.errors import DataError
 from yolo_kd.patches import replaced
@@ -98,6 +98,34 @@ def is_local_yaml(data: str) -> bool:
     if "://" in data or ":/" in data or not data.lower().endswith((".yaml", ".yml")):
         return False
     return Path(data).is_file() or len(Path(data).parts) == 1
+
+
+def places_of(file: str | Path, split: str) -> list[str]:
+    """Return the paths that a data YAML names for a split, without Ultralytics' check, which may download.
+
+    Args:
+        file: The data YAML.
+        split: train or val.
+
+    Raises:
+        DataError: If the file cannot be read or names no images for the split.
+    """
+    check_size(file)
+    try:
+        data = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{file} cannot be read as a data YAML: {error}") from error
+    data = data if isinstance(data, dict) else {}
+    named = data.get(split) or (data.get("validation") if split == "val" else None)
+    if not named:
+        raise DataError(f"{file} names no images in {split}:.")
+    names = named if isinstance(named, list) else [named]
+    if not all(isinstance(text, str) for text in (data.get("path") or "", *names)):
+        raise DataError(f"{file}: 'path' and '{split}' must be text.")
+    root = Path(data.get("path") or Path(file).parent)
+    roots = (root, DATASETS_DIR / root, Path(file).parent / root)  # Ultralytics looks in the first two
+    root = next((place for place in roots if place.exists()), root)
+    return [str(root / name) for name in names]
 
 
 def check_size(file: str | os.PathLike[str]) -> None:
