@@ -13,16 +13,15 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import torch
 from ultralytics.data import dataset as labels
-from ultralytics.data import utils as images
 from ultralytics.engine import trainer as engine
 from ultralytics.utils import LOGGER, callbacks
 
 from yolo_kd.patches import replaced
+from yolo_kd.upstream.image_repairs import repairs_written_to
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -96,9 +95,6 @@ def nothing_written() -> Iterator[Trace]:
         cache["version"] = version
         memory[str(path)] = deepcopy(cache)
 
-    def repair_elsewhere(file: str, write: Any) -> None:
-        write(str(folder / f"{uuid4().hex}{Path(file).suffix}"))
-
     def swallow(record: logging.LogRecord) -> bool:
         if record.levelno >= logging.WARNING:
             trace.warnings.append(" ".join(_COLOUR.sub("", record.getMessage()).split()))
@@ -109,11 +105,11 @@ def nothing_written() -> Iterator[Trace]:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         stack.callback(LOGGER.setLevel, level)
         stack.enter_context(redirect_stdout(sys.stderr))
+        stack.enter_context(repairs_written_to(folder))
         for owner, name, replacement in (
             (labels, "verify_image_label", recorded),
             (labels, "load_dataset_cache_file", load),
             (labels, "save_dataset_cache_file", save),
-            (images, "_replace_image", repair_elsewhere),
             (callbacks, "add_integration_callbacks", lambda _instance: None),
             (engine, "check_amp", _has_amp),
         ):

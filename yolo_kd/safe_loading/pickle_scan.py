@@ -232,28 +232,18 @@ class _Walk:
     def tuple_of(self, count: int) -> None:
         self.stack[-count:] = [_Tuple(tuple(self.stack[-count:]))]
 
-    def append(self) -> None:
-        self.store(self.stack.pop())
-
-    def append_all(self) -> None:
-        for value in self.since_mark():
-            self.store(value)
-
-    def set_item(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self.store(value, key)
-
-    def set_items(self) -> None:
-        items = self.since_mark()
+    def store_items(self, items: list[Any]) -> None:
+        """Check the entries of a dictionary, given as key, value, key, value ..."""
         for key, value in zip(items[::2], items[1::2], strict=True):
-            self.store(value, key)
+            self.store([value], key)
 
-    def store(self, value: Any, key: Any = None) -> None:
-        """Check an entry of a list or a dictionary: data, never something that can be called."""
-        if isinstance(value, _Name) and not _DTYPE.fullmatch(value.name):
-            raise Refused(f"it keeps {value.name} as a value instead of an object", (value.name,))
-        if value is _METHOD and key != "forward":
-            raise Refused(f"it puts a method in the place of {_text(key)}")
+    def store(self, values: list[Any], key: Any = None) -> None:
+        """Check entries of a list or a dictionary: data, never something that can be called."""
+        for value in values:
+            if isinstance(value, _Name) and not _DTYPE.fullmatch(value.name):
+                raise Refused(f"it keeps {value.name} as a value instead of an object", (value.name,))
+            if value is _METHOD and key != "forward":
+                raise Refused(f"it puts a method in the place of {_text(key)}")
 
     def persistent_id(self) -> None:
         """Look up a storage and check its size."""
@@ -351,10 +341,10 @@ _STEPS: dict[str, _Step] = {
     "TUPLE1": lambda walk, _: walk.tuple_of(1),
     "TUPLE2": lambda walk, _: walk.tuple_of(2),
     "TUPLE3": lambda walk, _: walk.tuple_of(3),
-    "APPEND": lambda walk, _: walk.append(),
-    "APPENDS": lambda walk, _: walk.append_all(),
-    "SETITEM": lambda walk, _: walk.set_item(),
-    "SETITEMS": lambda walk, _: walk.set_items(),
+    "APPEND": lambda walk, _: walk.store([walk.stack.pop()]),
+    "APPENDS": lambda walk, _: walk.store(walk.since_mark()),
+    "SETITEM": lambda walk, _: walk.store_items([walk.stack.pop(-2), walk.stack.pop()]),
+    "SETITEMS": lambda walk, _: walk.store_items(walk.since_mark()),
     "BINPERSID": lambda walk, _: walk.persistent_id(),
     "NEWOBJ": lambda walk, _: walk.new_object(),
     "BUILD": lambda walk, _: walk.build(),
