@@ -115,7 +115,7 @@ def bomb(path: Path, _good: Path | None = None) -> Path:
 _ZEROS = bytes(1 << 20)
 
 
-def _with_part(name: str, link: bool = False) -> Callable[[Path, Path], Path]:
+def _with_entry(name: str, link: bool = False) -> Callable[[Path, Path], Path]:
     def write(path: Path, good: Path) -> Path:
         path.write_bytes(good.read_bytes())
         info = zipfile.ZipInfo(name)
@@ -249,7 +249,7 @@ RUNS_CODE: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
         lambda path, _: path.write_bytes(pickled(Call(os.system, _TOUCH), 4)) and path,
         r"a bare pickle, .* asks for \w+\.system",
     ),
-    "second pickle": (_twice, "two of its parts have the same name"),
+    "second pickle": (_twice, "two of its entries have the same name"),
     "call of a layer": (_calls(nn.Linear, 10**5, 10**6), r"asks for torch\.nn\.modules\.linear\.Linear"),
     "model from an address": (_calls(DetectionModel, "http://localhost:9/x.yaml"), r"asks for .*DetectionModel"),
     "bytearray": (_calls(bytearray, 10**12), r"asks for builtins\.bytearray"),
@@ -266,7 +266,7 @@ RUNS_CODE: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
 }
 
 GROWS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
-    "bomb": (bomb, r"its part 'x/data/0' is compressed, 1 MB that would become 1 GB"),
+    "bomb": (bomb, r"its entry 'x/data/0' is compressed, 1 MB that would become 1 GB"),
     "compressed": (_compressed, "is compressed, .* torch.save compresses nothing"),
     "storage of terabytes": (_tensor((1,), (1,), count=10**12), "record '0' claims 4 TB, of which it holds 4 bytes"),
     "storage that is not there": (
@@ -311,10 +311,10 @@ GROWS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
 }  # fmt: skip
 
 MISLEADS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
-    "traversal": (_with_part(f"model/../../{MARKER}"), "is named to be unpacked outside of its folder"),
-    "absolute name": (_with_part(f"/tmp/{MARKER}"), "is named to be unpacked outside of its folder"),
-    "drive": (_with_part(f"C:\\{MARKER}"), "is named to be unpacked outside of its folder"),
-    "symbolic link": (_with_part("model/data/link", link=True), "is a symbolic link"),
+    "traversal": (_with_entry(f"model/../../{MARKER}"), "has a path outside of its folder"),
+    "absolute name": (_with_entry(f"/tmp/{MARKER}"), "has a path outside of its folder"),
+    "drive": (_with_entry(f"C:\\{MARKER}"), "has a path outside of its folder"),
+    "symbolic link": (_with_entry("model/data/link", link=True), "is a symbolic link"),
     "cut short": (_bytes(lambda data: data[: len(data) // 2]), "it is cut short, or something was appended"),
     "appended": (_bytes(lambda data: data + _NESTED), "it is cut short, or something was appended"),
     "prepended": (_bytes(lambda data: _NESTED + data), "a bare pickle"),
