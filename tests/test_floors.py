@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import ultralytics
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "yolo_kd"
@@ -27,6 +28,18 @@ MOST_MODULES = 9
 
 TENSORS_ONLY = ("classes", "losses", "structures")
 """What must not import Ultralytics."""
+
+PATCHED = ("torch", "torchvision", "ultralytics")
+"""Packages whose functions only `patches.py` may replace."""
+
+PRIVATE_READERS = ("upstream", "safe_loading", "engine.trainer")
+"""What may read private names of Ultralytics."""
+
+PRIVATE_READERS_LEFT = {"check.terms", "compare.evaluate", "engine.components.durability"}
+"""TO BE EMPTIED: modules that still read private names of Ultralytics and should leave it to those above."""
+
+UNITTEST_LEFT = {"engine.components.durability"}
+"""TO BE EMPTIED: modules that still replace functions with unittest.mock instead of `patches.replaced`."""
 
 LOSS_GROUND = ("losses.base", "losses.kernels")
 """What every loss may import; code that two losses share belongs there."""
@@ -149,6 +162,117 @@ def test_a_loss_imports_no_other_loss(name: str) -> None:
 def test_low_floors_know_tensors_only(name: str) -> None:
     found = {i for i in imports(name) if top(i) == "ultralytics"}
     assert not found, f"yolo_kd.{name} imports {sorted(found)}; upstream/ reads Ultralytics' models for it"
+
+
+def test_nothing_but_tests_imports_unittest() -> None:
+    found = {name for name in MODULES if any(top(i) == "unittest" for i in imports(name))}
+    assert found == UNITTEST_LEFT, "replace functions with yolo_kd.patches.replaced"
+
+
+def changes_of(source: str) -> list[str]:
+    """Return what a source text imports from Ultralytics or torch and then changes: sets or deletes an attribute of."""
+    tree = ast.parse(source)
+    foreign = {
+        alias.asname or alias.name.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+        if top(alias.name if isinstance(node, ast.Import) else node.module or "") in PATCHED
+    }
+    changed: list[ast.expr] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
+            changed.append(node.value)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("setattr", "delattr"):
+            changed.append(node.args[0])
+    return [ast.unparse(owner) for owner in changed if root_of(owner) in foreign]
+
+
+def root_of(node: ast.expr) -> str | None:
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+@pytest.mark.parametrize("name", [m for m in MODULES if m != "patches"])
+def test_only_patches_changes_ultralytics_and_torch(name: str) -> None:
+    found = changes_of(MODULES[name].read_text(encoding="utf-8"))
+    assert not found, f"yolo_kd.{name} changes attributes of {found}; use yolo_kd.patches.replaced"
+
+
+def test_every_kind_of_change_is_found() -> None:
+    source = """
+import torch
+import ultralytics.utils as utils
+from ultralytics.engine import trainer as engine
+from yolo_kd import errors
+engine.autocast = None
+torch.backends.cudnn.benchmark += 1
+del utils.LOGGER.name
+setattr(engine, "autocast", None)
+delattr(utils, "RANK")
+for engine.epoch in range(3):
+    pass
+errors.mine = 1
+local = engine.BaseTrainer()
+local.epoch = 3
+"""
+    assert sorted(changes_of(source)) == ["engine"] * 3 + ["torch.backends.cudnn", "utils", "utils.LOGGER"]
+
+
+@pytest.fixture(scope="module")
+def private_names() -> set[str]:
+    """Names with one leading underscore that Ultralytics defines as functions, classes or attributes."""
+    root = Path(ultralytics.__file__).parent
+    found: set[str] = set()
+    for folder in ("data", "engine", "models/yolo/detect", "nn", "utils"):
+        for file in (root / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                    found.add(node.name)
+                elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                    found.add(node.attr)
+    return {name for name in found if name.startswith("_") and not name.startswith("__")}
+
+
+def private_reads(source: str, private: set[str]) -> set[str]:
+    """Return the private names of Ultralytics that a source text reads: as an attribute, an import or a text.
+
+    A name that the source defines for itself is not counted, unless it is read from `super()`.
+    """
+    tree = ast.parse(source)
+    defined = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    defined |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and (node.attr not in defined or ast.unparse(node.value) == "super()"):
+            found.add(node.attr)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ultralytics"):
+            found |= {alias.name for alias in node.names}
+    return found & private
+
+
+def test_private_names_of_ultralytics_are_read_in_few_places(private_names: set[str]) -> None:
+    read = {name: private_reads(MODULES[name].read_text(encoding="utf-8"), private_names) for name in MODULES}
+    found = {name for name in read if read[name] and not name.startswith(PRIVATE_READERS)}
+    assert found == PRIVATE_READERS_LEFT, {name: sorted(read[name]) for name in found ^ PRIVATE_READERS_LEFT}
+    assert {"_SafeLoad"} <= read["safe_loading.restricted"], "the test would prove nothing"
+
+
+def test_every_kind_of_private_read_is_found() -> None:
+    source = """
+from ultralytics.nn.tasks import _one
+class Mine:
+    def _two(self):
+        super()._two()
+    def _three(self):
+        self._three(), trainer._four()
+replaced(engine, "_five", None)
+"""
+    names = {"_one", "_two", "_three", "_four", "_five", "_six"}
+    assert private_reads(source, names) == names - {"_three", "_six"}
 
 
 def test_the_reader_finds_every_kind_of_import() -> None:

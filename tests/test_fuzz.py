@@ -25,9 +25,10 @@ from yolo_kd.config.train_options import parse_train
 from yolo_kd.engine.resume import is_plain
 from yolo_kd.errors import CheckpointError, ConfigError, DataError, YoloKDError
 from yolo_kd.losses.base import registered
+from yolo_kd.safe_loading.archive import inspect
 from yolo_kd.safe_loading.checkpoint import load_checkpoint_file
 from yolo_kd.safe_loading.dataset import check_size
-from yolo_kd.safe_loading.pickle_scan import Refused, inspect
+from yolo_kd.safe_loading.pickle_scan import Refused
 
 
 def quick(examples: int) -> Callable[[Any], Any]:

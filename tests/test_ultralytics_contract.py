@@ -233,7 +233,7 @@ def test_native_losses() -> None:
 
 
 def test_what_a_check_switches_off() -> None:
-    """yolo_kd/checks/dryrun.py puts its own functions in the place of these names, so they must be looked up there."""
+    """The dry run of a check replaces these names (check/dryrun.py), so they must be looked up there."""
     said(ultralytics_dataset.YOLODataset.cache_labels, "save_dataset_cache_file(", "self.verify_args()")
     said(ultralytics_dataset.YOLODataset._load_or_scan_cache, "load_dataset_cache_file(", "self.cache_labels(")
     said(ultralytics_dataset.YOLODataset.verify_args, "return verify_image_label,")

@@ -1,4 +1,4 @@
-"""What this installation and this processor can do, checked before any work starts."""
+"""Checks of the installation and the processor before any work starts, and control of memory."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from yolo_kd.errors import SetupError
 
 
 def check_torchvision() -> None:
-    """Check that torchvision was built for the torch that is installed.
+    """Check that torchvision was built for the installed torch.
 
-    A CPU-only torch beside a torchvision built for CUDA imports with an error or lacks its operators, and Ultralytics
-    then fails in its first validation, an epoch into the training.
+    With a CPU-only torch, a torchvision for CUDA fails at import or lacks its operators, and Ultralytics then fails in
+    its first validation, after an epoch of training.
 
     Raises:
-        SetupError: Naming both versions and the command that mends it.
+        SetupError: With both versions and the command that fixes it.
     """
     try:
         import torchvision
@@ -39,31 +39,31 @@ def check_torchvision() -> None:
 
 
 def cpu_has_bf16() -> bool:
-    """Return whether the processor multiplies bfloat16 natively (AVX512-BF16 or AMX); without, it is only slower."""
+    """Return whether the processor has bfloat16 instructions (AVX512-BF16 or AMX); without them bfloat16 is slow."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, probe, lambda: False)()) for probe in probes)
 
 
 def check_cpu_bf16() -> None:
-    """Check that `amp=bf16` makes sense on this processor.
+    """Check that `amp=bf16` is faster than float32 on this processor.
 
     Raises:
         SetupError: If the processor has no bfloat16 instructions.
     """
     if not cpu_has_bf16():
         raise SetupError(
-            "amp=bf16 was asked for on a processor without bfloat16 instructions (AVX512-BF16 or AMX), where it would "
-            "be slower than float32. Use amp=False."
+            "amp=bf16 needs a processor with bfloat16 instructions (AVX512-BF16 or AMX); on this one it is slower than "
+            "float32. Use amp=False."
         )
 
 
 @contextmanager
 def reused_memory() -> Iterator[None]:
-    """Have glibc keep freed memory for the next step instead of handing it back to the system.
+    """Let glibc keep freed memory for the next step instead of returning it to the system.
 
-    A step frees and allocates the same large buffers over and over. By default each comes fresh from the system, which
-    clears it page by page, and elementwise arithmetic on feature maps spends most of its time on that. The most memory
-    that the process holds stays the same; it is only given back at the end. Does nothing with other C libraries.
+    Every step frees and allocates the same large buffers. By default the system provides each buffer anew and clears it
+    page by page, which takes most of the time of elementwise arithmetic on feature maps. The peak memory of the process
+    stays the same; memory is returned at the end. This has no effect with other C libraries.
     """
     mallopt = _of_libc("mallopt")
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
@@ -80,8 +80,8 @@ def reused_memory() -> Iterator[None]:
 
 
 def release_memory() -> None:
-    """Hand memory that is free back to the system, after work that will not be repeated."""
-    gc.collect()  # models and their hooks hold each other
+    """Return free memory to the system, after work that is not repeated."""
+    gc.collect()  # models and their hooks reference each other
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     trim = _of_libc("malloc_trim")
@@ -90,7 +90,7 @@ def release_memory() -> None:
 
 
 def _of_libc(name: str) -> Callable[..., int] | None:
-    """Return a function of glibc, None elsewhere."""
+    """Return a function of glibc, None with another C library."""
     if not sys.platform.startswith("linux"):
         return None
     try:

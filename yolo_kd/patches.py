@@ -1,4 +1,7 @@
-"""Replacing a function of another package for a while: the one way in which this package does it."""
+"""Temporary replacement of functions that belong to other packages, Ultralytics above all.
+
+This module is the only place where `yolo_kd` does so. A replacement is in force in the whole process.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,22 @@ from dataclasses import dataclass, field
 from threading import RLock
 from typing import Any
 
+_INHERITED = object()
+
 
 @dataclass
 class _Patch:
-    """The original of an attribute, and the replacements in force, the newest last."""
+    """The replacements of one attribute.
+
+    Attributes:
+        original: Its value without replacements.
+        stored: The value to set at the end, `_INHERITED` if the owner inherits the attribute from a class.
+        replacements: The replacement of each holder, the newest last.
+    """
 
     original: Any
-    replacements: list[Any] = field(default_factory=list)
+    stored: Any
+    replacements: dict[object, Any] = field(default_factory=dict)
 
 
 _lock = RLock()
@@ -25,36 +37,56 @@ _patches: dict[tuple[int, str], _Patch] = {}
 def replaced(owner: Any, name: str, replacement: Any) -> Iterator[Any]:
     """Replace an attribute of a module, class or object for the duration.
 
-    Replacements nest: the newest one is in force. Two holders of the same replacement, in two threads for example, may
-    leave in any order; the attribute is restored when the last holder has left.
+    Replacements nest, and the newest one is in force. Holders may leave in any order, from any thread; the attribute is
+    restored when the last one has left.
 
     Args:
         owner: Module, class or object.
-        name: Attribute of `owner`; it must exist.
-        replacement: The new value. Pass the same object again to share a replacement between holders.
+        name: Attribute of `owner`; it must exist, and may be inherited.
+        replacement: The new value. A replacement that calls what it replaces takes it from `original`, or from the
+            attribute itself if it is to call an older replacement.
 
     Yields:
-        The original value, from before any replacement.
+        The value without replacements.
 
     Raises:
-        AttributeError: If `owner` has no such attribute, for example since Ultralytics moved it.
+        AttributeError: If `owner` has no such attribute, for example because Ultralytics has moved it.
     """
-    key = (id(owner), name)
+    key, holder = (id(owner), name), object()
     with _lock:
-        patch = _patches.setdefault(key, _Patch(getattr(owner, name)))
-        patch.replacements.append(replacement)
+        patch = _patches.get(key) or _Patch(getattr(owner, name), _stored(owner, name))
         setattr(owner, name, replacement)
+        _patches[key] = patch
+        patch.replacements[holder] = replacement
     try:
         yield patch.original
     finally:
         with _lock:
-            patch.replacements.remove(replacement)
-            setattr(owner, name, patch.replacements[-1] if patch.replacements else patch.original)
-            if not patch.replacements:
+            del patch.replacements[holder]
+            if patch.replacements:
+                setattr(owner, name, next(reversed(patch.replacements.values())))
+            else:
                 del _patches[key]
+                if patch.stored is _INHERITED:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, patch.stored)
 
 
 def original(owner: Any, name: str) -> Any:
-    """Return the value that an attribute has without our replacements."""
-    patch = _patches.get((id(owner), name))
-    return getattr(owner, name) if patch is None else patch.original
+    """Return the value that an attribute has without replacements.
+
+    Raises:
+        AttributeError: If `owner` has no such attribute.
+    """
+    with _lock:
+        patch = _patches.get((id(owner), name))
+        return getattr(owner, name) if patch is None else patch.original
+
+
+def _stored(owner: Any, name: str) -> Any:
+    """Return what the owner itself stores: a class stores a static method as a wrapper, not as the function."""
+    if name in vars(owner):
+        return vars(owner)[name]
+    classes = owner.__mro__ if isinstance(owner, type) else type(owner).__mro__
+    return _INHERITED if any(name in vars(c) for c in classes) else getattr(owner, name)

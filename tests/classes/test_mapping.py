@@ -1,4 +1,4 @@
-"""What merging and matching classes makes of scores and targets."""
+"""The mapping of teacher classes onto student classes, in scores and targets."""
 
 from __future__ import annotations
 
@@ -50,19 +50,19 @@ def test_extreme_logits_stay_finite_and_have_gradients() -> None:
     assert logits.grad.isfinite().all()
 
 
-def view(scores: torch.Tensor, second: torch.Tensor | None = None) -> DetectorOutputs:
+def outputs(scores: torch.Tensor, second: torch.Tensor | None = None) -> DetectorOutputs:
     return DetectorOutputs((torch.zeros(2, 4, 2, 2),), scores, torch.zeros(2, 4, 64), (8,), 16, second)
 
 
 def test_the_usual_case_touches_nothing() -> None:
     classes = match(ROAD, ROAD)
     scores = torch.randn(2, 4, 4)
-    seen = view(scores)
+    mapped = outputs(scores)
     targets = Targets(
         torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), (8, 8), 2
     )
-    assert classes.teacher_view(seen) is seen
-    assert classes.student_view(seen) is seen
+    assert classes.teacher_view(mapped) is mapped
+    assert classes.student_view(mapped) is mapped
     assert classes.targets(targets) is targets
     assert classes.teacher_logits(scores) is scores
 
@@ -70,32 +70,32 @@ def test_the_usual_case_touches_nothing() -> None:
 def test_single_classes_keep_their_bits_beside_a_merger() -> None:
     classes = match(ROAD, named("vehicle", "person", "dog"), {"car": "vehicle", "truck": "vehicle"})
     scores, second = torch.randn(2, 4, 4), torch.randn(2, 4, 4)
-    seen = classes.teacher_view(view(scores, second))
-    assert seen.scores.shape == (2, 4, 2)
-    assert torch.equal(seen.scores[..., 1], scores[..., 0])
+    mapped = classes.teacher_view(outputs(scores, second))
+    assert mapped.scores.shape == (2, 4, 2)
+    assert torch.equal(mapped.scores[..., 1], scores[..., 0])
     p = scores.double().sigmoid()
-    torch.testing.assert_close(seen.scores[..., 0].double().sigmoid(), 1 - (1 - p[..., 1]) * (1 - p[..., 3]))
-    assert seen.one2one_scores is not None
-    assert torch.equal(seen.one2one_scores[..., 1], second[..., 0])
+    torch.testing.assert_close(mapped.scores[..., 0].double().sigmoid(), 1 - (1 - p[..., 1]) * (1 - p[..., 3]))
+    assert mapped.one2one_scores is not None
+    assert torch.equal(mapped.one2one_scores[..., 1], second[..., 0])
     half = classes.teacher_logits(scores.bfloat16())
     assert half.dtype == torch.bfloat16
 
 
 def test_a_teacher_that_was_not_asked_for_scores() -> None:
     classes = match(ROAD, named("truck", "car"))
-    empty = view(torch.zeros(2, 0, 0))
+    empty = outputs(torch.zeros(2, 0, 0))
     assert classes.teacher_view(empty).scores.shape == (2, 0, 0)
 
 
 def test_the_student_and_the_objectness_are_of_matched_classes() -> None:
     classes = match(named("b", "a"), named("x", "a", "b"))
     scores = torch.randn(2, 4, 3, requires_grad=True)
-    seen = classes.student_view(view(scores, scores))
-    assert torch.equal(seen.scores, scores[..., 1:])
-    assert torch.equal(seen.one2one_scores, scores[..., 1:])
-    seen.scores.sum().backward()
+    mapped = classes.student_view(outputs(scores, scores))
+    assert torch.equal(mapped.scores, scores[..., 1:])
+    assert torch.equal(mapped.one2one_scores, scores[..., 1:])
+    mapped.scores.sum().backward()
     assert torch.equal(scores.grad[..., 0], torch.zeros(2, 4))
-    teacher = classes.teacher_view(view(torch.tensor([[[3.0, -1.0]]]).expand(2, 4, 2)))
+    teacher = classes.teacher_view(outputs(torch.tensor([[[3.0, -1.0]]]).expand(2, 4, 2)))
     assert torch.equal(teacher.scores[0, 0], torch.tensor([-1.0, 3.0]))
     assert teacher.objectness[0, 0].item() == pytest.approx(torch.tensor(3.0).sigmoid().item())
 

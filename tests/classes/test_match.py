@@ -1,4 +1,4 @@
-"""Which class is which: by name, by index, and as a class map says."""
+"""Pairing of classes: by name, by index, and by a class map."""
 
 from __future__ import annotations
 

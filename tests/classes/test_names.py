@@ -1,4 +1,4 @@
-"""Names of classes: which are spelled alike and which say nothing."""
+"""Class names: normalised spelling and meaningless names."""
 
 from __future__ import annotations
 

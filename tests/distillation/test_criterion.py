@@ -220,7 +220,7 @@ def test_teacher_is_fused_yet_equal(models: dict) -> None:
 
 
 def test_pair_with_other_classes_or_levels(models: dict, tmp_path: Path) -> None:
-    with pytest.raises(PairError, match="trained on 3 classes, the student has 2, and nobody said"):
+    with pytest.raises(PairError, match="trained on 3 classes, the student has 2, and the classes were not matched"):
         pair_spec(narrow_model("yolov8n", tmp_path, nc=2), models["yolov8n"])
     tiny = narrow_model("yolov3-tiny", tmp_path)
     with pytest.raises(PairError, match=r"stride 16 or 32, the teacher's 8, 16 or 32"):

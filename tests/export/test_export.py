@@ -1,4 +1,4 @@
-"""Export and the parity gate, on tiny detectors with random but lively weights."""
+"""Export and the comparison with the checkpoint, on tiny detectors whose outputs depend on the picture."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from ultralytics.nn.tasks import DetectionModel, SegmentationModel, yaml_model_l
 from yolo_kd.errors import CheckpointError, ConfigError, DataError, ParityError
 from yolo_kd.export import export
 from yolo_kd.export.export import ExportResult, check_request, export_model
-from yolo_kd.export.parity import find_images, verify_onnx
+from yolo_kd.export.parity import verify_onnx
+from yolo_kd.export.pictures import find_images
 from yolo_kd.safe_loading.checkpoint import load_detector
 
 SIZE = 96
@@ -369,7 +370,7 @@ def test_val_split_may_be_a_list_or_a_text_file(pictures: Path, tmp_path: Path) 
     data.write_text(f"path: {tmp_path}\nval: [val.txt, {pictures / '2.png'}]\nnames: [a]\n")
     assert [file.name for file in find_images(data, {}).files] == ["0.png", "1.png", "2.png"]
     data.write_text("names: [a]\n")
-    with pytest.raises(DataError, match="no val split"):
+    with pytest.raises(DataError, match="names no images in val:"):
         find_images(data, {})
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints from strangers: nothing runs, nothing is written, memory stays bounded, and the answer is a sentence."""
+"""Hostile files: nothing runs, nothing is written, memory stays bounded, and the error is one sentence."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pickle
+import pickletools
 import re
 import subprocess
 import sys
@@ -23,14 +24,16 @@ from ultralytics.data.utils import load_dataset_cache_file, save_dataset_cache_f
 from ultralytics.nn import tasks
 from ultralytics.utils import torch_utils
 
-from tests.support.hostile import ATTACKS, MARKER, RUNS_CODE, Call, archive, bomb, pickled
+from tests.support.hostile import ATTACKS, INSTRUCTIONS, MARKER, RUNS_CODE, WRITTEN, Call, archive, bomb, pickled
 from tests.support.models import FAMILIES, narrow_checkpoint
 from yolo_kd import DistillationTrainer, export_model
 from yolo_kd.cli import main
 from yolo_kd.errors import CheckpointError
+from yolo_kd.safe_loading import pickle_scan
+from yolo_kd.safe_loading.archive import inspect
 from yolo_kd.safe_loading.checkpoint import load_checkpoint_file, load_detector
 from yolo_kd.safe_loading.dataset import read_label_cache, restricted_data
-from yolo_kd.safe_loading.pickle_scan import Refused, inspect
+from yolo_kd.safe_loading.pickle_scan import Refused
 from yolo_kd.safe_loading.restricted import restricted_loading
 
 
@@ -49,7 +52,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory, good: Path) -> Path:
 
 
 def file_of(folder: Path, attack: str) -> Path:
-    return folder / f"{re.sub(r'[^a-zA-Z]', '_', attack)}.pt"
+    return folder / f"{re.sub(r'[^a-zA-Z0-9]', '_', attack)}.pt"
 
 
 def listing(folder: Path) -> dict[str, int]:
@@ -152,6 +155,7 @@ import json, re, sys
 from pathlib import Path
 from yolo_kd.safe_loading.checkpoint import load_detector
 from yolo_kd.errors import CheckpointError
+from yolo_kd.safe_loading import pickle_scan
 load_detector(sys.argv[1], role="student")
 status = lambda key: int(re.search(rf"{key}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 growth = {}
@@ -212,6 +216,17 @@ def test_published_checkpoints_pass(name: str, shared: Path) -> None:
     assert len(load_detector(shared / "weights" / name, role="student").model.names) == 80
 
 
+def test_an_instruction_reaches_only_the_step_of_the_table() -> None:
+    """An instruction must not find a step by the likeness of their names, as POP_MARK once did."""
+    walk = pickle_scan._Walk({})
+    names = {name.strip("_") for name in dir(walk)} | {name.strip("_").lower() for name in vars(pickle_scan)}
+    alike = {opcode.name for opcode in pickletools.opcodes if opcode.name.lower() in names}
+    assert {"APPEND", "BUILD", "MARK", "REDUCE"} <= alike, "the test would prove nothing"
+    assert pickle_scan._STEPS.keys() == WRITTEN
+    assert {f"instruction {name}" for name in alike - WRITTEN} <= INSTRUCTIONS.keys()
+    assert "instruction POP_MARK" in INSTRUCTIONS
+
+
 def test_every_attack_that_runs_code_is_named() -> None:
     assert {"os.system", "builtins.eval", "file write", "nested pickle", "install"} <= set(RUNS_CODE)
 
@@ -245,6 +260,19 @@ def test_the_scripts_of_shipped_data_files_are_left_alone() -> None:
     with restricted_data() as left_out:
         assert "import" in utils.YAML.load(ROOT / "cfg" / "datasets" / "VOC.yaml")["download"]
         assert not left_out
+
+
+def test_restrictions_last_until_the_last_holder_leaves() -> None:
+    """Two trainings in one process overlap, and the one that began first ends first."""
+    plain = ultralytics_dataset.load_dataset_cache_file, tasks.SAFE_LOAD
+    first, second = restricted_loading(), restricted_loading()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert ultralytics_dataset.load_dataset_cache_file is read_label_cache
+    assert tasks.SAFE_LOAD
+    second.__exit__(None, None, None)
+    assert (ultralytics_dataset.load_dataset_cache_file, tasks.SAFE_LOAD) == plain
 
 
 def test_restrictions_end(good: Path) -> None:

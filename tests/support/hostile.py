@@ -1,4 +1,4 @@
-"""Checkpoints that a stranger might send: each builder writes one file and says what it tries."""
+"""Hostile checkpoints: each builder writes one file, and its name says what the file tries."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import builtins
 import io
 import os
 import pickle
+import pickletools
 import struct
 import tarfile
 import warnings
@@ -52,7 +53,7 @@ def pickled(content: Any, protocol: int = 2) -> bytes:
 
 
 def archive(path: Path, data: bytes, records: dict[str, bytes] | None = None, prefix: str = "x") -> Path:
-    """Write a file as torch.save does, with a pickle and records of one's own."""
+    """Write a file in the layout of torch.save with any pickle and records."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
         file.writestr(f"{prefix}/data.pkl", data)
         file.writestr(f"{prefix}/version", b"3\n")
@@ -114,7 +115,7 @@ def bomb(path: Path, _good: Path | None = None) -> Path:
 _ZEROS = bytes(1 << 20)
 
 
-def _with_part(name: str, link: bool = False) -> Callable[[Path, Path], Path]:
+def _with_entry(name: str, link: bool = False) -> Callable[[Path, Path], Path]:
     def write(path: Path, good: Path) -> Path:
         path.write_bytes(good.read_bytes())
         info = zipfile.ZipInfo(name)
@@ -192,6 +193,19 @@ def _nested_tuples(path: Path, _good: Path) -> Path:
     return archive(path, data)
 
 
+def _instruction(opcode: pickletools.OpcodeInfo) -> Callable[[Path, Path], Path]:
+    """Write a pickle with one instruction in it, on a stack with a dictionary, a mark and a number."""
+    reader = opcode.arg
+    if reader is None:
+        argument = b""
+    elif reader.n == pickletools.UP_TO_NEWLINE:
+        argument = {"STRING": b"''\n", "INST": b"torch\nSize\n"}.get(opcode.name, b"0\n")
+    else:
+        argument = bytes(reader.n if reader.n > 0 else 8)  # a length of zero takes 8 bytes at most
+    data = b"\x80\x02}(K\x01" + opcode.code.encode("latin-1") + argument + b"."
+    return lambda path, _good: archive(path, data)
+
+
 def _put_hook(model: Any) -> None:
     model._forward_hooks[0] = nn.Identity()
 
@@ -235,7 +249,7 @@ RUNS_CODE: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
         lambda path, _: path.write_bytes(pickled(Call(os.system, _TOUCH), 4)) and path,
         r"a bare pickle, .* asks for \w+\.system",
     ),
-    "second pickle": (_twice, "two of its parts have the same name"),
+    "second pickle": (_twice, "two of its entries have the same name"),
     "call of a layer": (_calls(nn.Linear, 10**5, 10**6), r"asks for torch\.nn\.modules\.linear\.Linear"),
     "model from an address": (_calls(DetectionModel, "http://localhost:9/x.yaml"), r"asks for .*DetectionModel"),
     "bytearray": (_calls(bytearray, 10**12), r"asks for builtins\.bytearray"),
@@ -252,7 +266,7 @@ RUNS_CODE: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
 }
 
 GROWS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
-    "bomb": (bomb, r"its part 'x/data/0' is compressed, 1 MB that would become 1 GB"),
+    "bomb": (bomb, r"its entry 'x/data/0' is compressed, 1 MB that would become 1 GB"),
     "compressed": (_compressed, "is compressed, .* torch.save compresses nothing"),
     "storage of terabytes": (_tensor((1,), (1,), count=10**12), "record '0' claims 4 TB, of which it holds 4 bytes"),
     "storage that is not there": (
@@ -282,6 +296,10 @@ GROWS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
         _changed(_spoil_yaml(width_multiple=1e9, scales=None)),
         r"a multiple of depth or width must lie in \(0, 10\]",
     ),
+    "scale without numbers": (
+        _changed(_spoil_yaml(scales={"n": 5}, scale="n")),
+        r"is not a model YAML for a detector",
+    ),
     "description of another": (
         _changed(_spoil_yaml(scales={"n": [10, 10, 10**6]}, scale="n")),
         r"its description builds [\d,]+ parameters, it holds",
@@ -293,10 +311,10 @@ GROWS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
 }  # fmt: skip
 
 MISLEADS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
-    "traversal": (_with_part(f"model/../../{MARKER}"), "is named to be unpacked outside of its folder"),
-    "absolute name": (_with_part(f"/tmp/{MARKER}"), "is named to be unpacked outside of its folder"),
-    "drive": (_with_part(f"C:\\{MARKER}"), "is named to be unpacked outside of its folder"),
-    "symbolic link": (_with_part("model/data/link", link=True), "is a symbolic link"),
+    "traversal": (_with_entry(f"model/../../{MARKER}"), "has a path outside of its folder"),
+    "absolute name": (_with_entry(f"/tmp/{MARKER}"), "has a path outside of its folder"),
+    "drive": (_with_entry(f"C:\\{MARKER}"), "has a path outside of its folder"),
+    "symbolic link": (_with_entry("model/data/link", link=True), "is a symbolic link"),
     "cut short": (_bytes(lambda data: data[: len(data) // 2]), "it is cut short, or something was appended"),
     "appended": (_bytes(lambda data: data + _NESTED), "it is cut short, or something was appended"),
     "prepended": (_bytes(lambda data: _NESTED + data), "a bare pickle"),
@@ -308,4 +326,17 @@ MISLEADS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     "web page": (_bytes(lambda data: b"<html>Not found</html>"), "it is a web page"),
 }  # fmt: skip
 
-ATTACKS = {**RUNS_CODE, **GROWS, **MISLEADS}
+# what torch.save writes; every other instruction of the stack machine must be refused
+WRITTEN = frozenset({
+    "PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
+    "BINUNICODE", "EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "GLOBAL", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET",
+    "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "BINPERSID", "NEWOBJ", "BUILD",
+    "REDUCE",
+})  # fmt: skip
+INSTRUCTIONS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
+    f"instruction {opcode.name}": (_instruction(opcode), f"its pickle holds the instruction {opcode.name}, which")
+    for opcode in pickletools.opcodes
+    if opcode.name not in WRITTEN
+}
+
+ATTACKS = {**RUNS_CODE, **GROWS, **MISLEADS, **INSTRUCTIONS}

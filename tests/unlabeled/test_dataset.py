@@ -1,4 +1,4 @@
-"""Labelled and pool images together: who is drawn when, and that each kind stays with its own."""
+"""Labelled and unlabeled images together: the order of the draws, and that augmentations combine one kind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ from ultralytics.data import build_yolo_dataset
 from ultralytics.data.utils import check_det_dataset
 
 from yolo_kd.errors import ConfigError
-from yolo_kd.unlabeled.dataset import MixedDataset, MixedSampler, mixed_loader, unlabeled_count, unlabeled_dataset
+from yolo_kd.unlabeled.dataset import (
+    UNLABELED_MARK,
+    MixedDataset,
+    MixedSampler,
+    mixed_loader,
+    unlabeled_count,
+    unlabeled_dataset,
+)
 from yolo_kd.unlabeled.images import find_images, readable_images
 
 CPU = torch.device("cpu")
@@ -32,16 +39,16 @@ def test_an_epoch_of_the_sampler(labelled: int, unlabelled: int, batch: int, rat
     epochs = [list(sampler) for _ in range(4)]
     assert all(len(e) == len(sampler) for e in epochs)
     assert epochs[0] != epochs[1]
-    pools = set()
+    counts_of_unlabeled = set()
     for start in range(0, len(sampler), batch):
         kinds = [i >= labelled for i in epochs[0][start : start + batch]]
         assert kinds == sorted(kinds), "labelled images come first"
-        pools.add(sum(kinds))
-    assert pools == {round(batch * ratio / (1 + ratio)) if labelled else batch}
+        counts_of_unlabeled.add(sum(kinds))
+    assert counts_of_unlabeled == {round(batch * ratio / (1 + ratio)) if labelled else batch}
     seen = Counter(i for e in epochs for i in e)
     for kind in (range(labelled), range(labelled, total)):
         counts = {seen[i] for i in kind}
-        assert not counts or max(counts) - min(counts) <= 1, "each image of a kind is seen equally often"
+        assert not counts or max(counts) - min(counts) <= 1, "each image of a kind is drawn equally often"
 
 
 def test_the_order_follows_from_seed_and_epoch() -> None:
@@ -94,12 +101,12 @@ def test_a_batch_has_room_for_both() -> None:
 
 
 def test_the_log_says_what_an_epoch_is() -> None:
-    said = MixedSampler(41, 164, 16, 1).describe()
-    assert said.startswith(
-        "An epoch is 13 steps of 8 labelled and 8 pool images: each of the 41 labelled images is seen"
+    text = MixedSampler(41, 164, 16, 1).describe()
+    assert text.startswith(
+        "An epoch is 13 steps of 8 labelled and 8 unlabeled images: each of the 41 labelled images is drawn"
     )
-    assert "2.5 times" in said
-    assert "0.63 times. With unlabeled_ratio=4 the few labelled ones would repeat less." in said
+    assert "2.5 times" in text
+    assert "0.63 times. With unlabeled_ratio=4 the labelled images would repeat less often." in text
     for ratio, batch in ((4, 16), (1, 2)):  # what is asked for already, and all that a batch has room for
         assert MixedSampler(41, 164, batch, ratio).describe().endswith(" times.")
     assert MixedSampler(100, 164, 16, 1).describe().endswith(" times."), "nearly equal"
@@ -110,8 +117,8 @@ def test_the_log_says_what_an_epoch_is() -> None:
 
 @pytest.fixture
 def coloured(tmp_path: Path) -> Path:
-    """Four labelled images, all red, and five of a pool, all blue."""
-    for kind, count, channel in (("images", 4, 0), ("pool", 5, 2)):
+    """Four labelled images, all red, and five unlabeled images, all blue."""
+    for kind, count, channel in (("images", 4, 0), ("unlabeled", 5, 2)):
         (tmp_path / kind).mkdir()
         for i in range(count):
             pixels = np.zeros((48, 64, 3), np.uint8)
@@ -127,13 +134,13 @@ def coloured(tmp_path: Path) -> Path:
 def mixed(folder: Path, labelled: bool = True, **keys: object) -> MixedDataset:
     cfg = get_cfg(overrides={"imgsz": 64, "task": "detect", "fraction": 0.75, "hsv_h": 0.0, **keys})
     data = check_det_dataset(str(folder / "data.yaml"))
-    images = readable_images(find_images([str(folder / "pool")]), "pool")
+    images = readable_images(find_images([str(folder / "unlabeled")]), "unlabeled")
     own = build_yolo_dataset(cfg, data["train"], 4, data, mode="train") if labelled else None
     return MixedDataset(own, unlabeled_dataset(images, cfg, 4, data, 32))
 
 
 def test_each_kind_augments_with_its_own(coloured: Path) -> None:
-    """Mosaic, mixup and cutmix take further images: a mosaic of both kinds would put labels onto pool images."""
+    """Mosaic, mixup and cutmix take further images: a mosaic of both kinds would put labels onto unlabeled images."""
     np.random.seed(0)
     torch.manual_seed(0)
     dataset = mixed(coloured, mosaic=1.0, mixup=1.0, cutmix=1.0, copy_paste=1.0, hsv_s=0.0, hsv_v=0.0, bgr=0.0)
@@ -141,13 +148,13 @@ def test_each_kind_augments_with_its_own(coloured: Path) -> None:
     loader = mixed_loader(dataset, MixedSampler(3, 5, 4, 1), 0, CPU)
     grey = 114
     for batch in loader:
-        assert batch["pool"] == (False, False, True, True)
-        assert unlabeled_count(batch["pool"]) == 2
-        for image, pooled in zip(batch["img"], batch["pool"], strict=True):
+        assert batch[UNLABELED_MARK] == (False, False, True, True)
+        assert unlabeled_count(batch[UNLABELED_MARK]) == 2
+        for image, unlabeled in zip(batch["img"], batch[UNLABELED_MARK], strict=True):
             red, _, blue = image.float().flatten(1).amax(1)
-            assert (blue if pooled else red) > grey
-            assert (red if pooled else blue) <= grey, "no colour of the other kind"
-        assert (batch["batch_idx"] < 2).all(), "pool images have no labels"
+            assert (blue if unlabeled else red) > grey
+            assert (red if unlabeled else blue) <= grey, "no colour of the other kind"
+        assert (batch["batch_idx"] < 2).all(), "unlabeled images have no labels"
         assert len(batch["cls"]) > 0
 
 
@@ -157,19 +164,19 @@ def test_it_serves_what_ultralytics_asks(coloured: Path) -> None:
     new = {p.relative_to(coloured).as_posix() for p in coloured.rglob("*")} - {
         p.relative_to(coloured).as_posix() for p in before
     }
-    assert new == {"labels.cache"}, "Ultralytics' own, and none for the pool"
+    assert new == {"labels.cache"}, "that of the labelled images only"
     assert [len(label["cls"]) for label in dataset.labels] == [1, 1, 1], "plots and class weights count labelled images"
-    assert [Path(f).parent.name for f in dataset.im_files] == ["images"] * 3 + ["pool"] * 5
+    assert [Path(f).parent.name for f in dataset.im_files] == ["images"] * 3 + ["unlabeled"] * 5
     dataset.close_mosaic(get_cfg(overrides={"imgsz": 64, "task": "detect"}))
     for part in dataset.datasets:
         assert part.transforms.transforms[0].transforms[0].p == 0.0, "mosaic is off"
 
 
-def test_a_pool_alone(coloured: Path) -> None:
+def test_unlabeled_images_alone(coloured: Path) -> None:
     dataset = mixed(coloured, labelled=False)
     assert (dataset.labelled, len(dataset)) == (0, 5)
     batch = next(iter(mixed_loader(dataset, MixedSampler(0, 5, 4, 1), 0, CPU)))
-    assert all(batch["pool"])
+    assert all(batch[UNLABELED_MARK])
     assert batch["bboxes"].shape == (0, 4)
     assert np.concatenate([label["bboxes"] for label in dataset.labels]).shape == (0, 4)
 

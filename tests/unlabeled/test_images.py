@@ -1,4 +1,4 @@
-"""Images of a pool: where they are found, which are readable, and that they are not the validation set."""
+"""Unlabeled images: where they are found, which are readable, and that they are not the validation images."""
 
 from __future__ import annotations
 
@@ -55,11 +55,13 @@ def test_unreadable_images_are_left_out_with_one_warning(folder: Path) -> None:
         (folder / "pool" / f"bad{i}.jpg").write_bytes(b"\x89PNG" * i)
     draw(folder / "pool" / "tiny.png", size=(9, 30))
     before = sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*"))
-    said: list[str] = []
-    images = readable_images(find_images([str(folder / "pool")]), "pool", said.append)
+    warnings: list[str] = []
+    images = readable_images(find_images([str(folder / "pool")]), "pool", warnings.append)
     assert [Path(f).name for f in images.files] == ["a.png", "c [1].PNG", "b.png"]
     assert images.shapes == ((12, 20),) * 3
-    assert said == ["5 of 8 images of unlabeled=pool cannot be opened: bad0.jpg, bad1.jpg, bad2.jpg, .... Left out."]
+    assert warnings == [
+        "5 of 8 images of unlabeled=pool cannot be opened: bad0.jpg, bad1.jpg, bad2.jpg, .... Left out."
+    ]
     assert sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*")) == before, "nothing is written beside them"
 
 
@@ -72,7 +74,7 @@ def test_shapes_are_those_that_are_shown(tmp_path: Path) -> None:
 
 
 def test_a_truncated_jpeg_stays_as_it_is(tmp_path: Path) -> None:
-    """Ultralytics would mend it in place."""
+    """Ultralytics would repair it in place."""
     file = tmp_path / "cut.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(file)
     data = file.read_bytes()[:-20]
@@ -81,22 +83,22 @@ def test_a_truncated_jpeg_stays_as_it_is(tmp_path: Path) -> None:
     assert file.read_bytes() == data
 
 
-def test_the_validation_images_are_no_pool(folder: Path) -> None:
+def test_the_validation_images_are_refused(folder: Path) -> None:
     pool = readable_images(find_images([str(folder / "pool")]), "pool")
     shutil.copytree(folder / "pool", folder / "val")
-    said: list[str] = []
+    warnings: list[str] = []
     with pytest.raises(DataError, match=r"unlabeled=pool are the validation images, all 3 of them"):
-        check_apart(pool, str(folder / "val"), "pool", said.append)
+        check_apart(pool, str(folder / "val"), "pool", warnings.append)
     draw(folder / "val" / "a.png", 200)  # the same size on disk, perhaps, and another content
-    check_apart(pool, [str(folder / "val")], "pool", said.append)
-    assert said == [
+    check_apart(pool, [str(folder / "val")], "pool", warnings.append)
+    assert warnings == [
         "2 of 3 images of unlabeled=pool are validation images as well, such as c [1].PNG: results will look better "
         "than they are."
     ]
     shutil.rmtree(folder / "val")
     draw(folder / "val" / "other.png", 99)
-    check_apart(pool, str(folder / "val"), "pool", said.append)
-    assert len(said) == 1
+    check_apart(pool, str(folder / "val"), "pool", warnings.append)
+    assert len(warnings) == 1
 
 
 def test_labels_are_looked_for_where_ultralytics_does(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A teacher's detections, against Ultralytics' own decoding and suppression."""
+"""A teacher's detections, against Ultralytics' decoding and suppression."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return make_sure(narrow_model(request.param, tmp_path_factory.mktemp("models"), seed=1)).eval()
 
 
-def views(model: DetectionModel, images: int = 3) -> tuple[DetectorOutputs, torch.Tensor]:
-    """Return a view, and the same outputs decoded by Ultralytics: (B, 4 + nc, A), boxes as xywh."""
+def raw_and_decoded(model: DetectionModel, images: int = 3) -> tuple[DetectorOutputs, torch.Tensor]:
+    """Return outputs, and the same outputs decoded by Ultralytics: (B, 4 + nc, A), boxes as xywh."""
     torch.manual_seed(2)
     pixels = torch.rand(images, 3, 96, 64)
     with torch.no_grad():
@@ -39,8 +39,8 @@ def views(model: DetectionModel, images: int = 3) -> tuple[DetectorOutputs, torc
 
 @pytest.mark.parametrize(("conf", "iou"), [(0.1, 0.7), (0.4, 0.7), (0.1, 0.3), (0.999, 0.7)])
 def test_equal_to_ultralytics(model: DetectionModel, conf: float, iou: float) -> None:
-    view, decoded = views(model)
-    ours = detect(view, conf, iou)
+    outputs, decoded = raw_and_decoded(model)
+    ours = detect(outputs, conf, iou)
     theirs = non_max_suppression(decoded, conf, iou)
     assert len(ours) == sum(map(len, theirs))
     assert conf > 0.9 or len(ours) > 20, "the test would show little"
@@ -53,8 +53,8 @@ def test_equal_to_ultralytics(model: DetectionModel, conf: float, iou: float) ->
 
 def test_no_more_than_ultralytics_keeps(model: DetectionModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("yolo_kd.unlabeled.pseudo_labels.MOST", 4)
-    view, decoded = views(model)
-    ours = detect(view, 0.05, 0.7)
+    outputs, decoded = raw_and_decoded(model)
+    ours = detect(outputs, 0.05, 0.7)
     theirs = non_max_suppression(decoded, 0.05, 0.7, max_det=4)
     assert [len(t) for t in theirs] == ours.image_index.bincount(minlength=3).tolist() == [4, 4, 4]
     torch.testing.assert_close(ours.boxes, torch.cat([t[:, :4] for t in theirs]), rtol=1e-4, atol=1e-3)
@@ -62,19 +62,19 @@ def test_no_more_than_ultralytics_keeps(model: DetectionModel, monkeypatch: pyte
 
 def test_the_band_holds_what_is_not_certain(model: DetectionModel) -> None:
     """Compare with a loop over images, points and boxes."""
-    view, _ = views(model)
+    outputs, _ = raw_and_decoded(model)
     low, conf, iou = 0.1, 0.5, 0.6
-    found = pseudo_labels(view, low, conf, iou)
-    everything = detect(view, low, iou)
-    assert torch.equal(found.certain.boxes, detect(view, conf, iou).boxes), "one suppression serves both"
-    centres, strides = points_of(view)
-    assert len(centres) == view.scores.shape[1]
+    found = pseudo_labels(outputs, low, conf, iou)
+    everything = detect(outputs, low, iou)
+    assert torch.equal(found.certain.boxes, detect(outputs, conf, iou).boxes), "one suppression serves both"
+    centres, strides = points_of(outputs)
+    assert len(centres) == outputs.scores.shape[1]
     expected = torch.zeros_like(found.ignored)
     columns = (everything.image_index, everything.labels, everything.confidence, everything.boxes)
     seen = list(zip(*(column.tolist() for column in columns), strict=True))
     for i in range(3):
         for a, (x, y) in enumerate(centres.tolist()):
-            for c in range(view.scores.shape[-1]):
+            for c in range(outputs.scores.shape[-1]):
                 hits = [
                     confidence > conf
                     for image, label, confidence, (x1, y1, x2, y2) in seen
@@ -97,8 +97,8 @@ def test_confidences_in_the_order_of_labels() -> None:
 
 
 def test_nothing_seen(model: DetectionModel) -> None:
-    view, _ = views(model)
-    found = pseudo_labels(replace(view, scores=view.scores - 100), 0.1, 0.4, 0.7)
+    outputs, _ = raw_and_decoded(model)
+    found = pseudo_labels(replace(outputs, scores=outputs.scores - 100), 0.1, 0.4, 0.7)
     assert len(found.certain) == 0
     assert found.certain.boxes.shape == (0, 4)
     assert not found.ignored.any()

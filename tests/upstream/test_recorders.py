@@ -1,4 +1,4 @@
-"""Views, targets and taps against plain Ultralytics."""
+"""Recorders, outputs and targets against plain Ultralytics."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ultralytics.cfg import get_cfg
+from ultralytics.nn.tasks import OBBModel, PoseModel, yaml_model_load
 from ultralytics.utils.ops import xywh2xyxy
 
 from tests.support.models import narrow_model
@@ -63,14 +64,14 @@ def test_the_family_is_the_name_of_the_model_file(file: str | None, family: str)
     assert family_of(SimpleNamespace(yaml={"yaml_file": file})) == family
 
 
-def test_a_view_is_the_raw_output_point_by_point(tmp_path: Path) -> None:
+def test_outputs_are_the_raw_output_point_by_point(tmp_path: Path) -> None:
     model = narrow_model("yolov8n", tmp_path).train()
     raw = model(batch()["img"])
-    view = outputs_of(raw, model)
-    assert view.shapes == ((8, 12), (4, 6), (2, 3))
-    assert torch.equal(view.scores[1, 5], raw["scores"][1, :, 5])
-    assert torch.equal(view.boxes[0, 7], raw["boxes"][0, :, 7])
-    assert view.per_level(view.scores)[1].shape == (2, 24, 3)
+    outputs = outputs_of(raw, model)
+    assert outputs.shapes == ((8, 12), (4, 6), (2, 3))
+    assert torch.equal(outputs.scores[1, 5], raw["scores"][1, :, 5])
+    assert torch.equal(outputs.boxes[0, 7], raw["boxes"][0, :, 7])
+    assert outputs.per_level(outputs.scores)[1].shape == (2, 24, 3)
 
 
 def test_targets_are_pixels(tmp_path: Path) -> None:
@@ -84,37 +85,90 @@ def test_targets_are_pixels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["yolov8n", "yolo26n"])
-def test_the_assignment_is_the_one_the_native_loss_used(family: str, tmp_path: Path) -> None:
-    """Recompute the native class loss from the captured targets: the same number, so the same targets."""
+def test_the_assignment_is_that_of_the_task_loss(family: str, tmp_path: Path) -> None:
+    """Recompute the class loss of the task loss from the recorded targets: the same number, so the same targets."""
     model = narrow_model(family, tmp_path).train()
     model.args = get_cfg()
     criterion = model.init_criterion()
-    tap = AssignmentRecorder(criterion)
+    recorder = AssignmentRecorder(criterion)
     given = batch()
     raw = model(given["img"])
     one = getattr(criterion, "one2many", criterion)
-    native = one.loss(raw.get("one2many", raw), given)[1]
-    assignment = tap.take()
+    items = one.loss(raw.get("one2many", raw), given)[1]
+    assignment = recorder.take()
     assert assignment is not None
     assert assignment.foreground.any()
     logits = outputs_of(raw, model).scores
     bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, assignment.scores, reduction="sum")
     expected = one.hyp.cls * bce / assignment.scores.sum().clamp(min=1)
-    assert native["cls_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
-    assert tap.take() is None
-    tap.remove()
+    assert items["cls_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert recorder.take() is None
+    recorder.remove()
     one.loss(raw.get("one2many", raw), given)
-    assert tap.take() is None
+    assert recorder.take() is None
+
+
+# Where Ultralytics 8.4 changes the assigned boxes after the assignment, both in ultralytics/utils/loss.py:
+# - v8PoseLoss.calculate_keypoints_loss, and the same method of PoseLoss26: `target_bboxes /= stride_tensor`
+# - v8OBBLoss.loss: `target_bboxes[..., :4] /= stride_tensor`
+IN_PLACE = [
+    ("yolov8n-pose", PoseModel),
+    ("yolo26n-pose", PoseModel),
+    ("yolov8n-obb", OBBModel),
+    ("yolo26n-obb", OBBModel),
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), IN_PLACE)
+def test_losses_that_change_the_assigned_boxes_in_place(name: str, kind: type, tmp_path: Path) -> None:
+    config = {**yaml_model_load(f"{name}.yaml"), "nc": 3, "scales": {"n": [0.33, 0.125, 512]}}
+    torch.manual_seed(0)
+    model = kind(config, verbose=False).train()
+    model.args = get_cfg()
+    criterion = model.init_criterion()
+    assigner = getattr(criterion, "one2many", criterion).assigner
+    given, outputs = batch(), []
+    if kind is PoseModel:
+        given["keypoints"] = torch.rand(2, 17, 3)
+    else:
+        given["bboxes"] = torch.cat([given["bboxes"], torch.tensor([[0.3], [0.1]])], -1)
+    recorder = AssignmentRecorder(criterion)
+    assigner.register_forward_hook(
+        lambda _module, _inputs, output: outputs.append((output, [t.clone() for t in output]))
+    )
+    criterion(model(given["img"]), given)
+    (_, boxes, scores, foreground, _), before = outputs[0]
+    assignment = recorder.take()
+    assert assignment.foreground.any()
+    assert not torch.equal(boxes, before[1]), f"{name} no longer changes the boxes: the recorder needs no copy for it"
+    assert torch.equal(assignment.boxes, before[1])
+    assert torch.equal(scores, before[2])
+    assert torch.equal(assignment.scores, before[2])
+    assert torch.equal(foreground, before[3])
+    assert torch.equal(assignment.foreground, before[3].bool())
+
+
+def test_boxes_divided_in_place_after_recording() -> None:
+    class Assigner(torch.nn.Module):
+        def forward(self) -> tuple[torch.Tensor, ...]:
+            foreground = torch.tensor([[True, False]])
+            return torch.zeros(1, 2), torch.ones(1, 2, 4), torch.ones(1, 2, 3), foreground, torch.zeros(1, 2)
+
+    assigner = Assigner()
+    recorder = AssignmentRecorder(SimpleNamespace(assigner=assigner))
+    _, boxes, *_ = assigner()
+    boxes /= torch.tensor([[8.0], [16.0]])
+    assert torch.equal(recorder.take().boxes, torch.ones(1, 2, 4))
 
 
 def test_assignment_of_a_batch_without_objects(tmp_path: Path) -> None:
     model = narrow_model("yolov8n", tmp_path).train()
     model.args = get_cfg()
     criterion = model.init_criterion()
-    tap = AssignmentRecorder(criterion)
+    recorder = AssignmentRecorder(criterion)
     empty = {**batch(), "bboxes": torch.zeros(0, 4), "cls": torch.zeros(0, 1), "batch_idx": torch.zeros(0)}
     criterion(model(empty["img"]), empty)
-    assignment = tap.take()
+    assignment = recorder.take()
     assert assignment is not None
     assert assignment.foreground.dtype == torch.bool
     assert not assignment.foreground.any()
@@ -125,11 +179,11 @@ def test_assignment_of_a_batch_without_objects(tmp_path: Path) -> None:
 def test_the_split_head_continues_to_the_same_output(family: str, tmp_path: Path) -> None:
     """Features at the split, passed through the tails, give the head's own scores and boxes."""
     model = narrow_model(family, tmp_path).eval()
-    tap = LayerRecorder(head_split_points(model))
+    recorder = LayerRecorder(head_split_points(model))
     model.model[-1].training = True
     raw = model(torch.rand(1, 3, 64, 64))
     raw = raw.get("one2many", raw)
-    layers = tap.take()
+    layers = recorder.take()
     for i, (cls, box) in enumerate(head_tails(model)):
         start = sum((64 // s) ** 2 for s in strides_of(model)[:i])
         for name, tail, whole in (("cls", cls, raw["scores"]), ("box", box, raw["boxes"])):
@@ -140,9 +194,9 @@ def test_the_split_head_continues_to_the_same_output(family: str, tmp_path: Path
 def test_layers_by_name(tmp_path: Path) -> None:
     student, teacher = narrow_model("yolov8n", tmp_path), narrow_model("yolov8n", tmp_path / "wide", width=0.25)
     names = ["model.4", "model.6.cv2"]
-    taps = find_layers(student, names, "student"), find_layers(teacher, names, "teacher")
+    layers = find_layers(student, names, "student"), find_layers(teacher, names, "teacher")
     training = student.training
-    pair = pair_spec(student, teacher, *taps)
+    pair = pair_spec(student, teacher, *layers)
     assert pair.student_layer_strides == {"model.4": 8, "model.6.cv2": 16}
     assert pair.teacher_layer_channels["model.4"] == 2 * pair.student_layer_channels["model.4"]
     assert student.training == training

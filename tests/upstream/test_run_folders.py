@@ -163,14 +163,14 @@ def test_a_trainer_still_makes_nothing_when_the_device_is_wrong(tmp_path: Path, 
 # ---------------------------------------------------------------------------------------------------- label caches
 def test_a_cache_is_what_ultralytics_reads(tmp_path: Path) -> None:
     path = tmp_path / "labels.cache"
-    save_cache(dataset.save_dataset_cache_file, "train: ", path, {"labels": [1, 2]}, "1.0")
+    save_cache("train: ", path, {"labels": [1, 2]}, "1.0")
     assert load_dataset_cache_file(path) == {"labels": [1, 2], "version": "1.0"}
     assert [p.name for p in tmp_path.iterdir()] == ["labels.cache"]
 
 
 def test_the_old_cache_is_there_until_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, real, seen = tmp_path / "labels.cache", np.save, []
-    save_cache(dataset.save_dataset_cache_file, "", path, {"n": 1}, "1.0")
+    save_cache("", path, {"n": 1}, "1.0")
 
     def slow(file: Any, x: Any) -> None:
         file.write(b"\x93NUMPY half")
@@ -180,25 +180,25 @@ def test_the_old_cache_is_there_until_the_new_one_is_whole(tmp_path: Path, monke
         real(file, x)
 
     monkeypatch.setattr(np, "save", slow)
-    save_cache(dataset.save_dataset_cache_file, "", path, {"n": 2}, "1.0")
+    save_cache("", path, {"n": 2}, "1.0")
     assert [x["n"] for x in (*seen, load_dataset_cache_file(path))] == [1, 2]
 
 
 def test_a_folder_that_cannot_be_written_to_is_a_warning(tmp_path: Path) -> None:
-    save_cache(dataset.save_dataset_cache_file, "", tmp_path / "absent" / "labels.cache", {"n": 1}, "1.0")
+    save_cache("", tmp_path / "absent" / "labels.cache", {"n": 1}, "1.0")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_cache_that_fails_half_way_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "labels.cache"
-    save_cache(dataset.save_dataset_cache_file, "", path, {"n": 1}, "1.0")
+    save_cache("", path, {"n": 1}, "1.0")
 
     def full(file: Any, _: Any) -> None:
         file.write(b"some")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "save", full)
-    save_cache(dataset.save_dataset_cache_file, "", path, {"n": 2}, "1.0")
+    save_cache("", path, {"n": 2}, "1.0")
     assert load_dataset_cache_file(path)["n"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["labels.cache"]
 

@@ -1,4 +1,4 @@
-"""Doing what a training does without leaving a trace: no label cache, no mended image, no folder, no logger's run."""
+"""A dry run of a training: no label cache, no repaired image, no folder and no run of a logger is left behind."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
-from uuid import uuid4
 
 import numpy as np
 import torch
 from ultralytics.data import dataset as labels
-from ultralytics.data import utils as images
 from ultralytics.engine import trainer as engine
 from ultralytics.utils import LOGGER, callbacks
+
+from yolo_kd.patches import replaced
+from yolo_kd.upstream.image_repairs import repairs_written_to
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """What Ultralytics' own scan says of one image.
+    """The result of Ultralytics' scan of one image.
 
     Attributes:
         file: The image.
-        label_file: Where its labels are looked for.
-        shape: Height and width in pixels, (0, 0) if it was refused.
+        label_file: Path of its label file.
+        shape: Height and width in pixels, (0, 0) if the image was refused.
         classes: Class of each box, (N,).
         boxes: Normalised xywh of each box, (N, 4).
         labelled: True if the label file exists.
-        problem: Why it was refused, empty if it was not.
-        remark: What was put right silently, empty for nothing.
+        problem: Why the image was refused, empty if it was not.
+        remark: What Ultralytics corrected silently, empty for nothing.
     """
 
     file: str
@@ -53,7 +53,14 @@ class ImageRecord:
 
 @dataclass
 class Trace:
-    """What was seen while nothing was written: images of each split, and warnings of Ultralytics."""
+    """What a dry run recorded.
+
+    Attributes:
+        folder: Temporary folder, removed at the end.
+        split: The split that is being scanned; set by the caller, empty for none.
+        records: Images of each split.
+        warnings: Warnings of Ultralytics.
+    """
 
     folder: Path
     split: str = ""
@@ -65,8 +72,8 @@ class Trace:
 def nothing_written() -> Iterator[Trace]:
     """Let Ultralytics work without writing, printing or reporting anything, for the duration.
 
-    A scan of labels is kept in memory instead of beside the labels, and always made anew the first time. A truncated
-    JPEG, which Ultralytics mends in place, is mended in a temporary folder, which also takes what a trainer writes.
+    The label cache of a scan is kept in memory, and no cache file is read. Ultralytics repairs a truncated JPEG in
+    place; here the repaired image goes to a temporary folder, and so does everything that a trainer writes.
     """
     folder = Path(tempfile.mkdtemp(prefix="yolo-kd-check-"))
     trace = Trace(folder)
@@ -80,16 +87,13 @@ def nothing_written() -> Iterator[Trace]:
         return result
 
     def load(path: Path) -> Any:
-        if trace.split or str(path) not in memory:  # each split is scanned, though they may be one folder
+        if trace.split or str(path) not in memory:  # scan each split, even if two of them are one folder
             raise FileNotFoundError(path)
-        return deepcopy(memory[str(path)])  # whoever loads it takes it apart
+        return deepcopy(memory[str(path)])  # the caller changes it
 
     def save(_prefix: str, path: Path, cache: dict, version: str) -> None:
         cache["version"] = version
         memory[str(path)] = deepcopy(cache)
-
-    def mend_elsewhere(file: str, write: Any) -> None:
-        write(str(folder / f"{uuid4().hex}{Path(file).suffix}"))
 
     def swallow(record: logging.LogRecord) -> bool:
         if record.levelno >= logging.WARNING:
@@ -101,28 +105,31 @@ def nothing_written() -> Iterator[Trace]:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         stack.callback(LOGGER.setLevel, level)
         stack.enter_context(redirect_stdout(sys.stderr))
-        for place, name, substitute in (
+        stack.enter_context(repairs_written_to(folder))
+        for owner, name, replacement in (
             (labels, "verify_image_label", recorded),
             (labels, "load_dataset_cache_file", load),
             (labels, "save_dataset_cache_file", save),
-            (images, "_replace_image", mend_elsewhere),
             (callbacks, "add_integration_callbacks", lambda _instance: None),
-            (engine, "check_amp", _can_mix),
+            (engine, "check_amp", _has_amp),
         ):
-            stack.enter_context(mock.patch.object(place, name, substitute))
-        LOGGER.setLevel(logging.WARNING)  # which also switches progress bars off
+            stack.enter_context(replaced(owner, name, replacement))
+        LOGGER.setLevel(logging.WARNING)  # this also switches progress bars off
         LOGGER.addFilter(swallow)
         stack.callback(LOGGER.removeFilter, swallow)
         yield trace
 
 
-def _can_mix(model: torch.nn.Module) -> bool:
-    """Stand in for Ultralytics' trial of mixed precision, which downloads a model: GPUs have it, nothing else does."""
+def _has_amp(model: torch.nn.Module) -> bool:
+    """Return True on a GPU, in place of Ultralytics' check of mixed precision, which downloads a model."""
     return next(model.parameters()).device.type not in ("cpu", "mps")
 
 
 def _reason(message: str) -> str:
-    """Return why an image was refused; what nothing can read is tried last by a reader that may not be installed."""
+    """Return why an image was refused.
+
+    Ultralytics tries a HEIF reader last; its message says that the reader is not installed.
+    """
     unreadable = "pi_heif" in message or "cannot identify image" in message
     return "the file cannot be read as an image" if unreadable else " ".join(message.split())
 

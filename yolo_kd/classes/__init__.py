@@ -1,1 +1,1 @@
-"""Class names, and how the classes of a teacher map onto those of a student. Tensors only."""
+"""Class names, and the mapping of teacher classes onto student classes. These modules use tensors only."""

@@ -1,13 +1,12 @@
-"""What it makes of scores and targets which class of the student is which of the teacher.
+"""Maps teacher classes onto student classes, in scores, outputs and targets.
 
-Where several classes of the teacher are one of the student, the teacher's probability for it is that any of them is
-there,
+If several teacher classes map onto one student class, its probability is that at least one of them is present:
 
     p = 1 - (1 - p_1) (1 - p_2) ...
 
-In odds, 1 + o = (1 + o_1) (1 + o_2) ..., so the logit of a merger of two is log(e^a + e^b + e^(a + b)), which neither
-overflows nor loses small probabilities; more are merged one after another. A class that is not merged keeps its logit,
-bit for bit.
+In odds, 1 + o = (1 + o_1) (1 + o_2) ..., so two logits a and b merge to log(e^a + e^b + e^(a + b)), which neither
+overflows nor loses small probabilities. Further classes are merged one after another. The logit of a class that is not
+merged stays the same bit for bit.
 """
 
 from __future__ import annotations
@@ -25,22 +24,22 @@ from yolo_kd.errors import CheckpointError
 from yolo_kd.structures import Assignment, DetectorOutputs, Targets
 
 INDEX = "index"
-_SHOWN = 12  # rows of a table that only repeat what names say
+_SHOWN = 12  # rows of the table for classes of the same name and index
 
 
 @dataclass(frozen=True)
 class ClassMap:
-    """Which classes of the teacher each class of the student is.
+    """Maps teacher classes onto student classes.
 
-    The losses see the matched classes only, those of the student that have a class of the teacher, in the student's
-    order. Where all match in order, nothing is touched.
+    The losses get only the matched classes: the student classes that have a teacher class, in the student's order. If
+    all classes match in order, every method returns its argument.
 
     Attributes:
         teacher: The teacher's class names, by index.
-        student: The student's.
-        sources: For each student class, the indices of the teacher's that it stands for; several are merged, none
-            leaves it unmatched.
-        by: How they were paired: name, index, or placeholder for two equal lists of names that say nothing.
+        student: The student's class names, by index.
+        sources: For each student class, the indices of its teacher classes: several are merged, none means that the
+            class is unmatched.
+        by: How the classes were paired: name, index, or placeholder for two equal lists of meaningless names.
     """
 
     teacher: tuple[str, ...]
@@ -49,7 +48,7 @@ class ClassMap:
     by: str = "name"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain types only."""
+        """Return the mapping as plain types."""
         return {
             "teacher": list(self.teacher),
             "student": list(self.student),
@@ -62,25 +61,25 @@ class ClassMap:
         """Rebuild a mapping from `to_dict`.
 
         Raises:
-            CheckpointError: If it was not made by `to_dict`.
+            CheckpointError: If `state` is not a result of `to_dict`.
         """
         try:
             sources = tuple(tuple(int(i) for i in s) for s in state["sources"])
             teacher, student = (tuple(str(n) for n in state[side]) for side in ("teacher", "student"))
             if len(sources) != len(student) or any(not 0 <= i < len(teacher) for s in sources for i in s):
-                raise ValueError("classes do not fit")
+                raise ValueError("the classes are inconsistent")
             return cls(teacher, student, sources, str(state["by"]))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError("the checkpoint's record of its distillation is damaged: its class map.") from error
 
     @cached_property
     def matched(self) -> tuple[int, ...]:
-        """Indices of the student's classes that have a class of the teacher."""
+        """Indices of the student classes that have a teacher class."""
         return tuple(i for i, s in enumerate(self.sources) if s)
 
     @cached_property
     def is_identity(self) -> bool:
-        """True where class i is class i on both sides, and there are no others."""
+        """True if class i of the teacher is class i of the student for all classes of both."""
         return len(self.teacher) == len(self.student) and all(s == (i,) for i, s in enumerate(self.sources))
 
     # -------------------------------------------------------------------------------------------- tensors
@@ -89,7 +88,7 @@ class ClassMap:
         """Return the teacher's logits for the matched classes.
 
         Args:
-            logits: Class logits with the teacher's classes along `dim`; what has no classes was not read and stays.
+            logits: Class logits with the teacher's classes along `dim`. Without classes, they are returned unchanged.
             dim: The dimension of the classes.
         """
         if self.is_identity or logits.shape[dim] == 0:
@@ -108,57 +107,57 @@ class ClassMap:
         return logits.index_select(-1, _index(self.matched, logits.device))
 
     def student_labels(self, labels: Tensor) -> Tensor:
-        """Return the student's numbers of classes that count the matched ones, of any shape."""
+        """Convert indices of matched classes, of any shape, to the student's class indices."""
         if len(self.matched) == len(self.student):
             return labels
         return _index(self.matched, labels.device)[labels]
 
     def student_mask(self, mask: Tensor) -> Tensor:
-        """Return a (B, matched, A) mask for all classes of the student, (B, classes, A), true where none matches."""
+        """Extend a (B, matched, A) mask to all student classes, (B, classes, A), true for unmatched classes."""
         if len(self.matched) == len(self.student):
             return mask
         whole = mask.new_ones(len(mask), len(self.student), mask.shape[-1])
         whole[:, _index(self.matched, mask.device)] = mask
         return whole
 
-    def student_view(self, view: DetectorOutputs) -> DetectorOutputs:
-        """Return the student's view with the matched classes only."""
+    def student_view(self, outputs: DetectorOutputs) -> DetectorOutputs:
+        """Return the student's outputs with the matched classes only."""
         if len(self.matched) == len(self.student):
-            return view
-        return _with_scores(view, self.student_logits)
+            return outputs
+        return _with_scores(outputs, self.student_logits)
 
-    def teacher_view(self, view: DetectorOutputs) -> DetectorOutputs:
-        """Return the teacher's view with its classes as the student has them."""
+    def teacher_view(self, outputs: DetectorOutputs) -> DetectorOutputs:
+        """Return the teacher's outputs with the matched classes only."""
         if self.is_identity:
-            return view
-        return _with_scores(view, self.teacher_logits)
+            return outputs
+        return _with_scores(outputs, self.teacher_logits)
 
     def targets(self, targets: Targets) -> Targets:
-        """Return the targets of matched classes, with labels that count them; others are background."""
+        """Return the targets of matched classes, with indices of matched classes as labels; others are background."""
         if len(self.matched) == len(self.student):
             return targets
         number = {c: i for i, c in enumerate(self.matched)}
         renumbered = _index(tuple(number.get(c, -1) for c in range(len(self.student))), targets.labels.device)
         labels = renumbered[targets.labels]
-        known = labels >= 0
+        matched = labels >= 0
         assignment = targets.assignment
         if assignment is not None:
             scores = self.student_logits(assignment.scores)
-            # a foreground point has a class target above zero in its object's class and in no other
+            # a foreground point has a class target above zero only in the class of its object
             foreground = assignment.foreground & (scores > 0).any(-1)
             assignment = Assignment(foreground, scores, assignment.boxes)
         return replace(
             targets,
-            boxes=targets.boxes[known],
-            labels=labels[known],
-            image_index=targets.image_index[known],
+            boxes=targets.boxes[matched],
+            labels=labels[matched],
+            image_index=targets.image_index[matched],
             assignment=assignment,
         )
 
-    # -------------------------------------------------------------------------------------------- words
+    # -------------------------------------------------------------------------------------------- text
 
     def table(self) -> str:
-        """Show which class is which, for the log."""
+        """Return the mapping as a table for the log."""
         if self.is_identity:
             return f"Classes: all {len(self.student)} of teacher and student agree"
         rows = self.rows()
@@ -167,7 +166,7 @@ class ClassMap:
         return "\n".join([*lines, *(f"  {left.ljust(width)}  {right}" for left, right in rows)])
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return the table's rows, headings first: a class of the student, and what it is of the teacher."""
+        """Return the rows of the table, headings first: a student class and its teacher classes."""
         sources = [" + ".join(f"{i} {self.teacher[i]}" for i in s) or "-" for s in self.sources]
         plain = [i for i, s in enumerate(self.sources) if s == (i,) and self.teacher[i] == self.student[i]]
         hidden = set(plain[_SHOWN:]) if len(plain) > _SHOWN + 1 else set()
@@ -200,14 +199,14 @@ class MappedTail(nn.Module):
         return self.classes.teacher_logits(self.tail(feature), dim=1)
 
 
-def _with_scores(view: DetectorOutputs, mapping: Callable[[Tensor], Tensor]) -> DetectorOutputs:
-    """Return a view with the scores of both branches mapped."""
-    second = view.one2one_scores
-    return replace(view, scores=mapping(view.scores), one2one_scores=None if second is None else mapping(second))
+def _with_scores(outputs: DetectorOutputs, mapping: Callable[[Tensor], Tensor]) -> DetectorOutputs:
+    """Map the scores of both branches."""
+    second = outputs.one2one_scores
+    return replace(outputs, scores=mapping(outputs.scores), one2one_scores=None if second is None else mapping(second))
 
 
 def _either(a: Tensor, b: Tensor) -> Tensor:
-    """Return the logit of the probability that at least one of two independent classes is there."""
+    """Return the logit of the probability that at least one of two independent classes is present."""
     return torch.logaddexp(torch.logaddexp(a, b), a + b)
 
 

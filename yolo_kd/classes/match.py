@@ -1,6 +1,6 @@
-"""Which of the teacher's classes is which of the student's: by name, by index, or as a class map says.
+"""Pairs teacher classes with student classes: by name, by index, or by a class map.
 
-Names are compared after normalising case, spaces and punctuation. A class map overrides that and merges.
+Names are compared without case, spaces and punctuation. A class map overrides the names, and can merge classes.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ def match(
     class_map: Mapping[str | int, str | int] | str | None = None,
     by_index: bool = False,
 ) -> ClassMap:
-    """Pair the teacher's classes with the student's.
+    """Pair teacher classes with student classes.
 
     Args:
         teacher: The teacher's class names by index.
-        student: The student's.
-        class_map: What the user says: a mapping overrides what names say of the teacher classes that it names.
-        by_index: Names say nothing: a random teacher, or one class on both sides.
+        student: The student's class names by index.
+        class_map: The user's class map: `index`, or a mapping that overrides the names for the teacher classes in it.
+        by_index: Ignore the names, as for a random teacher or one class on both sides.
 
     Returns:
-        The mapping. It may match nothing, which is for the caller to judge.
+        The mapping. It may match no class at all.
 
     Raises:
-        ConfigError: If the class map names a class that is not there, or a teacher class twice.
-        PairError: If classes are to be paired by index and the counts differ.
+        ConfigError: If the class map contains an unknown class, or a teacher class twice.
+        PairError: If the classes are paired by index and their counts differ.
     """
     theirs, ours = (tuple(str(names[i]) for i in sorted(names)) for names in (teacher, student))
     spelled = [[folded(n) for n in names] for names in (theirs, ours)]
@@ -57,7 +57,7 @@ def match(
 
 
 def _by_name(theirs: Sequence[str], ours: Sequence[str]) -> dict[int, int]:
-    """Return the student's class for each class of the teacher whose name it has, and no other class of either."""
+    """Return the student class for each teacher class of the same name, if the name is unique on both sides."""
     pairs: dict[int, int] = {}
     for spell in (folded, normalised):
         left = {i: spell(n) for i, n in enumerate(theirs) if i not in pairs and not is_placeholder(n)}
@@ -69,10 +69,10 @@ def _by_name(theirs: Sequence[str], ours: Sequence[str]) -> dict[int, int]:
 
 
 def _resolve(class_map: Mapping[str | int, str | int], theirs: Sequence[str], ours: Sequence[str]) -> dict[int, int]:
-    """Return a class map by indices.
+    """Convert a class map to indices.
 
     Raises:
-        ConfigError: With a sentence for every class that is not there or named twice.
+        ConfigError: With a sentence for every unknown or repeated class.
     """
     problems: list[str] = []
     pairs: dict[int, int] = {}
@@ -92,14 +92,14 @@ def _resolve(class_map: Mapping[str | int, str | int], theirs: Sequence[str], ou
 
 
 def _find(word: str | int, side: str, names: Sequence[str], problems: list[str]) -> int | None:
-    """Return the index of a class by its name, or by its index where no class is called so."""
+    """Return the index of a class, given its name or, if no class has that name, its index."""
     if isinstance(word, str):
         for spell in (str, folded, normalised):
             if len(found := [i for i, name in enumerate(names) if spell(name) == spell(word)]) == 1:
                 return found[0]
             if found:
                 problems.append(
-                    f"class_map: the {side} has {len(found)} classes called '{word}'. Write the index of one."
+                    f"class_map: the {side} has {len(found)} classes named '{word}'. Write the index of one."
                 )
                 return None
     if isinstance(word, int) or word.strip().isdecimal():
@@ -114,13 +114,13 @@ def _find(word: str | int, side: str, names: Sequence[str], problems: list[str])
 
 
 def indices_of(names: Sequence[str], among: Sequence[str]) -> list[int] | None:
-    """Return the index of each class among others, None unless every one of them is there by name, and once."""
+    """Return the index of each class among others, None unless each name occurs there exactly once."""
     sources = match(dict(enumerate(among)), dict(enumerate(names))).sources
     return [s[0] for s in sources] if all(len(s) == 1 for s in sources) else None
 
 
 def nothing_matched(classes: ClassMap, data: Any, single: bool = False) -> str:
-    """Say that no class of the student is one of the teacher's, and what to write."""
+    """Return the message that no student class matches a teacher class, with what to write."""
     equal = len(classes.teacher) == len(classes.student)
     example = f"class_map='{{{classes.teacher[0]}: {classes.student[0]}}}'"
     text = (
@@ -128,7 +128,7 @@ def nothing_matched(classes: ClassMap, data: Any, single: bool = False) -> str:
         f"the teacher's {len(classes.teacher)} ({short(classes.teacher)})."
     )
     if single:
-        return f"{text} single_cls makes one class of all: say which of the teacher's it is, such as {example}."
+        return f"{text} single_cls makes one class of all: write the teacher class that it is, such as {example}."
     if any(is_placeholder(n) for n in (*classes.teacher, *classes.student)):
         text += " Names that are mere numbers are never matched."
     by_index = f", or {example.partition('=')[0]}={INDEX} if they are the same in the same order" if equal else ""

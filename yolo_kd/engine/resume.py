@@ -29,6 +29,7 @@ from yolo_kd.engine.setup import Setup
 from yolo_kd.errors import CheckpointError, ConfigError, DataError
 from yolo_kd.safe_loading.architecture import check_model
 from yolo_kd.safe_loading.checkpoint import held_model, load_checkpoint_file, load_detector
+from yolo_kd.safe_loading.dataset import is_local_yaml
 
 MAX_VALUES = 20_000  # with shared lists counted wherever they stand
 MAX_TEXT = 1 << 20
@@ -118,13 +119,6 @@ def resumed_setup(
         classes, _ = match_classes(plan.choice, plan.recipe, teacher, data, keys)
         check_same_classes(plan.classes, classes)
     return Setup(plan, teacher, images, labeled)
-
-
-def is_local_yaml(data: str) -> bool:
-    """Return whether a data set is a YAML file that is here, or one of those that come with Ultralytics."""
-    if "://" in data or ":/" in data or not data.lower().endswith((".yaml", ".yml")):
-        return False
-    return Path(data).is_file() or len(Path(data).parts) == 1
 
 
 def is_plain(value: Any) -> bool:

@@ -1,1 +1,1 @@
-"""Exporting a student, and comparing the exported file with the checkpoint."""
+"""Export of a student, and comparison of the exported file with the checkpoint."""

@@ -1,8 +1,7 @@
-"""Ultralytics export and, for ONNX, the proof that the file computes what its checkpoint computes (see `parity`).
+"""Export with Ultralytics and, for ONNX, a comparison of the file with its checkpoint.
 
-`export_model` lets Ultralytics write the file, whatever the format. An ONNX file is then compared with
-its checkpoint by `yolo_kd.export.parity`; the verdict goes to `<stem>.parity.json` beside the file, and a file that
-fails raises `ParityError`.
+`export_model` lets Ultralytics write the file, in any of its formats. `parity` then compares an ONNX file with its
+checkpoint. The report goes to `<stem>.parity.json` in the same folder, and a file that fails raises `ParityError`.
 """
 
 from __future__ import annotations
@@ -21,13 +20,14 @@ from ultralytics.engine.exporter import export_formats, validate_args
 from ultralytics.utils import DEFAULT_CFG, LOGGER
 
 from yolo_kd.config.ultralytics_keys import wrong_value, wrong_values
-from yolo_kd.engine.resume import is_local_yaml
 from yolo_kd.errors import CheckpointError, ConfigError, ParityError, SetupError, did_you_mean, listed
-from yolo_kd.export.parity import Parity, find_images, summary, verify_onnx
+from yolo_kd.export.parity import Parity, summary, verify_onnx
+from yolo_kd.export.pictures import find_images
 from yolo_kd.safe_loading.checkpoint import LoadedDetector, load_detector, sha256
+from yolo_kd.safe_loading.dataset import is_local_yaml
 from yolo_kd.safe_loading.restricted import restricted_loading
 
-# Words that the exporter takes beside those it lists.
+# names of formats that the exporter accepts in addition to those it lists
 ALIASES = {
     **dict.fromkeys(("tensorrt", "trt"), "engine"),
     **dict.fromkeys(("mlmodel", "mlpackage", "mlprogram", "apple", "ios"), "coreml"),
@@ -43,10 +43,10 @@ class ExportResult:
     """An exported model.
 
     Attributes:
-        file: What Ultralytics wrote: a file, or for some formats a folder.
+        file: The exported file, or for some formats a folder.
         format: Its format, as Ultralytics lists it.
-        parity: The comparison with the checkpoint, None for formats that have no such gate.
-        report: The comparison's JSON file, None where there is none.
+        parity: The comparison with the checkpoint, None for formats other than ONNX.
+        report: The JSON file of the comparison, None without a comparison.
         verdict: One sentence for the user.
     """
 
@@ -67,24 +67,27 @@ def export_model(
     trust_checkpoints: bool = False,
     **ultralytics_export_keys: Any,
 ) -> ExportResult:
-    """Export a checkpoint with Ultralytics; compare an ONNX file with it.
+    """Export a checkpoint with Ultralytics, and compare an ONNX file with it.
 
     Args:
-        model: A detector's checkpoint.
-        format: A format of Ultralytics.
-        images: Folder, picture or data YAML (its val split) to compare on. By default the val split of the data the
-            checkpoint was trained on, or the photographs inside the ultralytics package where that is gone.
-        tolerance_boxes: Largest difference of a box coordinate in pixels, see the top of this file.
+        model: The checkpoint of a detector.
+        format: An export format of Ultralytics.
+        images: Folder, picture or data YAML (its val split) to compare on. By default the val split of the data set on
+            which the checkpoint was trained, or the photographs in the ultralytics package if that data set is gone.
+        tolerance_boxes: Largest difference of a box coordinate in pixels, see `yolo_kd.export.parity`.
         tolerance_scores: Largest difference of a probability.
-        trust_checkpoints: Load the checkpoint without restriction.
+        trust_checkpoints: Load the checkpoint without restriction: it may run code.
         ultralytics_export_keys: `imgsz`, `batch`, `dynamic`, `simplify`, `quantize`, `nms` ... as in Ultralytics.
+
+    Returns:
+        The exported file and, for ONNX, the comparison.
 
     Raises:
         ConfigError: For an unknown format or key or an impossible value, before anything is written.
-        CheckpointError: If the checkpoint is missing, unsafe or not a detector.
+        CheckpointError: If the checkpoint is missing, unsafe or no detector.
         DataError: If `images` holds no readable picture.
         SetupError: If a package that the format needs is not installed.
-        ParityError: If the ONNX file differs from its checkpoint; file and report stay for inspection.
+        ParityError: If the ONNX file differs from its checkpoint. File and report remain for inspection.
     """
     if not isinstance(trust_checkpoints, bool):
         raise ConfigError(f"trust_checkpoints must be true or false, received {trust_checkpoints!r}.")
@@ -95,27 +98,11 @@ def export_model(
     if kind == "onnx":
         for package in ("onnx", "onnxruntime"):
             _require(package)
-    detector = load_detector(model, trust=trust_checkpoints)
-    if detector.random:
-        raise CheckpointError(f"model={model} has random weights; export needs a checkpoint such as best.pt.")
-    trained = detector.checkpoint.get("train_args") or {}
-    trained = trained if isinstance(trained, dict) else {}
-    if (wrong := wrong_value("imgsz", trained.get("imgsz"), "export")) and "imgsz" not in ultralytics_export_keys:
-        raise ConfigError(f"model={model} was trained at an impossible size: {wrong}")
+    detector, trained = _checkpoint(model, trust_checkpoints, ultralytics_export_keys)
     pictures = find_images(images, {**detector.checkpoint, "train_args": trained}) if kind == "onnx" else None
-    with restricted_loading(trust_checkpoints):
-        try:
-            native = YOLO(str(detector.path))
-            # a checkpoint does not choose what is fetched to calibrate on
-            if not is_local_yaml(str(trained.get("data"))):
-                native.overrides["data"] = None
-            file = Path(native.export(format=format, **ultralytics_export_keys))
-        except ImportError as error:
-            raise SetupError(f"format={kind} needs a package that cannot be imported: {error}.") from error
-        except (AssertionError, TypeError, ValueError, SystemError) as error:
-            raise ConfigError(f"Ultralytics cannot export {model} with format={kind}: {error}") from error
+    file = _export(detector, format, trained.get("data"), trust_checkpoints, ultralytics_export_keys)
     if pictures is None:
-        verdict = f"{file}: not compared with the checkpoint, there is no parity gate for format={kind}."
+        verdict = f"{file}: not compared with the checkpoint, because only format=onnx is compared."
         LOGGER.info(verdict)
         return ExportResult(file, kind, None, None, verdict)
     parity = verify_onnx(
@@ -131,16 +118,48 @@ def export_model(
     return ExportResult(file, kind, parity, report, lines[-1])
 
 
+def _export(detector: LoadedDetector, format: str, data: Any, trust: bool, keys: dict[str, Any]) -> Path:
+    """Let Ultralytics write the file; `data` is the data set on which the checkpoint was trained."""
+    with restricted_loading(trust):
+        try:
+            model = YOLO(str(detector.path))
+            # a checkpoint must not choose what is downloaded for calibration
+            if not is_local_yaml(str(data)):
+                model.overrides["data"] = None
+            return Path(model.export(format=format, **keys))
+        except ImportError as error:
+            raise SetupError(f"format={format} needs a package that cannot be imported: {error}.") from error
+        except (AssertionError, TypeError, ValueError, SystemError) as error:
+            raise ConfigError(f"Ultralytics cannot export {detector.path} with format={format}: {error}") from error
+
+
+def _checkpoint(model: str | Path, trust: bool, keys: dict[str, Any]) -> tuple[LoadedDetector, dict[str, Any]]:
+    """Load the checkpoint to export, and return it with its training arguments.
+
+    Raises:
+        CheckpointError: If it is missing, unsafe, no detector or no checkpoint.
+        ConfigError: If it was trained at an impossible size and `keys` names no other.
+    """
+    detector = load_detector(model, trust=trust)
+    if detector.random:
+        raise CheckpointError(f"model={model} has random weights; export needs a checkpoint such as best.pt.")
+    trained = detector.checkpoint.get("train_args")
+    trained = trained if isinstance(trained, dict) else {}
+    if (wrong := wrong_value("imgsz", trained.get("imgsz"), "export")) and "imgsz" not in keys:
+        raise ConfigError(f"model={model} was trained at an impossible size: {wrong}")
+    return detector, trained
+
+
 def check_request(format: str, keys: dict[str, Any], gate: dict[str, Any]) -> tuple[str, SimpleNamespace]:
-    """Check all that can be known before the checkpoint is opened.
+    """Check the request before the checkpoint is opened.
 
     Args:
         format: The format as the user wrote it.
-        keys: Ultralytics keys.
-        gate: The gate's own keys: images, tolerance_boxes, tolerance_scores.
+        keys: Export keys of Ultralytics.
+        gate: Keys of the comparison: images, tolerance_boxes, tolerance_scores.
 
     Returns:
-        The format as Ultralytics lists it, and the export arguments with Ultralytics' defaults filled in.
+        The format as Ultralytics lists it, and the export arguments completed by Ultralytics' defaults.
 
     Raises:
         ConfigError: With every mistake.
@@ -182,7 +201,7 @@ def check_request(format: str, keys: dict[str, Any], gate: dict[str, Any]) -> tu
 
 
 def _write_report(file: Path, parity: Parity, detector: LoadedDetector, exported: Path, keys: dict[str, Any]) -> None:
-    """Write the comparison as strict JSON; a number that is not finite becomes null."""
+    """Write the comparison as strict JSON, in which a number that is not finite becomes null."""
     packages = ("torch", "onnx", "onnxruntime", "ultralytics", "yolo-kd")
     result = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(parity).items()}
     content = {

@@ -1,1 +1,1 @@
-"""Reading checkpoints, model YAMLs and data YAMLs that may come from a stranger."""
+"""Safe reading of checkpoints, model YAMLs and data YAMLs from untrusted sources."""

@@ -1,4 +1,8 @@
-"""Checks of a model YAML and of a loaded model, before Ultralytics builds or runs anything from it."""
+"""Checks of model YAMLs and loaded models, before Ultralytics builds or runs anything from them.
+
+A model YAML can name any function of PyTorch and any size, and a loaded model carries a description in the same form,
+from which the trainer builds its model. A loaded model can also have attributes of any kind.
+"""
 
 from __future__ import annotations
 
@@ -14,71 +18,83 @@ from ultralytics.nn.modules.head import OBB, Detect, Pose, Segment, WorldDetect,
 from yolo_kd.errors import CheckpointError, first_line
 from yolo_kd.safe_loading.restricted import quiet, restricted_loading
 
-MAX_PARAMETERS = 10**9  # of a model YAML; the largest that Ultralytics ships has a tenth of it
-
-
-MAX_LAYERS, MAX_REPEATS, MAX_MULTIPLE, MAX_NUMBER = 500, 100, 10, 10**6
-
-
-ALLOWED_CALLABLES = ("forward", "criterion")  # a fused model's method; the loss that Ultralytics saves in mid-run
-
-
-OTHER_TASKS = {"segment": Segment, "pose": Pose, "obb": OBB}  # their heads are detection heads with a branch more
+MAX_PARAMETERS = 10**9  # the largest model YAML of Ultralytics has a tenth of it
+MAX_LAYERS = 500
+MAX_REPEATS = 100
+MAX_MULTIPLE = 10  # of depth or width
+MAX_NUMBER = 10**6  # as an argument of a layer
+ALLOWED_CALLABLES = (
+    "forward",
+    "criterion",
+)  # the method of a fused model; the loss in a checkpoint of a running training
+OTHER_TASKS = {"segment": Segment, "pose": Pose, "obb": OBB}  # their heads extend a detection head by a branch
 
 
 def check_description(config: Any, what: str, held: int | None = None) -> None:
-    """Check that the description of a model builds layers only, and not more of them than a detector has.
+    """Check that the description of a model builds layers only, and no more of them than a detector needs.
 
     Args:
-        config: What a model YAML holds; a checkpoint holds one too, from which the trainer builds its model.
-        what: What it belongs to, for messages.
-        held: Number of parameters that the checkpoint holds.
+        config: The content of a model YAML, or the description in a checkpoint.
+        what: The file it belongs to, for messages.
+        held: Number of parameters in the checkpoint.
 
     Raises:
-        CheckpointError: Naming the entry that is no layer or too large.
+        CheckpointError: With the entry that is no layer or too large.
     """
-    if not isinstance(config, Mapping) or not all(isinstance(config.get(part), list) for part in ("backbone", "head")):
+    if not isinstance(config, Mapping) or not all(isinstance(config.get(key), list) for key in ("backbone", "head")):
         raise CheckpointError(f"{what} is not a model YAML for a detector: it needs the lists 'backbone' and 'head'.")
     rows = [*config["backbone"], *config["head"]]
-    scales = config.get("scales")
-    multiples = [config.get("depth_multiple"), config.get("width_multiple")]
-    multiples += [n for row in scales.values() for n in row[:2]] if isinstance(scales, Mapping) else []
     if len(rows) > MAX_LAYERS:
         raise CheckpointError(f"{what} describes {len(rows)} layers, more than {MAX_LAYERS}.")
+    scales = config.get("scales")
+    multiples = [config.get("depth_multiple"), config.get("width_multiple")]
+    rows_of_scales = scales.values() if isinstance(scales, Mapping) else ()
+    multiples += [n for row in rows_of_scales if isinstance(row, list | tuple) for n in row[:2]]
     for number in multiples:
         if number is not None and not (isinstance(number, int | float) and 0 < number <= MAX_MULTIPLE):
             raise CheckpointError(
                 f"{what}: a multiple of depth or width must lie in (0, {MAX_MULTIPLE}], not {number}."
             )
     for row in rows:
-        if not isinstance(row, list) or len(row) != 4 or not isinstance(row[2], str):
-            raise CheckpointError(f"{what}: a layer must be [from, repeats, module, arguments], not {str(row)[:80]}.")
-        if not isinstance(row[1], int) or row[1] > MAX_REPEATS:
-            raise CheckpointError(
-                f"{what}: a layer repeats {str(row[1])[:40]} times; at most {MAX_REPEATS} are allowed."
-            )
-        # TorchVision fetches weights from the network
-        if row[2] == "TorchVision" or not (row[2].startswith(("nn.", "torchvision.ops.")) or hasattr(modules, row[2])):
-            raise CheckpointError(
-                f"{what}: {row[2][:80]!r} is no layer that may be used without trust_checkpoints=true."
-            )
-        if any(isinstance(n, int | float) and abs(n) > MAX_NUMBER for n in _leaves(row[3])):
-            raise CheckpointError(f"{what}: a layer {row[2]} has an argument above {MAX_NUMBER:,}.")
-    with torch.device("meta"), restricted_loading(), quiet():
-        try:
-            channels = config.get("channels", 3)
-            layers, _ = tasks.parse_model(deepcopy(dict(config)), ch=channels, verbose=False)
-        except Exception as error:
-            raise CheckpointError(f"{what} is not a model YAML for a detector ({first_line(error)}).") from error
-    count = sum(p.numel() for p in layers.parameters())
+        _check_row(row, what)
+    count = _count_parameters(config, what)
     if held is not None and count > 2 * held + 10**6:
         raise CheckpointError(f"{what} was refused: its description builds {count:,} parameters, it holds {held:,}.")
     if count > MAX_PARAMETERS:
         raise CheckpointError(f"{what} describes {count:,} parameters; at most {MAX_PARAMETERS:,} are allowed.")
 
 
+def _check_row(row: Any, what: str) -> None:
+    """Check the description of one layer.
+
+    Raises:
+        CheckpointError: If it is no layer or too large.
+    """
+    if not isinstance(row, list) or len(row) != 4 or not isinstance(row[2], str):
+        raise CheckpointError(f"{what}: a layer must be [from, repeats, module, arguments], not {str(row)[:80]}.")
+    _, repeats, module, arguments = row
+    if not isinstance(repeats, int) or repeats > MAX_REPEATS:
+        raise CheckpointError(f"{what}: a layer repeats {str(repeats)[:40]} times; at most {MAX_REPEATS} are allowed.")
+    # TorchVision downloads weights
+    if module == "TorchVision" or not (module.startswith(("nn.", "torchvision.ops.")) or hasattr(modules, module)):
+        raise CheckpointError(f"{what}: {module[:80]!r} is no layer that may be used without trust_checkpoints=true.")
+    if any(isinstance(n, int | float) and abs(n) > MAX_NUMBER for n in _leaves(arguments)):
+        raise CheckpointError(f"{what}: a layer {module} has an argument above {MAX_NUMBER:,}.")
+
+
+def _count_parameters(config: Mapping[str, Any], what: str) -> int:
+    """Count the parameters that a description builds, without memory for them."""
+    with torch.device("meta"), restricted_loading(), quiet():
+        try:
+            channels = config.get("channels", 3)
+            layers, _ = tasks.parse_model(deepcopy(dict(config)), ch=channels, verbose=False)
+        except Exception as error:
+            raise CheckpointError(f"{what} is not a model YAML for a detector ({first_line(error)}).") from error
+    return sum(p.numel() for p in layers.parameters())
+
+
 def _leaves(value: Any) -> Iterator[Any]:
-    """Yield the plain values of nested lists."""
+    """Yield the entries of nested lists."""
     if isinstance(value, list | tuple):
         for entry in value:
             yield from _leaves(entry)
@@ -87,16 +103,16 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def check_model(model: Any, what: str, rebuilt: bool, trust: bool = False) -> None:
-    """Check a checkpoint's model.
+    """Check the model in a checkpoint.
 
     Args:
         model: The model.
-        what: What it is, for messages.
-        rebuilt: True if the trainer takes its description and builds it anew.
-        trust: Look at nothing but its kind.
+        what: The file it belongs to, for messages.
+        rebuilt: True if the trainer builds a new model from its description.
+        trust: Check only whether it is a detector.
 
     Raises:
-        CheckpointError: If it is no detector, or its attributes are not those of one.
+        CheckpointError: If it is no detector, or has attributes that no detector has.
     """
     check_is_detector(model, what)
     if trust:
@@ -107,10 +123,10 @@ def check_model(model: Any, what: str, rebuilt: bool, trust: bool = False) -> No
 
 
 def _check_attributes(model: nn.Module, what: str) -> None:
-    """Check those attributes of a checkpoint's model that are relied on, since the file sets them as it likes.
+    """Check the attributes that are used later, since a file can set them to anything.
 
     Raises:
-        CheckpointError: Naming the first that is wrong.
+        CheckpointError: With the first that is wrong.
     """
     names = getattr(model, "names", None)
     texts = list(names.values()) if isinstance(names, dict) else names if isinstance(names, list) else []
@@ -135,7 +151,7 @@ def check_is_detector(model: nn.Module, what: str) -> None:
     """Check that a model ends in one of Ultralytics' anchor-free detection heads.
 
     Raises:
-        CheckpointError: Naming the head or the task that was found.
+        CheckpointError: With the head or the task that was found.
     """
     layers = getattr(model, "model", None)
     head = layers[-1] if isinstance(layers, nn.Sequential) and len(layers) else None
@@ -148,7 +164,7 @@ def check_is_detector(model: nn.Module, what: str) -> None:
         raise CheckpointError(
             f"{what} is an open-vocabulary model ({type(head).__name__}); a plain detector is needed."
         )
-    # judged by the head: what a file says of its own task may be wrong
+    # the head decides: the task that the file states may be wrong
     for task, heads in OTHER_TASKS.items():
         if isinstance(head, heads):
             raise CheckpointError(f"{what} is a model for the task '{task}'; a detector (task 'detect') is needed.")

@@ -1,7 +1,8 @@
-"""Loading models from files that may come from a stranger.
+"""Loading detectors from checkpoints and model YAMLs of any origin.
 
-A `.pt` file is a pickle, and unpickling can run code. Ultralytics has a restricted loader, off by default; here it is
-on by default and never degrades silently.
+`load_detector` is the one entry for teachers, students and files to export. A checkpoint is loaded restrictedly (see
+`restricted`), its model is checked (see `architecture`), and every failure becomes a `CheckpointError` that names the
+file, the reason and what to do.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ class LoadedDetector:
 
     Attributes:
         model: The detector, float32, in eval mode, on the CPU.
-        checkpoint: The checkpoint's dictionary, empty for a model YAML.
-        path: The file it came from.
-        sha256: Hash of that file.
-        random: True if the weights are random because the source is a model YAML.
+        checkpoint: The dictionary in the checkpoint, empty for a model YAML.
+        path: The file.
+        sha256: Hash of the file.
+        random: True if the weights are random because the file is a model YAML.
     """
 
     model: Any  # an Ultralytics DetectionModel, whose attributes nn.Module does not declare
@@ -64,25 +65,25 @@ def sha256(path: str | Path) -> str:
 
 
 def load_checkpoint_file(path: str | Path, *, role: str = "model", trust: bool = False) -> tuple[dict[str, Any], Path]:
-    """Read a checkpoint's dictionary, restrictedly unless `trust`.
+    """Read the dictionary in a checkpoint, restrictedly unless `trust`.
 
     Args:
         path: A `.pt` file, or the name of one that Ultralytics can download.
-        role: What the file is for, used in messages: teacher, student, model, resume.
-        trust: Allow everything a pickle can hold, including code.
+        role: The key that names the file, for messages: teacher, student, model, resume.
+        trust: Load without restriction: the file may run code.
 
     Returns:
-        The dictionary and the file that was read.
+        The dictionary and the path of the file.
 
     Raises:
-        CheckpointError: If it is missing, damaged, not a checkpoint, or asks for more than the allow-list holds.
+        CheckpointError: If the file is missing, damaged, no checkpoint, or asks for names that can run code.
     """
     path = Path(check_model_file_from_stem(str(path)))
     _check_path(path, role)
     with restricted_loading(trust):
         try:
             checkpoint, file = tasks.torch_safe_load(str(path))
-        except AttributeError:  # something else than a dictionary, of which Ultralytics reads the attribute `model`
+        except AttributeError:  # not a dictionary: Ultralytics then reads its attribute `model`
             checkpoint, file = {}, str(path)
         except Exception as error:
             if not path.exists() and not (Path(SETTINGS["weights_dir"]) / path.name).exists():
@@ -97,7 +98,7 @@ def load_checkpoint_file(path: str | Path, *, role: str = "model", trust: bool =
 
 
 def held_model(checkpoint: Any) -> Any:
-    """Return the model of a checkpoint's dictionary, the averaged one where there is one; None if it holds none."""
+    """Return the model in a checkpoint's dictionary, preferably the averaged one; None if there is no model."""
     if not isinstance(checkpoint, dict):
         return None
     ema = checkpoint.get("ema")
@@ -106,10 +107,10 @@ def held_model(checkpoint: Any) -> Any:
 
 
 def _check_path(path: Path, role: str) -> None:
-    """Check what can be said of a checkpoint without opening it.
+    """Check the path of a checkpoint without opening the file.
 
     Raises:
-        CheckpointError: If it is an address, missing, no file, or of another kind by its ending.
+        CheckpointError: If it is an address, does not exist, is no file, or has the suffix of another kind of file.
     """
     if ":/" in str(path):
         raise CheckpointError(f"{role}={path} is an address. Download the file first and name it.")
@@ -128,18 +129,18 @@ def _check_path(path: Path, role: str) -> None:
             raise CheckpointError(f"{role}={path} is a device or a pipe, not a file.")
         if not path.exists() and not _downloadable(path):
             raise CheckpointError(f"{role}={path} does not exist.{_neighbour(path)}")
-    except OSError as error:  # a name that is too long, a folder that may not be entered
+    except OSError as error:  # for example, the name is too long or access to the folder is denied
         raise CheckpointError(f"{role}={str(path)[:80]} cannot be read: {error.strerror}.") from error
 
 
 def _downloadable(path: Path) -> bool:
     """Return whether a missing file is one that Ultralytics finds by its bare name."""
-    known = path.name in GITHUB_ASSETS_NAMES or (Path(SETTINGS["weights_dir"]) / path.name).exists()
-    return path.name == str(path) and known
+    available = path.name in GITHUB_ASSETS_NAMES or (Path(SETTINGS["weights_dir"]) / path.name).exists()
+    return path.name == str(path) and available
 
 
 def _neighbour(path: Path) -> str:
-    """Return a hint at the file that may have been meant."""
+    """Return a hint: the closest name of a file, or that the folder does not exist."""
     names = [p.name for p in path.parent.glob("*.pt")] if path.parent.is_dir() else []
     names += GITHUB_ASSETS_NAMES if path.name == str(path) else []
     return did_you_mean(path.name, names) or (
@@ -148,27 +149,31 @@ def _neighbour(path: Path) -> str:
 
 
 def _refusal(role: str, path: Path, error: Exception) -> str:
-    """Say in a sentence why a file could not be loaded."""
+    """Return a sentence that says why a file could not be loaded."""
+    file = f"{role}={path}"
     if isinstance(error, OSError):
-        return f"{role}={path} cannot be read: {error.strerror or first_line(error)}."
-    names = error.names if isinstance(error, Refused) else ()
-    if not names and not isinstance(error, Refused):
-        try:
-            names = tuple(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path))))
-        except Exception:
-            names = ()
+        return f"{file} cannot be read: {error.strerror or first_line(error)}."
+    refused = error if isinstance(error, Refused) else None
+    names = refused.names if refused else _unsafe_names(path)
     if names:
         shown = listed([name[:80] for name in names[:6]]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
         return (
-            f"{role}={path} was refused: besides weights it asks for {shown}, and loading those can run code. "
+            f"{file} was refused: besides weights it asks for {shown}, and loading those can run code. "
             "If you made the file yourself, add trust_checkpoints=true."
         )
-    if isinstance(error, Refused) and not error.foreign:
-        return f"{role}={path} was refused: {error.reason}. Get the file from a source you trust."
-    reason = (
-        error.reason if isinstance(error, Refused) else f"the file is damaged or of another kind: {first_line(error)}"
-    )
-    return f"{role}={path} is not a loadable checkpoint: {reason}."
+    if refused is None:
+        return f"{file} is not a loadable checkpoint: the file is damaged or of another kind: {first_line(error)}."
+    if refused.foreign:
+        return f"{file} is not a loadable checkpoint: {refused.reason}."
+    return f"{file} was refused: {refused.reason}. Get the file from a source you trust."
+
+
+def _unsafe_names(path: Path) -> tuple[str, ...]:
+    """Return the names for which PyTorch's restricted loader would refuse a file, none if the file is damaged."""
+    try:
+        return tuple(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path))))
+    except Exception:
+        return ()
 
 
 def load_detector(
@@ -177,9 +182,9 @@ def load_detector(
     """Load a detector from anything Ultralytics takes.
 
     Args:
-        source: A checkpoint, the name of one to download, or a model YAML (random weights).
-        role: What it is for, used in messages.
-        trust: Load without restriction.
+        source: A checkpoint, the name of one that Ultralytics can download, or a model YAML (random weights).
+        role: The key that names the source, for messages.
+        trust: Load without restriction: the file may run code.
         nc: Number of classes for a model YAML.
         channels: Image channels for a model YAML.
 
@@ -187,7 +192,7 @@ def load_detector(
         The detector, float32, in eval mode, on the CPU.
 
     Raises:
-        CheckpointError: If it is missing, unsafe, damaged, or not a detector.
+        CheckpointError: If the source is missing, unsafe, damaged, or no detector.
     """
     source = Path(check_model_file_from_stem(str(source)))
     if source.suffix.lower() in {".yaml", ".yml"}:
@@ -198,7 +203,7 @@ def load_detector(
     check_model(model, what, rebuilt=role == "student", trust=trust)
     try:
         model = model.float().eval()
-    except Exception as error:  # a file can hold layers whose parts do not fit each other
+    except Exception as error:  # the layers in a file need not be consistent
         raise CheckpointError(f"{what} is not a loadable checkpoint: {first_line(error)}.") from error
     return LoadedDetector(model, checkpoint, path, sha256(path))
 
@@ -212,7 +217,7 @@ def _build_detector(source: Path, role: str, nc: int | None, channels: int, trus
         with restricted_loading(trust), torch.random.fork_rng(devices=[]), quiet():
             if not trust:
                 check_description(tasks.yaml_model_load(source), what)
-            torch.manual_seed(0)  # a random teacher is the same again when its run is resumed
+            torch.manual_seed(0)  # a resumed run needs the same random teacher
             model = tasks.DetectionModel(str(source), ch=channels, nc=nc, verbose=False)
     except CheckpointError:
         raise

@@ -1,7 +1,7 @@
-"""Data sets from strangers: a data YAML can hold a script, and the label cache beside its images is a pickle.
+"""Safe reading of data sets: a data YAML can hold a script, and the label cache of its images is a pickle.
 
-Ultralytics runs the script of a data YAML when images are missing (`download:`), and unpickles `labels.cache` without
-restriction. For the duration of `restricted_data` it does neither.
+Ultralytics runs the script of a data YAML (`download:`) when images are missing, and unpickles `labels.cache` without
+restriction. Inside `restricted_data` it does neither.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import yaml
 from ultralytics.data import dataset as ultralytics_dataset
 from ultralytics.data import utils as ultralytics_data
 from ultralytics.nn import tasks
-from ultralytics.utils import LOGGER, ROOT, YAML
+from ultralytics.utils import DATASETS_DIR, LOGGER, ROOT, YAML
 
 from yolo_kd.errors import DataError
+from yolo_kd.patches import replaced
 
 MAX_BYTES = 4 << 20
 MAX_DEPTH = 50
-MAX_NODES = 200_000  # with every alias written out; a thousand class names are two thousand
+MAX_NODES = 200_000  # with every alias written out; a thousand class names need two thousand
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".txz", ".tbz2")
 
 _CACHE_NAMES = frozenset(
@@ -43,10 +43,10 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 @contextmanager
 def restricted_data() -> Iterator[list[str]]:
-    """Make Ultralytics read data sets without running what they bring along, for the duration.
+    """Make Ultralytics read data sets without running code from them, for the duration.
 
     Yields:
-        Receives a sentence for every script that was left out.
+        A list that receives a sentence for every script that was left out.
     """
     left_out: list[str] = []
 
@@ -69,17 +69,18 @@ def restricted_data() -> Iterator[list[str]]:
             return data
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(ultralytics_data, "YAML", GuardedYAML))
-        stack.enter_context(patch.object(tasks, "YAML", GuardedYAML))  # a model YAML can multiply aliases as well
-        if ultralytics_dataset.load_dataset_cache_file is _UNRESTRICTED:  # a check reads no cache at all
-            stack.enter_context(patch.object(ultralytics_dataset, "load_dataset_cache_file", read_label_cache))
+        stack.enter_context(replaced(ultralytics_data, "YAML", GuardedYAML))
+        stack.enter_context(replaced(tasks, "YAML", GuardedYAML))  # the aliases of a model YAML can multiply as well
+        if ultralytics_dataset.load_dataset_cache_file in (_UNRESTRICTED, read_label_cache):
+            # otherwise a check reads no cache file at all, and its function stays
+            stack.enter_context(replaced(ultralytics_dataset, "load_dataset_cache_file", read_label_cache))
         yield left_out
 
 
 @contextmanager
 def optional_train() -> Iterator[None]:
-    """Let Ultralytics read data YAMLs that name no training images, for the duration; their `train` is then None."""
-    reader = ultralytics_data.YAML
+    """Let Ultralytics read data YAMLs without training images, for the duration; their `train` is then None."""
+    reader = ultralytics_data.YAML  # not the original: it may be restricted
 
     class Lenient(reader):  # type: ignore[misc, valid-type]
         _instance = None
@@ -88,15 +89,50 @@ def optional_train() -> Iterator[None]:
         def load(cls, file: Any = "data.yaml", append_filename: bool = False) -> dict[str, Any]:
             return {"train": None, **super().load(file, append_filename=append_filename)}
 
-    with patch.object(ultralytics_data, "YAML", Lenient):
+    with replaced(ultralytics_data, "YAML", Lenient):
         yield
 
 
-def check_size(file: str | os.PathLike[str]) -> None:
-    """Check that a YAML file stays small when it is read: no aliases that multiply, no endless nesting.
+def is_local_yaml(data: str) -> bool:
+    """Return whether a data set is a YAML file on this machine, or one that Ultralytics ships."""
+    if "://" in data or ":/" in data or not data.lower().endswith((".yaml", ".yml")):
+        return False
+    return Path(data).is_file() or len(Path(data).parts) == 1
+
+
+def places_of(file: str | Path, split: str) -> list[str]:
+    """Return the paths that a data YAML names for a split, without Ultralytics' check, which may download.
+
+    Args:
+        file: The data YAML.
+        split: train or val.
 
     Raises:
-        DataError: If it does not, is no file, or is not YAML.
+        DataError: If the file cannot be read or names no images for the split.
+    """
+    check_size(file)
+    try:
+        data = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{file} cannot be read as a data YAML: {error}") from error
+    data = data if isinstance(data, dict) else {}
+    named = data.get(split) or (data.get("validation") if split == "val" else None)
+    if not named:
+        raise DataError(f"{file} names no images in {split}:.")
+    names = named if isinstance(named, list) else [named]
+    if not all(isinstance(text, str) for text in (data.get("path") or "", *names)):
+        raise DataError(f"{file}: 'path' and '{split}' must be text.")
+    root = Path(data.get("path") or Path(file).parent)
+    roots = (root, DATASETS_DIR / root, Path(file).parent / root)  # Ultralytics looks in the first two
+    root = next((place for place in roots if place.exists()), root)
+    return [str(root / name) for name in names]
+
+
+def check_size(file: str | os.PathLike[str]) -> None:
+    """Check that a YAML file stays small when it is read: no multiplying aliases, no deep nesting.
+
+    Raises:
+        DataError: If it grows, is no file, or is not YAML.
     """
     if not os.path.isfile(file):
         raise DataError(f"{file} is not a file")
@@ -105,8 +141,7 @@ def check_size(file: str | os.PathLike[str]) -> None:
     if len(data) > MAX_BYTES:
         raise DataError(f"{file} is larger than {MAX_BYTES >> 20} MB, which no data YAML is")
     anchors: dict[str, int] = {}
-    # one entry per open collection: nodes so far, and its anchor
-    open_ones: list[tuple[int, str | None]] = [(0, None)]
+    open_ones: list[tuple[int, str | None]] = [(0, None)]  # number of nodes and anchor of each open collection
     try:
         for event in yaml.parse(data.decode("utf-8", errors="ignore"), Loader=_LOADER):
             nodes, anchor = 0, getattr(event, "anchor", None)
@@ -134,7 +169,7 @@ def check_size(file: str | os.PathLike[str]) -> None:
 
 
 def _is_script(download: Any) -> bool:
-    """Return whether Ultralytics would run the value of `download:`; otherwise it fetches an archive of images."""
+    """Return whether Ultralytics would run the value of `download:` as code instead of fetching an archive."""
     if not download:
         return False
     text = str(download).lower()
@@ -142,12 +177,12 @@ def _is_script(download: Any) -> bool:
 
 
 def _is_shipped(file: Any) -> bool:
-    """Return whether a data YAML belongs to the installed Ultralytics, whose scripts are as trusted as its code."""
+    """Return whether a data YAML is part of the installed Ultralytics, whose scripts are trusted like its code."""
     return (ROOT / "cfg" / "datasets").resolve() in Path(file).resolve().parents
 
 
 class _CacheUnpickler(pickle.Unpickler):
-    """Knows arrays and paths, which are what a label cache is made of."""
+    """An unpickler of arrays and paths, the only objects in a label cache."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _CACHE_NAMES:
@@ -156,13 +191,13 @@ class _CacheUnpickler(pickle.Unpickler):
 
 
 def read_label_cache(path: Path) -> dict[str, Any]:
-    """Read a label cache; what it raises makes Ultralytics read the labels anew and write another cache.
+    """Read a label cache. If it fails, Ultralytics reads the label files and writes another cache.
 
     Args:
-        path: A `.cache` file, which is a NumPy file of one dictionary.
+        path: A `.cache` file: a NumPy file of one dictionary.
 
     Raises:
-        pickle.UnpicklingError: If it asks for more than arrays, paths and plain values.
+        pickle.UnpicklingError: If the file asks for more than arrays, paths and plain values.
     """
     data = Path(path).read_bytes()
     stream = io.BytesIO(data)
@@ -175,6 +210,6 @@ def read_label_cache(path: Path) -> dict[str, Any]:
         return _CacheUnpickler(stream).load().item()
     except pickle.UnpicklingError as error:
         LOGGER.warning(
-            f"{path} asks for {error}, which a label cache has no use for; it was not loaded, the labels are read anew."
+            f"{path} asks for {error}, which no label cache needs. It was not loaded; the label files are read again."
         )
         raise

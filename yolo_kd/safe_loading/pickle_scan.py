@@ -1,35 +1,26 @@
-"""What a checkpoint file asks for, read without loading it.
+"""A scan of the pickle in a checkpoint, without unpickling it.
 
-A `.pt` file is a zip archive with one pickle, `data.pkl`, and one record of raw numbers per tensor. A pickle is a
-program for a small stack machine: it can name any function and call it, and it states the sizes of its tensors itself.
-`inspect` therefore walks through that program without carrying it out and compares what it states with what the file
-holds. It stands in front of PyTorch's restricted loader and is stricter: that one decides by name, and lets a file call
-every class it may name, with any arguments.
+A pickle is a program for a small stack machine: it can name any function and call it, and it states the sizes of its
+tensors itself. `check_pickle` follows that program on stand-ins for the real objects and compares the stated sizes with
+the records of the file. It is stricter than PyTorch's restricted loader, which decides by name alone and lets a file
+call every class that it may name, with any arguments.
 """
 
 from __future__ import annotations
 
-import os
 import pickletools
 import re
 import struct
-import tarfile
-import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import pairwise
 from math import prod
 from typing import Any
 
 from yolo_kd.errors import CheckpointError
 
-MAX_PICKLE = 4 << 20  # bytes; a YOLOv9e in mid-run, the largest of Ultralytics' detectors, needs 0.9 MB
-MAX_DIRECTORY = 8 << 20  # bytes of the table of contents, hence about 100,000 tensors
-MAX_DIMENSIONS = 64  # PyTorch's own limit
-MAX_GROWTH = 4  # tensors may share their numbers, but all of them together not need this much more than the file
-MAX_SPARE = 64 << 20  # bytes that tensors of a small file may need beyond that
+MAX_DIMENSIONS = 64  # the limit of PyTorch
 
 BYTES = {
     **dict.fromkeys(("ByteStorage", "CharStorage", "BoolStorage", "UntypedStorage"), 1),
@@ -70,8 +61,8 @@ class Refused(CheckpointError):
 
     Args:
         reason: What is wrong, without a full stop.
-        names: What it asked for that can run code.
-        foreign: True if it is no checkpoint at all.
+        names: The names in the file that can run code.
+        foreign: True if the file is no checkpoint at all.
     """
 
     def __init__(self, reason: str, names: tuple[str, ...] = (), foreign: bool = False):
@@ -85,38 +76,39 @@ class Refused(CheckpointError):
         return f"{self.path} was refused: {self.reason}."
 
 
-def inspect(path: str | os.PathLike[str]) -> None:
-    """Check that a file is a checkpoint that holds tensors and known layers, and no more than its size allows.
+def check_pickle(pickle: bytes, sizes: Mapping[str, int]) -> int:
+    """Check that a pickle holds tensors and layers only, and that its tensors lie inside the records of the file.
 
-    Nothing in it is carried out or unpacked. The memory needed depends on the table of contents and the pickle, both
-    of which are limited, and not on what the file claims.
+    Args:
+        pickle: The pickle.
+        sizes: Size in bytes of each record of numbers, by its key.
+
+    Returns:
+        The size in bytes of all tensors together.
 
     Raises:
         Refused: With the reason.
     """
-    with open(path, "rb") as file:
-        if (kind := _other_kind(file.read(1 << 16))) is not None:
-            raise Refused(kind, foreign=True)
-        _check_end(file)
-        try:
-            with zipfile.ZipFile(file) as archive:
-                sizes, pickle = _records(archive)
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
-            raise Refused(f"it is damaged or incomplete ({error})", foreign=True) from error
-        size = file.seek(0, os.SEEK_END)
-    if names := tuple(dict.fromkeys(n for n in names_in(pickle) if not _known(n))):
+    if names := forbidden_names(pickle):
         raise Refused("it asks for names that can run code", names)
+    walk = _Walk(sizes)
     try:
-        walk = _Walk(sizes)
-        walk.run(pickle)
+        for code, argument, _ in pickletools.genops(pickle):
+            if (step := _STEPS.get(code.name)) is None:
+                raise Refused(f"its pickle holds the instruction {code.name}, which torch.save does not write")
+            step(walk, argument)
     except (IndexError, KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
         raise Refused(f"its pickle is damaged ({type(error).__name__})", foreign=True) from error
-    if walk.needed > MAX_GROWTH * size + MAX_SPARE:
-        raise Refused(f"its tensors claim {_amount(walk.needed)}, the whole file holds {_amount(size)}")
+    return walk.needed
+
+
+def forbidden_names(pickle: bytes) -> tuple[str, ...]:
+    """Return the names in a pickle that a checkpoint may not use, each once."""
+    return tuple(dict.fromkeys(name for name in names_in(pickle) if not _is_allowed(name)))
 
 
 def names_in(pickle: bytes) -> list[str]:
-    """Return the names that a pickle, or several in a row, would import; what is damaged ends the list."""
+    """Return the names that a pickle, or several in a row, would import. Damage ends the list."""
     names: list[str] = []
     texts: list[Any] = []
     memo: dict[Any, Any] = {}
@@ -142,15 +134,15 @@ def names_in(pickle: bytes) -> list[str]:
 
 
 def _modern(module: str, name: str = "") -> str:
-    """Return a name as Python 3 has it; pickles of torch.save use those of Python 2."""
+    """Return a name as in Python 3; pickles of torch.save use the names of Python 2."""
     if (module, name) in NAME_MAPPING:
         module, name = NAME_MAPPING[module, name]
     return f"{IMPORT_MAPPING.get(module, module)}.{name}"
 
 
-def _known(name: str) -> bool:
-    known = any(pattern.fullmatch(name) for pattern in (_CLASS, _NAMESPACE, _DTYPE))
-    return known or name in _CALLABLES or _storage(name) is not None
+def _is_allowed(name: str) -> bool:
+    pattern = any(pattern.fullmatch(name) for pattern in (_CLASS, _NAMESPACE, _DTYPE))
+    return pattern or name in _CALLABLES or _storage(name) is not None
 
 
 def _storage(name: str) -> str | None:
@@ -158,7 +150,8 @@ def _storage(name: str) -> str | None:
     return match.group(1) if match and match.group(1) in BYTES else None
 
 
-def _amount(size: int) -> str:
+def amount(size: int) -> str:
+    """Return a number of bytes as text."""
     for unit in ("bytes", "kB", "MB", "GB", "TB"):
         if size < 1000 or unit == "TB":
             break
@@ -167,110 +160,13 @@ def _amount(size: int) -> str:
 
 
 def _text(value: Any) -> str:
-    """Return a value of the stack machine for a message; a tuple of tuples could be written out without end."""
+    """Return a stand-in as short text for a message; nested tuples could be written out without end."""
     if isinstance(value, tuple) and len(value) == 1:
         value = value[0]
     return repr(value)[:60] if isinstance(value, str | int | float | None) else f"a {type(value).__name__.strip('_')}"
 
 
-def _other_kind(head: bytes) -> str | None:
-    """Say what a file is that does not begin as a zip archive does, None for one that does."""
-    start = head.lstrip()[:64].lower()
-    if head.startswith(b"PK\x03\x04"):
-        return None
-    if not head:
-        return "the file is empty"
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a pointer of Git LFS, not the file itself; fetch it with: git lfs pull"
-    if start.startswith((b"<!doctype", b"<html")):
-        return "it is a web page, so the download went wrong; download the file again"
-    if head[257:262] == b"ustar" or _is_tar(head):
-        return "it is a tar archive, which torch.save has not written since 2016"
-    if head.startswith(b"\x89HDF"):
-        return "it is an HDF5 file, of Keras perhaps"
-    if head.startswith(b"\x80") and head[1] in range(2, 6):
-        names = [n for n in names_in(head) if not _known(n)]
-        asks = f" and asks for {', '.join(n[:80] for n in dict.fromkeys(names[:6]))}" if names else ""
-        return (
-            f"it is a bare pickle, as PyTorch before 1.6 wrote them,{asks}; such files are not opened. "
-            "Load and save it again with a newer Ultralytics where you trust it"
-        )
-    if head.startswith((b"\x08\x03", b"\x08\x04", b"\x08\x05", b"\x08\x06", b"\x08\x07", b"\x08\x08", b"\x08\x09")):
-        return "it is an ONNX file; distillation needs the checkpoint that it was exported from"
-    return "it begins as no file of torch.save does"
-
-
-def _is_tar(head: bytes) -> bool:
-    try:
-        tarfile.TarInfo.frombuf(head[:512], "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
-        return False
-    return True
-
-
-def _check_end(file: Any) -> None:
-    """Check the end of the archive: every reader of zip files must find the same table of contents, and a small one.
-
-    Raises:
-        Refused: If bytes follow the archive, or the table is larger than a checkpoint's.
-    """
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(size - 98, 0))
-    tail = file.read()
-    end = tail[-22:]
-    if len(end) < 22 or not end.startswith(b"PK\x05\x06") or end[20:22] != b"\0\0":
-        raise Refused("it is cut short, or something was appended to it", foreign=True)
-    entries, _, directory, offset = struct.unpack("<HHII", end[8:20])[0:4]
-    large = tail[:56]
-    if len(tail) == 98 and tail[56:60] == b"PK\x06\x07":
-        if not large.startswith(b"PK\x06\x06"):
-            raise Refused("its table of contents is damaged", foreign=True)
-        entries, directory, offset = struct.unpack("<32xQQQ", large)
-    if directory > MAX_DIRECTORY or offset > size:
-        raise Refused(f"its table of contents claims {entries:,} parts in {_amount(directory)}")
-
-
-def _records(archive: zipfile.ZipFile) -> tuple[dict[str, int], bytes]:
-    """Return the size of every record of numbers by its key, and the pickle.
-
-    Raises:
-        Refused: If the archive is not laid out as torch.save does.
-    """
-    infos = archive.infolist()
-    for info in infos:
-        parts = info.orig_filename.replace("\\", "/").split("/")
-        if ".." in parts or "" in parts[:1] or ":" in parts[0] or "\0" in info.orig_filename:
-            raise Refused(f"its part {info.orig_filename[:80]!r} is named to be unpacked outside of its folder")
-        if info.external_attr >> 28 == 0xA:
-            raise Refused(f"its part {info.orig_filename[:80]!r} is a symbolic link")
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise Refused(
-                f"its part {info.orig_filename[:80]!r} is compressed, {_amount(info.compress_size)} that would become "
-                f"{_amount(info.file_size)}; torch.save compresses nothing"
-            )
-        if info.file_size != info.compress_size or info.flag_bits & 1:
-            raise Refused(f"its part {info.orig_filename[:80]!r} states two different sizes, or is encrypted")
-    names = [info.orig_filename for info in infos]
-    folders = {name.partition("/")[0] for name in names}
-    if len(set(names)) < len(names):
-        raise Refused("two of its parts have the same name")
-    if any(name.partition("/")[2].startswith(("code/", "constants.pkl")) for name in names):
-        raise Refused(
-            "it is a TorchScript archive, an export; the checkpoint that it was made from is needed", (), True
-        )
-    places = sorted((info.header_offset, info.header_offset + 30 + info.compress_size) for info in infos)
-    if any(end > start for (_, end), (start, _) in pairwise(places)):
-        raise Refused("its parts overlap: the same bytes are used more than once")
-    if len(folders) != 1 or (prefix := folders.pop()) + "/data.pkl" not in names:
-        raise Refused("it is a zip archive without the part data.pkl that torch.save writes", foreign=True)
-    by_name = {info.orig_filename: info for info in infos}
-    if (size := by_name[f"{prefix}/data.pkl"].file_size) > MAX_PICKLE:
-        raise Refused(f"its pickle has {_amount(size)}, more than the {_amount(MAX_PICKLE)} that a detector may need")
-    sizes = {name[len(prefix) + 6 :]: info.file_size for name, info in by_name.items() if "/data/" in name}
-    return sizes, archive.read(f"{prefix}/data.pkl")
-
-
-# ------------------------------------------------------------------------------------------- the stack machine's values
+# ------------------------------------------------------------------------------------- stand-ins for the real objects
 @dataclass(frozen=True)
 class _Name:
     """A class or function that the pickle names."""
@@ -293,7 +189,7 @@ class _Numbers:
 
 @dataclass(frozen=True)
 class _Thing:
-    """Anything else; `kind` is list, dict, the name of a class, or a word for it."""
+    """Anything else; `kind` is list, dict, tensor, bytes, method or the name of a class."""
 
     kind: str
 
@@ -302,124 +198,90 @@ _METHOD = _Thing("method")
 
 
 class _Walk:
-    """Follows a pickle's instructions, those that torch.save writes, on values that stand for the real ones.
+    """The state of the stack machine, and the steps that the table of instructions `_STEPS` refers to.
 
     Attributes:
-        needed: Bytes of all tensors together.
+        needed: Size in bytes of all tensors so far.
     """
 
-    def __init__(self, sizes: dict[str, int]):
+    def __init__(self, sizes: Mapping[str, int]):
         self.sizes = sizes
         self.needed = 0
         self.stack: list[Any] = []
         self.outer: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
 
-    def run(self, pickle: bytes) -> None:
-        """Follow every instruction up to STOP.
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
 
-        Raises:
-            Refused: At the first one that a checkpoint does not contain.
-        """
-        for code, argument, _ in pickletools.genops(pickle):
-            if code.name in _CONSTANT:
-                self.stack.append(_CONSTANT[code.name](argument))
-            elif (step := getattr(self, f"_{code.name.lower()}", None)) is not None:
-                step(argument)
-            elif code.name not in ("PROTO", "STOP"):
-                raise Refused(f"its pickle holds the instruction {code.name}, which torch.save does not write")
-
-    def _pop_mark(self) -> list[Any]:
-        items, self.stack = self.stack, self.outer.pop()
-        return items
-
-    def _mark(self, _: Any) -> None:
+    def mark(self) -> None:
         self.outer.append(self.stack)
         self.stack = []
 
-    def _global(self, argument: str) -> None:
-        self.stack.append(_Name(_modern(*argument.split(" ", 1))))
+    def since_mark(self) -> list[Any]:
+        """Remove and return the values since the last mark."""
+        items, self.stack = self.stack, self.outer.pop()
+        return items
 
-    def _binput(self, number: int) -> None:
+    def name(self, argument: str) -> None:
+        self.push(_Name(_modern(*argument.split(" ", 1))))
+
+    def remember(self, number: int) -> None:
         self.memo[number] = self.stack[-1]
 
-    def _binget(self, number: int) -> None:
-        self.stack.append(self.memo[number])
-
-    _long_binput, _long_binget = _binput, _binget
-
-    def _tuple(self, _: Any) -> None:
-        items = self._pop_mark()
-        self.stack.append(_Tuple(tuple(items)))
-
-    def _take(self, count: int) -> None:
+    def tuple_of(self, count: int) -> None:
         self.stack[-count:] = [_Tuple(tuple(self.stack[-count:]))]
 
-    def _tuple1(self, _: Any) -> None:
-        self._take(1)
-
-    def _tuple2(self, _: Any) -> None:
-        self._take(2)
-
-    def _tuple3(self, _: Any) -> None:
-        self._take(3)
-
-    def _append(self, _: Any) -> None:
-        self._store(self.stack.pop())
-
-    def _appends(self, _: Any) -> None:
-        for value in self._pop_mark():
-            self._store(value)
-
-    def _setitem(self, _: Any) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._store(value, key)
-
-    def _setitems(self, _: Any) -> None:
-        items = self._pop_mark()
+    def store_items(self, items: list[Any]) -> None:
+        """Check the entries of a dictionary, given as key, value, key, value ..."""
         for key, value in zip(items[::2], items[1::2], strict=True):
-            self._store(value, key)
+            self.store([value], key)
 
-    def _store(self, value: Any, key: Any = None) -> None:
-        """Check a value that goes into a list or a dictionary: data, never something that can be called."""
-        if isinstance(value, _Name) and not _DTYPE.fullmatch(value.name):
-            raise Refused(f"it keeps {value.name} as a value instead of an object", (value.name,))
-        if value is _METHOD and key != "forward":
-            raise Refused(f"it puts a method in the place of {_text(key)}")
+    def store(self, values: list[Any], key: Any = None) -> None:
+        """Check entries of a list or a dictionary: data, never something that can be called."""
+        for value in values:
+            if isinstance(value, _Name) and not _DTYPE.fullmatch(value.name):
+                raise Refused(f"it keeps {value.name} as a value instead of an object", (value.name,))
+            if value is _METHOD and key != "forward":
+                raise Refused(f"it puts a method in the place of {_text(key)}")
 
-    def _binpersid(self, _: Any) -> None:
+    def persistent_id(self) -> None:
+        """Look up a storage and check its size."""
         word, kind, key, _location, count = self.stack.pop().items
         name = _storage(kind.name)
         if word != "storage" or name is None or type(count) is not int or type(key) is not str:
             raise Refused("it refers to numbers in a way that torch.save does not")
         held = self.sizes.get(key)
         if held is None or count < 0 or count * BYTES[name] != held:
-            has = "which it does not hold" if held is None else f"of which it holds {_amount(held)}"
-            raise Refused(f"its record '{key[:40]}' claims {_amount(max(count, 0) * BYTES[name])}, {has}")
-        self.stack.append(_Numbers(count, BYTES[name]))
+            has = "which it does not hold" if held is None else f"of which it holds {amount(held)}"
+            raise Refused(f"its record '{key[:40]}' claims {amount(max(count, 0) * BYTES[name])}, {has}")
+        self.push(_Numbers(count, BYTES[name]))
 
-    def _newobj(self, _: Any) -> None:
+    def new_object(self) -> None:
+        """Make an object without calling its constructor."""
         arguments, made = self.stack.pop(), self.stack.pop()
         if not (_CLASS.fullmatch(made.name) or _NAMESPACE.fullmatch(made.name)) or arguments.items:
             raise Refused(f"it makes a {made.name}, which is no layer", (made.name,))
-        self.stack.append(_Thing(made.name))
+        self.push(_Thing(made.name))
 
-    def _build(self, _: Any) -> None:
+    def build(self) -> None:
+        """Set the state of an object."""
         state, made = self.stack.pop(), self.stack[-1]
         if not isinstance(made, _Thing) or made.kind in ("list", "dict", "tensor") or isinstance(state, _Name):
             raise Refused("it sets the state of something that has none")
 
-    def _reduce(self, _: Any) -> None:
+    def reduce(self) -> None:
+        """Call a function with a tuple of arguments."""
         arguments, called = self.stack.pop().items, self.stack.pop()
         name = called.name
         if _NAMESPACE.fullmatch(name) and not arguments:
-            self.stack.append(_Thing(name))
+            self.push(_Thing(name))
             return
         if name not in _CALLABLES:
             raise Refused(f"it calls {name}, which a checkpoint has no reason to", (name,))
         short = name.rpartition(".")[2]
         if short == "_rebuild_tensor_v2":
-            self._tensor(*arguments[:4])
+            self.tensor(*arguments[:4])
             made: Any = _Thing("tensor")
         elif short.startswith("_rebuild_parameter"):
             if arguments[0] != _Thing("tensor"):
@@ -441,10 +303,10 @@ class _Walk:
             if any(isinstance(argument, _Name) for argument in arguments):
                 raise Refused(f"it hands a name to {name}", (name,))
             made = _Thing(short)
-        self.stack.append(made)
+        self.push(made)
 
-    def _tensor(self, numbers: Any, offset: int, size: _Tuple, stride: _Tuple) -> None:
-        """Check that a tensor lies inside its storage and add what it needs."""
+    def tensor(self, numbers: Any, offset: int, size: _Tuple, stride: _Tuple) -> None:
+        """Check that a tensor lies inside its storage, and add its size."""
         shape, steps = size.items, stride.items
         if not isinstance(numbers, _Numbers) or any(type(n) is not int or n < 0 for n in (offset, *shape, *steps)):
             raise Refused("it describes a tensor in a way that torch.save does not")
@@ -454,21 +316,37 @@ class _Walk:
         last = offset + sum((n - 1) * step for n, step in zip(shape, steps, strict=True)) if elements else offset - 1
         if last >= numbers.count:
             raise Refused(
-                f"a tensor of shape {str(list(shape))[:60]} claims {_amount(elements * numbers.width)}, "
-                f"its record holds {_amount(numbers.count * numbers.width)}"
+                f"a tensor of shape {str(list(shape))[:60]} claims {amount(elements * numbers.width)}, "
+                f"its record holds {amount(numbers.count * numbers.width)}"
             )
         self.needed += elements * numbers.width
 
 
-_CONSTANT: dict[str, Callable[[Any], Any]] = {
-    "NONE": lambda _: None,
-    "NEWTRUE": lambda _: True,
-    "NEWFALSE": lambda _: False,
-    **dict.fromkeys(
-        ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"), lambda a: a
-    ),
-    "EMPTY_TUPLE": lambda _: _Tuple(()),
-    "EMPTY_LIST": lambda _: _Thing("list"),
-    "EMPTY_DICT": lambda _: _Thing("dict"),
-    "EMPTY_SET": lambda _: _Thing("set"),
+_Step = Callable[[_Walk, Any], None]
+
+# The instructions that torch.save writes, by name. A file with any other instruction is refused.
+_STEPS: dict[str, _Step] = {
+    **dict.fromkeys(("PROTO", "STOP"), lambda _walk, _argument: None),
+    **dict.fromkeys(("NONE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"), _Walk.push),
+    "NEWTRUE": lambda walk, _: walk.push(True),
+    "NEWFALSE": lambda walk, _: walk.push(False),
+    "EMPTY_TUPLE": lambda walk, _: walk.push(_Tuple(())),
+    "EMPTY_LIST": lambda walk, _: walk.push(_Thing("list")),
+    "EMPTY_DICT": lambda walk, _: walk.push(_Thing("dict")),
+    "GLOBAL": _Walk.name,
+    "MARK": lambda walk, _: walk.mark(),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), _Walk.remember),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda walk, number: walk.push(walk.memo[number])),
+    "TUPLE": lambda walk, _: walk.push(_Tuple(tuple(walk.since_mark()))),
+    "TUPLE1": lambda walk, _: walk.tuple_of(1),
+    "TUPLE2": lambda walk, _: walk.tuple_of(2),
+    "TUPLE3": lambda walk, _: walk.tuple_of(3),
+    "APPEND": lambda walk, _: walk.store([walk.stack.pop()]),
+    "APPENDS": lambda walk, _: walk.store(walk.since_mark()),
+    "SETITEM": lambda walk, _: walk.store_items([walk.stack.pop(-2), walk.stack.pop()]),
+    "SETITEMS": lambda walk, _: walk.store_items(walk.since_mark()),
+    "BINPERSID": lambda walk, _: walk.persistent_id(),
+    "NEWOBJ": lambda walk, _: walk.new_object(),
+    "BUILD": lambda walk, _: walk.build(),
+    "REDUCE": lambda walk, _: walk.reduce(),
 }

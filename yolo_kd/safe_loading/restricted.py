@@ -1,7 +1,7 @@
-"""Restricted loading of checkpoints, for every load that Ultralytics makes in this process.
+"""Restricted loading for every checkpoint that Ultralytics loads in this process.
 
-A `.pt` file is a pickle, and unpickling can run code. Ultralytics has a restricted loader, off by default; here it is
-on by default and never degrades silently.
+A `.pt` file is a pickle, and unpickling can run code. The restricted loader of Ultralytics is off by default. Here it
+is on by default, each file is inspected before it is loaded, and nothing falls back to unrestricted loading silently.
 """
 
 from __future__ import annotations
@@ -11,29 +11,30 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from ultralytics.nn import tasks
 from ultralytics.utils import LOGGER, remove_colorstr, torch_utils
 
 from yolo_kd.errors import CheckpointError
+from yolo_kd.patches import replaced
+from yolo_kd.safe_loading.archive import inspect
 from yolo_kd.safe_loading.dataset import restricted_data
-from yolo_kd.safe_loading.pickle_scan import Refused, inspect
+from yolo_kd.safe_loading.pickle_scan import Refused
 
 
 @contextmanager
 def restricted_loading(trust: bool = False) -> Iterator[None]:
-    """Make every checkpoint load of Ultralytics in this process restricted for the duration, unless `trust`.
+    """Restrict every checkpoint load of Ultralytics in this process for the duration.
 
-    Ultralytics reads its switch from the environment once, at import; several of its loads (resume, recovery from NaN,
-    final validation) take no argument. So the switch itself is turned here and turned back afterwards.
+    Ultralytics reads its switch from the environment once, at import, and several of its loads (resume, recovery from
+    NaN, final validation) have no argument for it. The switch itself is therefore replaced.
 
     Args:
         trust: Load without restriction: files may run code.
 
     Raises:
-        CheckpointError: If this torch is too old for restricted loading; it would silently load without.
+        CheckpointError: If this torch has no restricted loading; Ultralytics would then load without restriction.
     """
     if not trust and not tasks._SafeLoad.SUPPORTED:
         raise CheckpointError(
@@ -42,16 +43,16 @@ def restricted_loading(trust: bool = False) -> Iterator[None]:
         )
     with ExitStack() as stack:
         stack.enter_context(restricted_data())
-        stack.enter_context(patch.object(tasks, "SAFE_LOAD", not trust))
+        stack.enter_context(replaced(tasks, "SAFE_LOAD", not trust))
         if not trust:
-            stack.enter_context(patch.object(tasks, "_SafeLoad", _Inspecting))
-            # strip_optimizer, which opens best.pt and last.pt of a run, knows no restriction at all
-            stack.enter_context(patch.object(torch_utils, "torch_load", _restricted_load))
+            stack.enter_context(replaced(tasks, "_SafeLoad", _Inspecting))
+            # strip_optimizer opens best.pt and last.pt of a run without any restriction
+            stack.enter_context(replaced(torch_utils, "torch_load", _restricted_load))
         yield
 
 
 class _Inspecting(tasks._SafeLoad):
-    """Ultralytics' restricted loading with a look at the file before."""
+    """Ultralytics' restricted loading, preceded by an inspection of the file."""
 
     @classmethod
     @contextmanager
@@ -71,9 +72,9 @@ def _restricted_load(file: Any, map_location: Any = None) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep Ultralytics from announcing what is only done on the way to something else.
+    """Suppress the information that Ultralytics logs, for the duration.
 
-    Its warnings remain, without the colours that it gives them wherever they go unless they go to a terminal.
+    Warnings remain. Outside a terminal they are logged without colours.
     """
     level = LOGGER.level
 

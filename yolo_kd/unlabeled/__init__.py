@@ -1,1 +1,1 @@
-"""Images without labels: finding them, drawing them, and the labels that a teacher gives them."""
+"""Unlabeled images: finding them, drawing them, and the labels that a teacher gives them."""

@@ -1,4 +1,4 @@
-"""Labelled and unlabelled images in one data set, and the order in which a training draws them."""
+"""Labelled and unlabeled images in one data set, and the order in which a training draws them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ultralytics.utils.torch_utils import get_torch_device_backend
 from yolo_kd.errors import ConfigError
 from yolo_kd.unlabeled.images import UnlabeledImages
 
-UNLABELED_MARK = "pool"  # key of a batch: for each image whether it comes from the pool
+UNLABELED_MARK = "unlabeled"  # key of a batch: for each image, True if it is unlabeled
 
 
-class PoolDataset(YOLODataset):
-    """Ultralytics' data set of images without labels; it looks for none and writes no label cache.
+class UnlabeledDataset(YOLODataset):
+    """Ultralytics' data set for unlabeled images: it reads no label files and writes no label cache.
 
     Args:
         images: The images.
-        **keys: What `YOLODataset` takes, without `img_path`.
+        **keys: Arguments of `YOLODataset`, without `img_path`.
     """
 
     def __init__(self, images: UnlabeledImages, **keys: Any):
@@ -34,7 +34,7 @@ class PoolDataset(YOLODataset):
         super().__init__(img_path="", **keys)
 
     def get_img_files(self, img_path: Any) -> list[str]:
-        """Return the images that are known already."""
+        """Return the paths of the images."""
         return list(self._images.files)
 
     def get_labels(self) -> list[dict]:
@@ -53,24 +53,23 @@ class PoolDataset(YOLODataset):
 
 
 class MixedDataset(ConcatDataset):
-    """Labelled images followed by pool images; each kind augments with its own, so a mosaic is of one kind.
+    """Labelled images followed by unlabeled images, with the interface of an Ultralytics training set.
 
-    It serves what Ultralytics asks of a training set.
+    Augmentations that combine images, such as mosaic, combine images of one kind.
 
     Args:
-        labelled: The labelled images, None where there are none.
-        pool: The pool.
+        labelled: The labelled images, None if there are none.
+        unlabeled: The unlabeled images.
     """
 
     rect = False
 
-    def __init__(self, labelled: YOLODataset | None, pool: PoolDataset):
-        super().__init__([pool] if labelled is None else [labelled, pool])
+    def __init__(self, labelled: YOLODataset | None, unlabeled: UnlabeledDataset):
+        super().__init__([unlabeled] if labelled is None else [labelled, unlabeled])
         self.labelled = 0 if labelled is None else len(labelled)
-        self.unlabelled = len(pool)
-        # what plots and class weights count: the labels, which of a pool are empty
-        self.labels = (labelled or pool).labels
-        self.collate_fn = pool.collate_fn
+        self.unlabelled = len(unlabeled)
+        self.labels = (labelled or unlabeled).labels  # for plots and class weights
+        self.collate_fn = unlabeled.collate_fn
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {**super().__getitem__(index), UNLABELED_MARK: index >= self.labelled}
@@ -78,29 +77,29 @@ class MixedDataset(ConcatDataset):
     @property
     def im_files(self) -> list[str]:
         """Paths of all images, in the order of their indices."""
-        return [file for part in self.datasets for file in part.im_files]  # type: ignore[attr-defined]
+        return [file for dataset in self.datasets for file in dataset.im_files]  # type: ignore[attr-defined]
 
     def close_mosaic(self, hyp: Any) -> None:
-        """Switch mosaic and its kin off in both kinds."""
-        for part in self.datasets:
-            part.close_mosaic(hyp)  # type: ignore[attr-defined]
+        """Switch mosaic and similar augmentations off for both kinds."""
+        for dataset in self.datasets:
+            dataset.close_mosaic(hyp)  # type: ignore[attr-defined]
 
 
 class MixedSampler(Sampler[int]):
-    """Indices of a `MixedDataset`, batch by batch: labelled images first, then pool images, always as many of each.
+    """Indices of a `MixedDataset`: each batch has the same number of labelled and then of unlabeled images.
 
-    An epoch has as many steps as all images together fill. Each kind is drawn in a shuffled order of its own that goes
-    on from epoch to epoch; when it is through, it is shuffled anew. So each labelled image is seen equally often, give
-    or take one, and the same holds in the pool. The order follows from seed and epoch alone: a run that is resumed goes
-    on with the images that it would have seen, and of several processes each draws its own.
+    An epoch has as many steps as all images together fill. Each kind is drawn in a separate shuffled order that
+    continues from epoch to epoch; at its end, it is shuffled again. Each labelled image is therefore drawn equally
+    often, within one draw, and so is each unlabeled image. The order depends on seed and epoch only: a resumed run
+    continues with the images that it would have drawn, and each of several processes draws different images.
 
     Args:
-        labelled: Number of labelled images, at index 0 and up; may be 0.
-        unlabelled: Number of pool images, which follow.
-        batch: Images of a batch of this process.
-        ratio: Pool images for each labelled one.
+        labelled: Number of labelled images, which have the first indices; may be 0.
+        unlabeled: Number of unlabeled images, which follow.
+        batch: Images in a batch of this process.
+        ratio: Unlabeled images per labelled image.
         seed: Seed of the order.
-        rank: Number of this process.
+        rank: Index of this process.
         world: Number of processes.
 
     Raises:
@@ -108,18 +107,18 @@ class MixedSampler(Sampler[int]):
     """
 
     def __init__(
-        self, labelled: int, unlabelled: int, batch: int, ratio: float, seed: int = 0, rank: int = 0, world: int = 1
+        self, labelled: int, unlabeled: int, batch: int, ratio: float, seed: int = 0, rank: int = 0, world: int = 1
     ):
-        total = labelled + unlabelled
+        total = labelled + unlabeled
         self.batch = max(min(batch, total // world), 1)
         if labelled and self.batch < 2:
             raise ConfigError(
                 f"unlabeled= needs two images or more in a batch of each process, one of each kind; here it is "
                 f"{batch} of {total} images. Use a larger batch=."
             )
-        pool = share_of_batch(self.batch, ratio) if labelled else self.batch
+        share = share_of_batch(self.batch, ratio) if labelled else self.batch
         self.steps = math.ceil(total / (self.batch * world))
-        self._kinds = (Stream(0, labelled, self.batch - pool, seed), Stream(labelled, unlabelled, pool, seed + 1))
+        self._kinds = (Stream(0, labelled, self.batch - share, seed), Stream(labelled, unlabeled, share, seed + 1))
         self._rank, self._world = rank, world
         self._epoch, self._skipped = 0, 0
 
@@ -128,53 +127,53 @@ class MixedSampler(Sampler[int]):
         return self.steps * self.batch
 
     def __iter__(self) -> Iterator[int]:
-        # a data loader that fetches ahead begins the next epoch early, so what it draws is settled when a pass begins
+        # a data loader that prefetches begins the next epoch early, so the epoch is fixed when the pass begins
         epoch, first = self._epoch, self._skipped
         self._skipped = 0
         for step in range(first, self.steps):
             for kind in self._kinds:
-                yield from kind.part((epoch * self.steps + step) * self._world + self._rank)
+                yield from kind.chunk((epoch * self.steps + step) * self._world + self._rank)
         self._epoch = epoch + 1
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next pass be that of an epoch."""
+        """Set the epoch of the next pass."""
         self._epoch = epoch
 
     def begin(self, epoch: int, skipped: int = 0) -> None:
-        """Let the next pass be that of an epoch of which some batches are done."""
+        """Set the epoch of the next pass, and the number of its first batches to skip."""
         self._epoch, self._skipped = epoch, skipped
 
     def describe(self) -> str:
-        """Return a sentence about what an epoch is."""
-        seen = [kind.size * self.steps * self._world / max(kind.images, 1) for kind in self._kinds]
-        labelled, pool = self._kinds
+        """Return a sentence that describes an epoch."""
+        draws = [kind.size * self.steps * self._world / max(kind.images, 1) for kind in self._kinds]
+        labelled, unlabeled = self._kinds
         if not labelled.images:
             return (
-                f"An epoch is {self.steps} steps over {pool.images} images without labels; there are no labelled ones."
+                f"An epoch is {self.steps} steps over {unlabeled.images} unlabeled images; there are no labelled ones."
             )
         return (
-            f"An epoch is {self.steps} steps of {labelled.size} labelled and {pool.size} pool images"
+            f"An epoch is {self.steps} steps of {labelled.size} labelled and {unlabeled.size} unlabeled images"
             f"{f' in each of {self._world} processes' if self._world > 1 else ''}: each of the {labelled.images} "
-            f"labelled images is seen {seen[0]:.2g} times, each of the {pool.images} pool images {seen[1]:.2g} times."
-            f"{self._advice(*seen)}"
+            f"labelled images is drawn {draws[0]:.2g} times, each of the {unlabeled.images} unlabeled images "
+            f"{draws[1]:.2g} times.{self._advice(*draws)}"
         )
 
-    def _advice(self, labelled_seen: float, pool_seen: float) -> str:
-        """Return which ratio would show images of both kinds more equally, where few labelled ones repeat."""
-        labelled, pool = self._kinds
-        even = min(round(pool.images / labelled.images), self.batch - 1)
-        if labelled_seen < 2 * pool_seen or share_of_batch(self.batch, even) == pool.size:
+    def _advice(self, labelled_draws: float, unlabeled_draws: float) -> str:
+        """Return a ratio that draws both kinds more equally, if labelled images repeat much more often."""
+        labelled, unlabeled = self._kinds
+        even = min(round(unlabeled.images / labelled.images), self.batch - 1)
+        if labelled_draws < 2 * unlabeled_draws or share_of_batch(self.batch, even) == unlabeled.size:
             return ""
-        return f" With unlabeled_ratio={even} the few labelled ones would repeat less."
+        return f" With unlabeled_ratio={even} the labelled images would repeat less often."
 
 
 class Stream:
-    """An endless sequence of images of one kind: one shuffled order after the other, cut into parts.
+    """An endless sequence of images of one kind: one shuffled order after the other, cut into chunks.
 
     Args:
         first: Index of the first image.
         images: Number of images.
-        size: Images of a part.
+        size: Images in a chunk.
         seed: Seed of the orders.
     """
 
@@ -182,14 +181,14 @@ class Stream:
         self.first, self.images, self.size, self._seed = first, images, size, seed
         self._orders: dict[int, np.ndarray] = {}
 
-    def part(self, number: int) -> list[int]:
-        """Return the indices of a part, by its number from 0."""
-        places = range(number * self.size, (number + 1) * self.size)
-        return [self.first + int(self._order(p // self.images)[p % self.images]) for p in places]
+    def chunk(self, number: int) -> list[int]:
+        """Return the indices of a chunk, by its number from 0."""
+        draws = range(number * self.size, (number + 1) * self.size)
+        return [self.first + int(self._order(d // self.images)[d % self.images]) for d in draws]
 
     def _order(self, number: int) -> np.ndarray:
         if number not in self._orders:
-            while len(self._orders) > 1:  # a part spans two orders at most times
+            while len(self._orders) > 1:  # most chunks need no more than two orders
                 self._orders.pop(next(iter(self._orders)))
             self._orders[number] = np.random.default_rng((self._seed, self.first, number)).permutation(self.images)
         return self._orders[number]
@@ -198,13 +197,15 @@ class Stream:
 def mixed_loader(
     dataset: MixedDataset, sampler: MixedSampler, workers: int, device: torch.device
 ) -> InfiniteDataLoader:
-    """Return Ultralytics' training loader with our order of images; it takes none, so its settings are repeated here.
+    """Return Ultralytics' training loader with another order of images.
+
+    Ultralytics' own function takes no sampler, so its settings are repeated here.
 
     Args:
         dataset: The images.
         sampler: Their order.
-        workers: Processes that load data, at most.
-        device: Where batches go.
+        workers: Largest number of processes that load data.
+        device: Device of the training.
     """
     devices = get_torch_device_backend(device).device_count() if device.type not in {"cpu", "mps"} else 0
     workers = min((os.cpu_count() or 1) // max(devices, 1), workers, 0 if sampler.steps <= 1 else sampler.steps)
@@ -223,17 +224,17 @@ def mixed_loader(
     )
 
 
-def unlabeled_dataset(images: UnlabeledImages, args: Any, batch: int, data: Any, stride: int) -> PoolDataset:
-    """Return the pool as Ultralytics would build a training set from it; `fraction` is for labelled images.
+def unlabeled_dataset(images: UnlabeledImages, args: Any, batch: int, data: Any, stride: int) -> UnlabeledDataset:
+    """Build a training set as Ultralytics does; the argument `fraction` applies to labelled images only.
 
     Args:
         images: The images.
-        args: Ultralytics' arguments of the training.
-        batch: Images of a batch.
-        data: What Ultralytics read from the data YAML.
+        args: Ultralytics' training arguments.
+        batch: Images in a batch.
+        data: The data set as Ultralytics read it from the data YAML.
         stride: Largest stride of the student.
     """
-    return PoolDataset(
+    return UnlabeledDataset(
         images,
         imgsz=args.imgsz,
         batch_size=batch,
@@ -244,7 +245,7 @@ def unlabeled_dataset(images: UnlabeledImages, args: Any, batch: int, data: Any,
         single_cls=args.single_cls or False,
         stride=stride,
         pad=0.0,
-        prefix=colorstr("pool: "),
+        prefix=colorstr("unlabeled: "),
         task=args.task,
         classes=None,
         data=data,
@@ -253,15 +254,15 @@ def unlabeled_dataset(images: UnlabeledImages, args: Any, batch: int, data: Any,
 
 
 def unlabeled_count(marks: Sequence[bool]) -> int:
-    """Return how many images of a batch come from the pool."""
+    """Return the number of unlabeled images in a batch."""
     return sum(map(bool, marks))
 
 
 def share_of_batch(batch: int, ratio: float) -> int:
-    """Return how many of the images of a batch come from the pool: at least one, and at least one does not.
+    """Return the number of unlabeled images in a batch: at least one, and at most all but one.
 
     Args:
-        batch: Images of a batch, at least 2.
-        ratio: Pool images for each labelled one.
+        batch: Images in a batch, at least 2.
+        ratio: Unlabeled images per labelled image.
     """
     return min(max(round(batch * ratio / (1 + ratio)), 1), batch - 1)

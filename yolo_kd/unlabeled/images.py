@@ -1,4 +1,4 @@
-"""Images of the unlabelled pool, found, tried and compared with the validation images before a training begins."""
+"""Unlabeled images: found, opened, and compared with the validation images before a training begins."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image
-from ultralytics.data.utils import DATASETS_DIR, IMG_FORMATS, exif_size, img2label_paths
+from ultralytics.data.utils import IMG_FORMATS, exif_size, img2label_paths
 from ultralytics.utils import LOGGER, RANK
 
 from yolo_kd.errors import DataError
 from yolo_kd.safe_loading.checkpoint import sha256
-from yolo_kd.safe_loading.dataset import check_size
+from yolo_kd.safe_loading.dataset import places_of
 
 SMALLEST = 10  # pixels: Ultralytics leaves out images that are smaller
 THREADS = 8
@@ -37,10 +36,10 @@ class UnlabeledImages:
 
 
 def images_below(place: str | Path) -> list[str]:
-    """Return the images of a folder and everything below it, of a text file of paths, or of a glob, sorted.
+    """Return the images of a folder and its subfolders, of a text file of paths, or of a glob, sorted.
 
-    A path in a text file that starts with `./` is relative to that file, as Ultralytics reads it; any other relative
-    path is relative to the current folder.
+    A path in a text file that starts with `./` is relative to that file, as in Ultralytics. Any other relative path is
+    relative to the current folder.
 
     Raises:
         DataError: If there is no such folder, file or match, or a text file names files that do not exist.
@@ -67,10 +66,10 @@ def images_below(place: str | Path) -> list[str]:
 
 
 def find_images(places: Sequence[str]) -> tuple[str, ...]:
-    """Return the images of all places of a pool, each once, sorted.
+    """Return the images of all places, each once, sorted.
 
     Args:
-        places: What `images_below` takes, or data YAMLs, whose `train` is taken and whose labels are not.
+        places: Anything that `images_below` accepts, or data YAMLs, whose `train` is used without its labels.
 
     Raises:
         DataError: If a place cannot be read or holds no image.
@@ -78,7 +77,8 @@ def find_images(places: Sequence[str]) -> tuple[str, ...]:
     found: dict[str, str] = {}
     for place in places:
         try:
-            images = [i for p in _places(place) for i in images_below(p)]
+            yaml = Path(place).suffix.lower() in (".yaml", ".yml")
+            images = [i for p in (places_of(place, "train") if yaml else [place]) for i in images_below(p)]
         except DataError as error:
             raise DataError(f"unlabeled={place} cannot be used: {error}") from error
         if not images:
@@ -90,21 +90,21 @@ def find_images(places: Sequence[str]) -> tuple[str, ...]:
 
 
 def log_warning(sentence: str) -> None:
-    """Log a sentence once, whatever the number of processes."""
+    """Log a sentence once, in the first process."""
     if RANK in {-1, 0}:
         LOGGER.warning(sentence)
 
 
 def readable_images(files: Sequence[str], place: str, warn: Callable[[str], None] = log_warning) -> UnlabeledImages:
-    """Open every file and leave out those that are no image, with one warning; nothing is written anywhere.
+    """Open every file and leave out those that are no image, with one warning. No file changes.
 
     Args:
         files: Paths.
-        place: Where they come from, for messages.
-        warn: Receives the sentence.
+        place: The places they are from, for messages.
+        warn: Receives the warning.
 
     Raises:
-        DataError: If none is left.
+        DataError: If no image is left.
     """
     with ThreadPoolExecutor(THREADS) as threads:
         shapes = list(threads.map(_shape, files))
@@ -121,19 +121,19 @@ def readable_images(files: Sequence[str], place: str, warn: Callable[[str], None
 def check_apart(
     images: UnlabeledImages, validation: Any, place: str, warn: Callable[[str], None] = log_warning
 ) -> None:
-    """Check that the pool is not the validation set, which would then measure what was trained on.
+    """Check that the unlabeled images are not the validation images, on which results would then be too good.
 
-    Files are compared by content: sizes first, then hashes of those whose size occurs on both sides. There is a warning
-    where some of the pool images are validation images.
+    Files are compared by content: first their sizes, then the hashes of files whose size occurs on both sides. If some
+    of the images are validation images, there is a warning.
 
     Args:
-        images: The pool.
+        images: The unlabeled images.
         validation: The validation images of a data YAML: a path or a list of paths.
-        place: Where the pool comes from, for messages.
+        place: The places the images are from, for messages.
         warn: Receives the warning.
 
     Raises:
-        DataError: If all of them are.
+        DataError: If all of them are validation images.
     """
     theirs = [file for path in _listed(validation) for file in images_below(path)]
     by_size: dict[int, list[list[str]]] = defaultdict(lambda: [[], []])
@@ -143,8 +143,8 @@ def check_apart(
     shared: list[str] = []
     for ours, others in by_size.values():
         if ours and others:
-            known = {sha256(file) for file in others}
-            shared += [file for file in ours if sha256(file) in known]
+            hashes = {sha256(file) for file in others}
+            shared += [file for file in ours if sha256(file) in hashes]
     if len(shared) == len(images.files):
         raise DataError(
             f"unlabeled={place} are the validation images, all {len(shared)} of them: results would look better "
@@ -161,26 +161,10 @@ def has_labels(train: Any) -> bool:
     """Return whether any training image of a data YAML has a label file.
 
     Args:
-        train: The `train` of a data YAML as Ultralytics resolves it: a path, a list of paths, or nothing.
+        train: The `train` of a data YAML as Ultralytics resolves it: a path, a list of paths, or None.
     """
     files = [file for path in _listed(train) for file in images_below(path)]
     return any(Path(label).is_file() for label in img2label_paths(files))
-
-
-def _places(place: str) -> list[str]:
-    """Return what a data YAML names as its training images, any other place as it is."""
-    path = Path(place)
-    if path.suffix.lower() not in (".yaml", ".yml"):
-        return [place]
-    check_size(path)
-    data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    train = data.get("train") if isinstance(data, dict) else None
-    if not train or not all(isinstance(name, str) for name in _listed(train)):
-        raise DataError(f"{place} names no images in train:.")
-    root = Path(str(data.get("path") or path.parent))
-    if not root.exists() and not root.is_absolute():
-        root = DATASETS_DIR / root  # where Ultralytics looks
-    return [str(root / name) for name in _listed(train)]
 
 
 def _listed(value: Any) -> list[Any]:
@@ -192,11 +176,11 @@ def _is_image(path: Path) -> bool:
 
 
 def _shape(file: str) -> tuple[int, int] | None:
-    """Return an image's height and width as it is shown, None for what is no image."""
+    """Return the height and width of an image as it is displayed, None if the file is no image."""
     try:
         with Image.open(file) as image:
             image.verify()
             width, height = exif_size(image)
-    except Exception:  # every decoder raises what it likes
+    except Exception:  # decoders raise errors of any kind
         return None
     return (height, width) if min(height, width) >= SMALLEST else None

@@ -1,4 +1,4 @@
-"""bfloat16 trainings on a processor, which Ultralytics refuses."""
+"""bfloat16 training on a CPU, which Ultralytics refuses."""
 
 from __future__ import annotations
 
@@ -9,29 +9,33 @@ from typing import Any
 import torch
 from ultralytics.engine import trainer as engine
 
+from yolo_kd.patches import original, replaced
+
 
 @contextmanager
 def cpu_bf16_autocast() -> Iterator[None]:
-    """Replace the trainer module's autocast by one that allows bfloat16 on a CPU, for the duration.
+    """Make the trainer's autocast accept bfloat16 on a CPU, for the duration.
 
-    Ultralytics' own raises there, although processors with AMX or AVX512-BF16 train two to three times faster with it.
+    The function of Ultralytics raises an error there, although processors with AMX or AVX512-BF16 train two to three
+    times faster in bfloat16.
     """
-    original = engine.autocast
-
-    def autocast(enabled: Any, device: str = "cuda") -> Any:
-        if enabled is torch.bfloat16 and device == "cpu":
-            return torch.autocast("cpu", dtype=torch.bfloat16)
-        return original(enabled, device=device)
-
-    engine.autocast = autocast
-    try:
+    with replaced(engine, "autocast", _autocast):
         yield
-    finally:
-        engine.autocast = original
+
+
+def _autocast(enabled: Any, device: str = "cuda") -> Any:
+    if enabled is torch.bfloat16 and device == "cpu":
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+    return original(engine, "autocast")(enabled, device=device)
 
 
 def is_cpu_bf16(args: Mapping[str, Any], device: str | None = None) -> bool:
-    """Return whether bfloat16 training on the CPU was asked for."""
+    """Return whether the arguments ask for bfloat16 training on the CPU.
+
+    Args:
+        args: Ultralytics' training arguments.
+        device: Type of the device that was selected; by default it is derived from `args`.
+    """
     if str(args.get("amp", "")).lower() != "bf16":
         return False
     on_cpu = str(args.get("device") or "").strip().lower() == "cpu" or not torch.cuda.is_available()

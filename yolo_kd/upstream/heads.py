@@ -1,4 +1,4 @@
-"""What a model is made of: its head and the layers that feed it."""
+"""The structure of a detector: its head, the layers that feed it, and the branches inside it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import nn
 from ultralytics.nn.modules.head import Detect
 
 from yolo_kd.errors import ConfigError, did_you_mean
+from yolo_kd.patches import replaced
 
-CLASS_BRANCHES = ("cv3", "one2one_cv3")  # of a head; the second where it is end-to-end
+CLASS_BRANCHES = ("cv3", "one2one_cv3")  # attributes of a head; only an end-to-end head has the second
 
 
 def head_of(model: nn.Module) -> Detect:
@@ -22,8 +23,8 @@ def head_of(model: nn.Module) -> Detect:
 
 
 def family_of(model: nn.Module) -> str:
-    """Return the name of the file that describes a detector, without its scale: `yolov8` of yolov8n.yaml."""
-    file = str(getattr(model, "yaml", {}).get("yaml_file") or "")  # checkpoints may come without
+    """Return the family of a detector: `yolov8` for a model that was built from yolov8n.yaml, `-` if unknown."""
+    file = str(getattr(model, "yaml", {}).get("yaml_file") or "")
     return re.sub(r"(?<=\d)[a-z](?=-|$)", "", Path(file).stem) or "-"
 
 
@@ -33,7 +34,7 @@ def neck_layers(model: nn.Module) -> tuple[int, ...]:
 
 
 def layers_before_head(model: nn.Module) -> int:
-    """Return how many layers come before the head; as Ultralytics' `freeze`, it leaves only the head to be trained."""
+    """Return the number of layers before the head; as Ultralytics' `freeze`, it leaves only the head trainable."""
     return len(model.model) - 1  # type: ignore[arg-type]
 
 
@@ -43,14 +44,14 @@ def strides_of(model: nn.Module) -> tuple[int, ...]:
 
 
 def channels_of(model: nn.Module) -> tuple[int, ...]:
-    """Return the width of the features that feed the head, per level."""
+    """Return the number of channels of the features that feed the head, per level."""
     return tuple(
         next(m for m in branch.modules() if isinstance(m, nn.Conv2d)).in_channels for branch in head_of(model).cv2
     )
 
 
 def bins_of(model: nn.Module) -> int:
-    """Return the number of bins of the head's distance distributions, 1 where it has none."""
+    """Return the number of bins of the head's distance distributions, 1 for a head that predicts distances."""
     return int(head_of(model).reg_max)
 
 
@@ -62,41 +63,41 @@ def neck_and_head(model: nn.Module) -> list[tuple[int, tuple[int, nn.Module]]]:
 
 
 def class_rows(model: nn.Module) -> frozenset[str]:
-    """Return the names of the tensors in a detector's state dict that have one row for each class."""
+    """Return the names of the tensors in a detector's state dict that have one row per class."""
     names = {tensor: name for name, tensor in model.named_parameters()}
     branches = [b for a in CLASS_BRANCHES for b in getattr(head_of(model), a, None) or ()]
     return frozenset(names[parameter] for branch in branches for parameter in branch[-1].parameters())
 
 
 def find_layers(model: nn.Module, names: Sequence[str], role: str, head_split: bool = False) -> dict[str, nn.Module]:
-    """Return layers by the names that a recipe gives them: `model.9`, or anything deeper such as `model.9.cv2`.
+    """Return layers by the names that a recipe uses: `model.9`, or a module inside it such as `model.9.cv2`.
 
     Args:
         model: The detector.
         names: Layer names.
         role: teacher or student, for messages.
-        head_split: Also the points inside the head.
+        head_split: Also return the layers of `head_split_points`.
 
     Raises:
         ConfigError: If there is no such layer, with the closest match.
     """
     layers = {}
-    known = dict(model.named_modules())
+    modules = dict(model.named_modules())
     for name in names:
-        if name not in known or not name:
-            top = [k for k in known if k.startswith("model.") and k.count(".") == 1]
+        if name not in modules or not name:
+            top = [k for k in modules if k.startswith("model.") and k.count(".") == 1]
             raise ConfigError(
-                f"the {role} has no layer '{name}'.{did_you_mean(name, known)} Its layers are {top[0]} to {top[-1]} "
+                f"the {role} has no layer '{name}'.{did_you_mean(name, modules)} Its layers are {top[0]} to {top[-1]} "
                 "and everything inside them."
             )
-        layers[name] = known[name]
+        layers[name] = modules[name]
     return layers | (head_split_points(model) if head_split else {})
 
 
 def head_split_points(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules in the head whose outputs enter the activation of each branch's second convolution.
+    """Return the modules whose outputs enter the activation of the second convolution in each branch of the head.
 
-    They are the normalisation layers, or in a fused model the convolutions themselves, named `cls0`, `box0`, `cls1`...
+    They are the normalisation layers, or in a fused model the convolutions, under the names `cls0`, `box0`, `cls1`...
     """
     head = head_of(model)
     points = {}
@@ -109,7 +110,7 @@ def head_split_points(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def head_tails(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """Return the end of each level's class and box branch: the activation and what follows the second convolution."""
+    """Return the layers after `head_split_points`, frozen: per level the end of the class and of the box branch."""
     head = head_of(model)
     tails: list[tuple[nn.Module, nn.Module]] = []
     for box, cls in zip(head.cv2, head.cv3, strict=True):
@@ -117,22 +118,22 @@ def head_tails(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
         for branch in (cls, box):
             activation = deepcopy(_last_convolution(branch[-2]).act)
             if hasattr(activation, "inplace"):
-                activation.inplace = False  # its input is a leaf of the student's graph here
+                activation.inplace = False  # the losses need its input unchanged
             pair.append(nn.Sequential(activation, branch[-1]).eval().requires_grad_(False))
         tails.append((pair[0], pair[1]))
     return tails
 
 
 def _last_convolution(block: nn.Module) -> Any:
-    """Return the last convolution block (convolution, normalisation, activation) of a branch's part."""
+    """Return the last block of convolution, normalisation and activation in a module of a branch."""
     return [m for m in block.modules() if hasattr(m, "conv") and hasattr(m, "act")][-1]
 
 
 class OptimizerScope(nn.Module):
-    """Student and distillation modules under the names by which Ultralytics' optimiser builder looks for them.
+    """Student and distillation modules under the names that Ultralytics' optimiser builder looks for.
 
-    Passing this in place of the student puts adapters into the same parameter groups that upstream's own projector
-    gets, so that they are trained alike. It exists only for that one call.
+    The builder receives it in place of the student. The adapters then join the parameter groups of Ultralytics' own
+    projector and are trained alike. It exists only for that one call.
     """
 
     def __init__(self, student: nn.Module, distiller: nn.Module):
@@ -142,13 +143,9 @@ class OptimizerScope(nn.Module):
 
 
 def fuse_keeping_branches(model: nn.Module) -> nn.Module:
-    """Fuse convolutions with their normalisation, keeping both branches of an end-to-end head.
+    """Fuse convolutions with their normalisation, and keep both branches of an end-to-end head.
 
-    Ultralytics' own fusion deletes the branch that inference will not use.
+    Ultralytics' fusion deletes the branch that inference does not use.
     """
-    head = head_of(model)
-    head.fuse = lambda *_args, **_kwargs: None
-    try:
+    with replaced(head_of(model), "fuse", lambda *_args, **_kwargs: None):
         return model.fuse(verbose=False)  # type: ignore[operator]
-    finally:
-        del head.fuse

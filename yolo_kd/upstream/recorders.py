@@ -1,4 +1,4 @@
-"""Taps: hooks on student, teacher and assigner, and the views that they yield."""
+"""Recorders: hooks on student, teacher and assigner that keep what the terms read."""
 
 from __future__ import annotations
 
@@ -12,22 +12,18 @@ from ultralytics.nn.modules.head import Detect
 
 from yolo_kd.errors import ConfigError
 from yolo_kd.structures import Assignment, DetectorOutputs
-from yolo_kd.upstream.heads import (
-    bins_of,
-    head_of,
-    neck_layers,
-    strides_of,
-)
+from yolo_kd.upstream.heads import bins_of, head_of, neck_layers, strides_of
 
 
 class LayerRecorder:
-    """Forward hooks that keep the outputs of layers until they are taken.
+    """Keeps the outputs of layers until they are taken.
 
-    The model goes on with a copy, since an activation may overwrite its input in place. What is kept so lies on the way
-    of the model's own loss, whose gradient can be compared there.
+    The model continues with a copy of each output, because an activation may overwrite its input in place. The
+    recorded output still lies in the graph of the task loss, so the gradients of the task loss and of the terms can be
+    compared there.
 
     Args:
-        layers: Layers by the name under which their outputs are handed out.
+        layers: Layers by the name under which `take` returns their outputs.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module]):
@@ -45,13 +41,13 @@ class LayerRecorder:
         return hook
 
     def take(self) -> dict[str, Tensor]:
-        """Return what the last forward pass left, (B, C, H, W) by name, and forget it."""
+        """Return the outputs of the last forward pass, (B, C, H, W) by name, and forget them."""
         captured = {name: self._captured[name] for name in self._names if name in self._captured}
         self._captured.clear()
         return captured
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -59,13 +55,13 @@ class LayerRecorder:
 
 
 def probe_size(model: nn.Module) -> int:
-    """Return the side in pixels of the blank image that `layer_outputs` shows a model."""
+    """Return the side in pixels of the blank image that `layer_outputs` runs a model on."""
     return 2 * max(strides_of(model))
 
 
 @torch.no_grad()
 def layer_outputs(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Return what layers make of a blank image, (1, C, H, W) by name; the model is left as it was.
+    """Return the outputs of layers on a blank image, (1, C, H, W) by name. The model does not change.
 
     Raises:
         ConfigError: If a layer does not yield one map.
@@ -75,27 +71,27 @@ def layer_outputs(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str
     size = probe_size(model)
     images = next(model.parameters()).new_zeros(1, model.yaml.get("channels", 3), size, size)  # type: ignore[union-attr, operator]
     training = {module: module.training for module in model.modules()}
-    tap = LayerRecorder(layers)
+    recorder = LayerRecorder(layers)
     try:
         model.eval()
         model(images)
-        return tap.take()
+        return recorder.take()
     finally:
-        tap.remove()
+        recorder.remove()
         for module, mode in training.items():
             module.training = mode
 
 
 def outputs_of(predictions: Any, model: nn.Module, layers: Mapping[str, Tensor] | None = None) -> DetectorOutputs:
-    """Turn a detector's raw training outputs into a view.
+    """Convert the raw training outputs of a detector.
 
-    Of the two branches of an end-to-end head the one-to-many branch is taken: the other gets detached features and
-    would train nothing but itself.
+    An end-to-end head has two branches, of which the one-to-many branch is taken: the other branch gets detached
+    features, so a loss on it would train nothing but the branch itself.
 
     Args:
-        predictions: What the head returned: a dictionary, or in eval mode a tuple that ends in one.
-        model: The detector that made them.
-        layers: Outputs of other layers, by name.
+        predictions: The head's return value: a dictionary, or in eval mode a tuple that ends in one.
+        model: The detector.
+        layers: Outputs of further layers, by name.
     """
     raw = predictions[1] if isinstance(predictions, tuple) else predictions
     one2one = raw.get("one2one")
@@ -112,16 +108,15 @@ def outputs_of(predictions: Any, model: nn.Module, layers: Mapping[str, Tensor] 
 
 
 class TeacherRecorder:
-    """Forward hooks on a frozen teacher: on the layers that feed its head, and on the head.
+    """Runs a frozen teacher with hooks on its head and on the layers that feed the head.
 
-    The head computes what is read and nothing else: raw outputs, so that no box is decoded only to be thrown away, and
-    only the branches that some term asks for. The student needs no hook, as its head hands out the features it was
-    given.
+    The head computes only what the terms read: raw outputs, without decoding boxes, and only the branches that some
+    term reads. A student needs no such recorder, because its head returns its input features.
 
     Args:
         model: The teacher, in eval mode.
-        others: Other layers that the recipe reads, by name.
-        reads: What the terms read of the teacher: scores, boxes, one2one. Layers inside the head need both branches.
+        others: Further layers that the recipe reads, by name.
+        reads: What the terms read from the teacher: scores, boxes, one2one. Layers inside the head need both branches.
     """
 
     def __init__(
@@ -140,7 +135,7 @@ class TeacherRecorder:
         if type(self._head).forward is Detect.forward:
             self._head.forward = self._read_head
         else:
-            self._head.training = True  # this module alone, not its children: raw outputs instead of decoded boxes
+            self._head.training = True  # raw outputs without decoding; the modules inside the head stay in eval mode
         self._captured: dict[int, Tensor] = {}
         self._raw: dict[str, Any] = {}
         self._handles: list[RemovableHandle] = []
@@ -151,7 +146,7 @@ class TeacherRecorder:
         self._handles.append(self._head.register_forward_hook(self._keep_raw))
 
     def _read_head(self, features: list[Tensor]) -> dict[str, Any]:
-        """Stand in for the head's own forward pass."""
+        """Compute the branches that are read, in place of the head's forward pass."""
 
         def points(branches: nn.ModuleList, read: str) -> Tensor:
             if read not in self._reads:
@@ -174,7 +169,14 @@ class TeacherRecorder:
         self._raw = output
 
     def __call__(self, images: Tensor) -> DetectorOutputs:
-        """Run the teacher on (B, C, H, W) images in [0, 1] and return its view; what nothing reads has no points."""
+        """Run the teacher.
+
+        Args:
+            images: (B, C, H, W) in [0, 1].
+
+        Returns:
+            The teacher's outputs. Tensors that no term reads have no points.
+        """
         self.forward(images)
         features = tuple(self._captured[i] for i in self._layers)
         raw, self._raw = self._raw, {}
@@ -183,7 +185,7 @@ class TeacherRecorder:
         return outputs_of({"one2many": main, "one2one": raw.get("one2one")}, self.model, self._others.take())
 
     def remove(self) -> None:
-        """Take the hooks off; the model is plain again."""
+        """Remove the hooks; the model is plain again."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -193,28 +195,29 @@ class TeacherRecorder:
 
 
 class AssignmentRecorder:
-    """Captures the answer of the native loss's task-aligned assigner, so that no term computes it again.
+    """Keeps the result of the task loss's task-aligned assigner, so that no term computes it again.
+
+    The boxes are copied, because a task loss may change them after the assignment: the pose and OBB losses divide them
+    by the strides in place. No task loss changes the class targets or the foreground mask, which are not copied.
 
     Args:
-        criterion: The student's native loss; for end-to-end heads its one-to-many part is tapped.
+        criterion: The student's task loss. For an end-to-end head, its one-to-many branch is recorded.
     """
 
     def __init__(self, criterion: Any):
         assigner = getattr(criterion, "one2many", criterion).assigner
-        self._answer: Sequence[Tensor] | None = None
+        self._assignment: Assignment | None = None
         self._handle = assigner.register_forward_hook(self._keep)
 
     def _keep(self, _module: nn.Module, _inputs: Any, output: Sequence[Tensor]) -> None:
-        self._answer = output
+        _labels, boxes, scores, foreground, _index = output
+        self._assignment = Assignment(foreground.bool(), scores.detach(), boxes.detach().clone())
 
     def take(self) -> Assignment | None:
-        """Return the assignment of the batch that just passed, and forget it."""
-        answer, self._answer = self._answer, None
-        if answer is None:
-            return None
-        _labels, boxes, scores, foreground, _index = answer
-        return Assignment(foreground.bool(), scores.detach(), boxes.detach())
+        """Return the assignment of the last batch and forget it; None if there was no batch since."""
+        assignment, self._assignment = self._assignment, None
+        return assignment
 
     def remove(self) -> None:
-        """Take the hook off."""
+        """Remove the hook."""
         self._handle.remove()

@@ -1,4 +1,4 @@
-"""What several trainings at once may reach for: the name of a run's folder, and a data set's label cache."""
+"""What trainings that run at the same time compete for: the name of a run's folder, and a data set's label cache."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import os
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -16,38 +16,42 @@ from ultralytics.data import dataset
 from ultralytics.engine import trainer as engine
 from ultralytics.utils import LOGGER, RANK
 
-TRIES = 1000
+from yolo_kd.patches import original, replaced
 
-_lock = Lock()
-_held: dict[tuple[int, str], tuple[int, Any]] = {}  # (module, attribute): how many hold it, and the original
+TRIES = 1000
 
 
 @contextmanager
 def exclusive_run_folder() -> Iterator[None]:
     """Let Ultralytics' trainer choose a folder that no other process has chosen, for the duration.
 
-    Its own choice looks for a free name first and makes the folder later; two trainings started together then share it.
+    Ultralytics looks for a free name first and makes the folder later, so two trainings that start together share it.
     """
-    with _replaced(engine, "get_save_dir", claim):
+    with replaced(engine, "get_save_dir", partial(claim, original(engine, "get_save_dir"))):
         yield
 
 
 @contextmanager
 def shared_data() -> Iterator[None]:
-    """Let Ultralytics write label caches whole, and keep the folder's name through a launch of several processes."""
-    with ExitStack() as stack:
-        stack.enter_context(_replaced(dataset, "save_dataset_cache_file", save_cache))
-        stack.enter_context(_replaced(engine, "generate_ddp_command", keep_folder))
+    """Make Ultralytics write label caches atomically and keep the run's folder while it launches DDP processes."""
+    launch = partial(keep_folder, original(engine, "generate_ddp_command"))
+    with (
+        replaced(dataset, "save_dataset_cache_file", save_cache),
+        replaced(engine, "generate_ddp_command", launch),
+    ):
         yield
 
 
 def claim(choose: Callable[..., Path], args: Any, name: str | None = None) -> Path:
-    """Return the run's folder, made by this very call unless the user named it or allows it to exist.
+    """Choose the run's folder and create it, unless the user named it or allows it to exist.
 
     Args:
-        choose: Ultralytics' own choice.
-        args: Its training arguments.
-        name: As in Ultralytics.
+        choose: Ultralytics' function that chooses a free name.
+        args: Ultralytics' training arguments.
+        name: Name of the folder, as in Ultralytics.
+
+    Raises:
+        FileExistsError: If other processes take every name first.
     """
     given = getattr(args, "save_dir", None) or getattr(args, "exist_ok", False) or RANK not in {-1, 0}
     folder = choose(args, name)
@@ -56,16 +60,23 @@ def claim(choose: Callable[..., Path], args: Any, name: str | None = None) -> Pa
     for _ in range(TRIES):
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
-            folder.mkdir()  # fails where another process was faster: that is what makes it ours
+            folder.mkdir()  # fails if another process was faster
         except FileExistsError:
             folder = choose(args, name)
         else:
             return folder
-    raise FileExistsError(f"no free folder beside {folder} after {TRIES} tries")
+    raise FileExistsError(f"no free folder next to {folder} after {TRIES} tries")
 
 
 def keep_folder(generate: Callable[..., tuple[list[str], str]], trainer: Any) -> tuple[list[str], str]:
-    """Return Ultralytics' command for several processes, which removes the run's folder: another, empty one of ours."""
+    """Return Ultralytics' DDP command and keep the run's folder.
+
+    Ultralytics removes the trainer's folder when it generates the command; it gets an empty temporary one to remove.
+
+    Args:
+        generate: Ultralytics' function that generates the command.
+        trainer: The trainer.
+    """
     if trainer.resume:
         return generate(trainer)
     folder, trainer.save_dir = trainer.save_dir, Path(tempfile.mkdtemp())
@@ -75,14 +86,14 @@ def keep_folder(generate: Callable[..., tuple[list[str], str]], trainer: Any) ->
         trainer.save_dir = folder
 
 
-def save_cache(_save: Callable[..., None], prefix: str, path: Path, x: dict, version: str) -> None:
-    """Write a label cache under another name and give it its own in one step; a reader finds the old one or the new.
+def save_cache(prefix: str, path: Path, x: dict, version: str) -> None:
+    """Write a label cache to a temporary file and rename it; a reader finds either the old cache or the new one.
 
     Args:
         prefix: Start of log messages.
         path: The cache file.
-        x: What it holds; receives the version.
-        version: Version of its format.
+        x: The content; receives the version.
+        version: Version of the format.
     """
     x["version"] = version
     path = Path(path)
@@ -92,26 +103,6 @@ def save_cache(_save: Callable[..., None], prefix: str, path: Path, x: dict, ver
             np.save(file, x)  # type: ignore[arg-type]
         os.replace(temporary, path)
         LOGGER.info(f"{prefix}New cache created: {path}")
-    except OSError as error:  # as upstream: training goes on without a cache
+    except OSError as error:  # as in Ultralytics, training goes on without a cache
         temporary.unlink(missing_ok=True)
         LOGGER.warning(f"{prefix}The label cache {path} was not saved: {error}")
-
-
-@contextmanager
-def _replaced(module: Any, attribute: str, function: Callable) -> Iterator[None]:
-    """Give a module another function, which receives the original first, until the last who asked for it is done."""
-    key = (id(module), attribute)
-    with _lock:
-        holders, original = _held.get(key, (0, getattr(module, attribute)))
-        _held[key] = holders + 1, original
-        if not holders:
-            setattr(module, attribute, lambda *args, **kwargs: function(original, *args, **kwargs))
-    try:
-        yield
-    finally:
-        with _lock:
-            holders, original = _held.pop(key)
-            if holders > 1:
-                _held[key] = holders - 1, original
-            else:
-                setattr(module, attribute, original)

@@ -1,4 +1,4 @@
-"""The native loss: what its batches and predictions hold, and how it is told less, or told more carefully."""
+"""The task loss of Ultralytics: its targets and raw predictions, and how to leave scores out or weight objects."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 from ultralytics.utils.ops import xywh2xyxy
 
+from yolo_kd.patches import replaced
 from yolo_kd.structures import Assignment, Targets
 
-ABSENT = -1e4  # a logit whose loss as background, and whose sigmoid, are exactly zero, also in half precision
+ABSENT = -1e4  # a logit whose loss as background and whose sigmoid are exactly zero, also in half precision
 
 
 def targets_of(batch: Mapping[str, Any], assignment: Assignment | None = None) -> Targets:
-    """Turn a batch of Ultralytics' loader into targets: normalised xywh boxes become pixels, xyxy."""
+    """Convert the labels of a batch of Ultralytics' loader: normalised xywh boxes become xyxy in pixels."""
     size = batch["img"].shape[-2:]
     boxes = batch["bboxes"].view(-1, 4).float()
     scale = boxes.new_tensor([size[1], size[0], size[1], size[0]])
@@ -30,7 +31,7 @@ def targets_of(batch: Mapping[str, Any], assignment: Assignment | None = None) -
 
 
 def part_of(predictions: Any, images: slice) -> Any:
-    """Return raw training outputs of some of the images of a batch; they are slices, not copies."""
+    """Return the raw training outputs of some images of a batch, as slices without copies."""
     if isinstance(predictions, Mapping):
         return {name: part_of(value, images) for name, value in predictions.items()}
     if isinstance(predictions, list | tuple):
@@ -39,9 +40,9 @@ def part_of(predictions: Any, images: slice) -> Any:
 
 
 def cut(predictions: Any, images: int) -> tuple[Any, Any]:
-    """Return raw training outputs of the first images of a batch, and of the others.
+    """Return the raw training outputs of the first images of a batch, and those of the other images.
 
-    Where both are used, going back is one pass; slices would each fill a whole batch with zeros.
+    The backward pass through both halves is one operation. With slices, each would fill a whole batch with zeros.
     """
     if isinstance(predictions, Mapping):
         pairs = {name: cut(value, images) for name, value in predictions.items()}
@@ -54,26 +55,29 @@ def cut(predictions: Any, images: int) -> tuple[Any, Any]:
     return predictions, predictions
 
 
-def branches_of(native: Any) -> list[Any]:
-    """Return the parts of a native loss that assign labels: one, or for an end-to-end head two."""
-    return [native.one2many, native.one2one] if hasattr(native, "one2many") else [native]
+def branches_of(task_loss: Any) -> list[Any]:
+    """Return the losses inside a task loss that assign labels: one, or two for an end-to-end head."""
+    return [task_loss.one2many, task_loss.one2one] if hasattr(task_loss, "one2many") else [task_loss]
 
 
-def loss_names_of(native: Any) -> tuple[str, ...]:
-    """Return the names of the items that a native loss logs."""
-    return tuple(branches_of(native)[-1].loss_names)
+def loss_names_of(task_loss: Any) -> tuple[str, ...]:
+    """Return the names of the items that a task loss logs."""
+    return tuple(branches_of(task_loss)[-1].loss_names)
 
 
 def without_classes(predictions: Any, mask: Tensor) -> Any:
-    """Return raw training outputs whose score for some classes at some points takes no part in the task loss.
+    """Leave scores of some classes at some points out of the task loss.
 
-    There a logit is replaced by `ABSENT`. As a negative it costs nothing, log(1 + e^-10000) = 0, it gets no gradient,
+    Their logits are replaced by `ABSENT`. As a negative such a logit costs log(1 + e^-10000) = 0 and gets no gradient,
     and its alignment with any object, p^alpha * IoU^beta, is 0.
 
     Args:
-        predictions: What the head returned: raw outputs, or those of each branch, or in eval mode a tuple that holds
-            one of these.
-        mask: True where a score is to be left out, (B, nc, A).
+        predictions: The head's return value: raw outputs, a dictionary of those of each branch, or in eval mode a tuple
+            that holds one of these.
+        mask: True where a score is left out, (B, nc, A).
+
+    Returns:
+        The predictions in the same structure.
     """
     if isinstance(predictions, tuple):
         return (*predictions[:1], without_classes(predictions[1], mask), *predictions[2:])
@@ -83,20 +87,21 @@ def without_classes(predictions: Any, mask: Tensor) -> Any:
 
 
 @contextmanager
-def weighted_by(native: Any, confidence: Tensor) -> Iterator[None]:
-    """Weight the native loss's objects by how sure their labels are, for the duration.
+def weighted_by(task_loss: Any, confidence: Tensor) -> Iterator[None]:
+    """Weight the objects of a task loss by the confidence of their labels, for the duration.
 
-    The assigner gives point a the target score t_a for the object that it made a responsible for; with that object's
-    confidence c_a it becomes c_a * t_a, both as the target of the class loss and as the weight of the box losses. The
-    native loss divides by N' = max(1, sum of c_a * t_a). It is multiplied by N' / N with N = max(1, sum of t_a), so
-    that the weights do not cancel where all labels are unsure alike. Each branch of an end-to-end head has its own N.
+    The assigner gives point a the target score t_a for the object that it assigns to a. With the confidence c_a of that
+    object, the score becomes c_a * t_a, both as the target of the class loss and as the weight of the box losses. The
+    task loss divides by N' = max(1, sum of c_a * t_a). The result is multiplied by N' / N with N = max(1, sum of t_a),
+    so that the weights do not cancel where all confidences are equally low. Each branch of an end-to-end head has its
+    own N.
 
     Args:
-        native: The loss.
-        confidence: Confidence of each object, (B, N), in the order in which an image's labels come.
+        task_loss: The task loss.
+        confidence: Confidence of each object, (B, N), in the order of the labels of an image.
     """
     with ExitStack() as stack:
-        for branch in branches_of(native):
+        for branch in branches_of(task_loss):
             stack.enter_context(_weighted(branch, confidence))
         yield
 
@@ -104,6 +109,7 @@ def weighted_by(native: Any, confidence: Tensor) -> Iterator[None]:
 @contextmanager
 def _weighted(branch: Any, confidence: Tensor) -> Iterator[None]:
     ratio = confidence.new_ones(())
+    unweighted = branch.loss
 
     def weigh(_module: nn.Module, _inputs: Any, output: Sequence[Tensor]) -> Sequence[Tensor]:
         nonlocal ratio
@@ -115,16 +121,13 @@ def _weighted(branch: Any, confidence: Tensor) -> Iterator[None]:
         ratio = weighted.sum().clamp(min=1) / scores.sum().clamp(min=1)
         return labels, boxes, weighted, foreground, index
 
-    unweighted = branch.loss
-
     def loss(predictions: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         vector, items = unweighted(predictions, batch)
         return vector * ratio, {name: value * ratio for name, value in items.items()}
 
     handle = branch.assigner.register_forward_hook(weigh)
-    branch.loss = loss
     try:
-        yield
+        with replaced(branch, "loss", loss):
+            yield
     finally:
         handle.remove()
-        del branch.loss  # the class's own again

@@ -187,7 +187,7 @@ def test_the_command_line(
     fast = ["imgsz=64", "batch=8", "epochs=1", "workers=0", "plots=False", "optimizer=AdamW", "val=False"]
     assert main(["train", *words, *fast, f"unlabeled={pool}/*", "unlabeled_ratio=1.5"]) == 0
     said = caplog.text
-    assert "An epoch is 3 steps of 3 labelled and 5 pool images" in said
+    assert "An epoch is 3 steps of 3 labelled and 5 unlabeled images" in said
     assert "Pool images have no task loss" in said
 
 
