@@ -80,7 +80,6 @@ class AT(Loss):
     columns = ("at_loss",)
     reads = frozenset({"features"})
     paper = "Zagoruyko & Komodakis 2017, arXiv 1612.03928"
-    cost = "under 1 %"
 
     def __init__(self, *, p: float = 2.0, levels: list[str] | None = None):
         super().__init__()

@@ -51,7 +51,6 @@ class BCKD(Loss):
     reads = frozenset({"scores", "boxes", "assignment"})
     teaches_classes = True
     paper = "Yang et al. 2023, arXiv 2308.14286"
-    cost = "6 %"
 
     def __init__(self, *, lam_cls: float = 1.0, lam_loc: float = 4.0, beta: float = 1.0):
         super().__init__()

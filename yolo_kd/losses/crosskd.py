@@ -129,7 +129,6 @@ class CrossKD(Loss):
     reads = frozenset({"scores", "boxes", "assignment"})
     teaches_classes = True
     paper = "Wang et al. 2024, arXiv 2306.11369"
-    cost = "12 %"
     head_split: ClassVar[bool] = True
 
     def __init__(self, *, lam_cls: float = 1.0, lam_box: float = 4.0, beta: float = 1.0, temperature: float = 1.0):

@@ -77,7 +77,6 @@ class CWD(Loss):
     reads = frozenset({"features"})
     adapter = "conv1x1"
     paper = "Shu et al. 2021, arXiv 2011.13256"
-    cost = "3 %"
 
     def __init__(self, *, temperature: float = 1.0, standardise: bool = True, levels: list[str] | None = None):
         super().__init__()

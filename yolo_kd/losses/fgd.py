@@ -219,7 +219,6 @@ class FGD(Loss):
     reads = frozenset({"features", "targets"})
     adapter = "conv1x1"
     paper = "Yang et al. 2022, arXiv 2111.11837"
-    cost = "8 %"
 
     def __init__(
         self,

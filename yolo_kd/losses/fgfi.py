@@ -182,7 +182,6 @@ class FGFI(Loss):
     columns = ("fgfi_loss",)
     reads = frozenset({"features", "targets"})
     paper = "Wang et al. 2019, arXiv 1906.03609"
-    cost = "12 %"
 
     def __init__(
         self,

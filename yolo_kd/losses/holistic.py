@@ -234,7 +234,6 @@ class Holistic(Loss):
     reads = frozenset({"scores"})
     teaches_classes = True
     paper = "Liu et al. 2019, arXiv 1903.04197"
-    cost = "163 %"
 
     def __init__(self, *, critic_lr: float = 4e-4, form: str = "wgan-gp", levels: list[str] | None = None):
         super().__init__()

@@ -96,7 +96,6 @@ class MGD(Loss):
     reads = frozenset({"features"})
     adapter = "conv1x1"
     paper = "Yang et al. 2022, arXiv 2205.01529"
-    cost = "53 %"
 
     def __init__(
         self,

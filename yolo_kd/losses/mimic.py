@@ -92,7 +92,6 @@ class Mimic(Loss):
     reads = frozenset({"features", "targets"})
     adapter = "conv1x1"
     paper = "Romero et al. 2015, arXiv 1412.6550"
-    cost = "3 %"
 
     def __init__(self, *, mask: str = "none", standardise: bool = True, levels: list[str] | None = None):
         super().__init__()

@@ -114,7 +114,6 @@ class Objectness(Loss):
     reads = frozenset({"scores", "boxes"})
     teaches_classes = True
     paper = "Mehta & Öztürk 2018, arXiv 1805.06361"
-    cost = "6 %"
 
     def __init__(self, *, lam_cls: float = 1.0, lam_box: float = 1.0, fm_nms: bool = True):
         super().__init__()

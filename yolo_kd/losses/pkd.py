@@ -71,7 +71,6 @@ class PKD(Loss):
     reads = frozenset({"features"})
     adapter = "conv1x1"
     paper = "Cao et al. 2022, arXiv 2207.02039"
-    cost = "5 %"
 
     def __init__(self, *, levels: list[str] | None = None):
         super().__init__()

@@ -142,7 +142,6 @@ class ReviewKD(Loss):
     columns = ("rev_loss",)
     reads = frozenset({"features"})
     paper = "Chen et al. 2021, arXiv 2104.09044"
-    cost = "24 %"
 
     def __init__(self, *, mid_channels: int = 128, levels: list[str] | None = None):
         super().__init__()

@@ -186,7 +186,6 @@ class SEA(Loss):
     reads = frozenset({"features", "targets"})
     adapter = "conv1x1"
     paper = "SEA, 2022, arXiv 2203.00862 (reconstructed)"
-    cost = "10 %"
 
     def __init__(
         self,

@@ -158,7 +158,6 @@ class Structured(Loss):
     reads = frozenset({"features", "scores"})
     teaches_classes = True
     paper = "Liu et al. 2019, arXiv 1903.04197"
-    cost = "6 %"
 
     def __init__(self, *, lam_pi: float = 1.0, lam_pa: float = 1.0, nodes: int = 10, levels: list[str] | None = None):
         super().__init__()

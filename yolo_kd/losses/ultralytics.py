@@ -49,7 +49,6 @@ class Ultralytics(Loss):
     reads = frozenset({"features", "scores", "one2one"})
     adapter = "mlp"
     paper = "Ultralytics 8.4, distill_model="
-    cost = "9 %"
 
     def __init__(self, *, dis: float = 6.0, levels: list[str] | None = None):
         super().__init__()
