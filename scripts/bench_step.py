@@ -12,6 +12,8 @@ takes a trained one.
     python scripts/bench_step.py --recipes fgd mgd --batch 16 --boxes 40 --memory
     python scripts/bench_step.py --teacher yolov8s.pt --unlabeled both  half of each batch is unlabeled
     python scripts/bench_step.py --recipes fgd --profile                where one step's time goes
+    python scripts/bench_step.py --teacher yolov8s.pt --rounds 5 --threads 2 --json yolo_kd/losses/costs.json
+                                                                        the costs that `yolo-kd losses` shows
 
 Columns: the bound of a row is student + teacher (only what that recipe reads of it) + the bare forward and backward of
 the modules that the recipe trains besides the student or passes the student's features through, all of the same round.
@@ -292,6 +294,13 @@ def label(reads: frozenset[str], split: bool) -> str:
     return " and ".join([*(sorted(reads) or ["features only"]), *(["head layers"] if split else [])])
 
 
+def recipes_of_losses(recipes: Sequence[str]) -> dict[str, str]:
+    """Return for each loss the recipe whose row gives its cost: the recipe of its name, or the first that has it."""
+    terms = {recipe: [term.name for term in load_recipe(recipe).terms] for recipe in recipes}
+    losses = sorted({name for names in terms.values() for name in names})
+    return {loss: loss if loss in terms else next(r for r, names in terms.items() if loss in names) for loss in losses}
+
+
 def peak_mb(device: str) -> int:
     """Return the most memory this process has held on the device, in MB."""
     if device.startswith("cuda"):
@@ -420,6 +429,10 @@ def measure(args: argparse.Namespace, recipes: list[str]) -> dict[str, Any]:
         "reading": reading,
         "machine": platform.processor(),
         "teacher": bench.report,
+        "losses": {
+            loss: {"recipe": recipe, "cost": round(table[recipe]["of_parts"] - 1, 3)}
+            for loss, recipe in recipes_of_losses(recipes).items()
+        },
         "rows": table,
     }
 

@@ -173,6 +173,7 @@ def _export(arguments: list[str]) -> int:
 def _losses(arguments: list[str]) -> int:
     import yolo_kd.losses  # noqa: F401  (registers them)
     from yolo_kd.losses.base import find, registered
+    from yolo_kd.losses.costs import measured_costs
 
     _at_most_one(arguments, "losses")
     if arguments:
@@ -185,17 +186,28 @@ def _losses(arguments: list[str]) -> int:
         )
         print(f"\n{EVERY_LOSS_TAKES}")
         return 0
+    costs = measured_costs()
     rows = [("name", "reads", "trains", "boxes", "heads", "cost", "columns", "paper")]
     for name, loss in registered().items():
         reads = [*sorted(loss.reads), *(["head layers"] if loss.head_split else [])]
         boxes = "yes" if loss.reads & {"targets", "assignment"} else "no"
         heads = "equal bins" if loss.needs_bins else "all"
         rows.append(
-            (name, ", ".join(reads), _modules(loss), boxes, heads, loss.cost, " ".join(loss.columns), loss.paper)
+            (
+                name,
+                ", ".join(reads),
+                _modules(loss),
+                boxes,
+                heads,
+                costs.text(name),
+                " ".join(loss.columns),
+                loss.paper,
+            )
         )
     _print_table(rows)
     print(
-        "\ntrains: modules besides the student's; cost: added to a step of YOLOv8n under YOLOv8s (docs/benchmarks.md)"
+        "\ntrains: modules in addition to the student's; cost: time added to a step of student and teacher, "
+        f"measured with {costs.setting}"
     )
     return 0
 

@@ -113,9 +113,9 @@ def test_sums_equal_the_loop():
         assert value.item() == pytest.approx(expected[name], rel=1e-6), name
 
 
-@pytest.mark.parametrize("part", [1, 2**18])
-def test_gradients_of_map_and_contexts_are_autograds(part, monkeypatch):
-    monkeypatch.setattr(chunked, "PART", part)
+@pytest.mark.parametrize("chunk", [1, 2**18])
+def test_gradients_of_map_and_contexts_equal_autograd(chunk, monkeypatch):
+    monkeypatch.setattr(chunked, "CHUNK", chunk)
     torch.manual_seed(0)
     student, teacher = (torch.randn(3, 4, 5, 6, dtype=torch.float64) for _ in range(2))
     student.requires_grad_()

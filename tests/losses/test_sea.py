@@ -9,6 +9,7 @@ import torch
 from tests.support import loss_contract
 from tests.support.loss_contract import BOXES, Facts, duplicated, make_loss, make_pair, make_step
 from yolo_kd.losses import sea
+from yolo_kd.losses.kernels.sea_alignment import cell_alignment
 from yolo_kd.losses.sea import (
     CAD_GAIN,
     LDA_GAIN,
@@ -17,7 +18,6 @@ from yolo_kd.losses.sea import (
     Categories,
     anchor_distillation,
     category_anchors,
-    cell_alignment,
     count_cells,
     covered_cells,
     semantic_masks,
@@ -154,7 +154,7 @@ def test_absent_categories_change_nothing():
             present, categories = chosen.any((0, 2, 3)), in_all_images(chosen)
             a_s, a_t = category_anchors(student, categories), category_anchors(t, categories)
             value = anchor_distillation(a_s, a_t, present)
-            value = value + cell_alignment(student, t, a_s, a_t, present, tau, 1.0)[0]
+            value = value + cell_alignment(student, t, (a_s, a_t), present, tau, 1.0)[0]
             value.backward()
             results.append((value.detach(), student.grad))
         torch.testing.assert_close(results[0], results[1])
@@ -179,7 +179,7 @@ def test_cells_of_zeros_have_bounded_gradients():
     feature = torch.zeros(1, 3, 2, 2, requires_grad=True)
     anchors, present = torch.randn(3, 3), torch.ones(3, dtype=torch.bool)
     teacher = torch.randn(1, 3, 2, 2)
-    cell_alignment(feature, teacher, anchors, anchors, present, 0.5, 1.0)[0].backward()
+    cell_alignment(feature, teacher, (anchors, anchors), present, 0.5, 1.0)[0].backward()
     assert feature.grad.isfinite().all()
     assert feature.grad.abs().max() < 1e4
 
@@ -208,7 +208,7 @@ def test_wrong_keys(keys, message):
 
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match=r"student \(1, 3, 4, 4\), teacher \(1, 3, 4, 5\)"):
-        cell_alignment(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 5), *torch.zeros(2, 2, 3), torch.ones(2), 1.0, 1.0)
+        cell_alignment(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 5), torch.zeros(2, 2, 3), torch.ones(2), 1.0, 1.0)
     with pytest.raises(ValueError, match=r"student \(3, 4\), teacher \(5, 4\)"):
         anchor_distillation(torch.zeros(3, 4), torch.zeros(5, 4), torch.ones(3, dtype=torch.bool))
 
@@ -241,7 +241,7 @@ def test_products_in_bfloat16_are_close_to_those_in_float32():
         anchors = [category_anchors(x, categories, dtype) for x in (s, teacher)]
         assert {a.dtype for a in anchors} == {torch.float32}
         cad = anchor_distillation(*anchors, categories.cells > 0)
-        terms = (cad, *cell_alignment(s, teacher, *anchors, categories.cells > 0, 0.5, 1.0, dtype))
+        terms = (cad, *cell_alignment(s, teacher, anchors, categories.cells > 0, 0.5, 1.0, dtype))
         values.append(torch.stack(terms).detach())
         sum(terms).backward()
         slopes.append(s.grad.float())

@@ -44,7 +44,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from yolo_kd.distillation.adapters import build_adapters
 from yolo_kd.errors import PairError
 from yolo_kd.losses.base import Loss, parameters
-from yolo_kd.losses.kernels import chunked
+from yolo_kd.losses.kernels import points
 from yolo_kd.structures import Assignment, DetectorOutputs, LossInputs, PairSpec, Targets
 
 IMAGE = (128, 160)  # height and width in pixels: maps of 16x20, 8x10 and 4x5 cells
@@ -627,7 +627,7 @@ def check_waits_for_nothing(cls: type[Loss]) -> None:
         return replace(record, **{f.name: of(getattr(record, f.name)) for f in fields(record)})
 
     student = fake(step.student)
-    with mode, patch.object(chunked, "_few_count", return_value=False):  # as on a GPU
+    with mode, patch.object(points, "_few_count", return_value=False):  # as on a GPU
         loss = make_loss(cls, pair)
         columns = loss(LossInputs(student, fake(step.teacher), fake(step.targets), 0.3, Align(pair, student)))
         torch.stack(list(columns.values())).sum().backward()

@@ -3,10 +3,11 @@
 from yolo_kd.losses.at import AT, attention_map, attention_transfer
 from yolo_kd.losses.base import Loss, check_levels, check_range, find, parameters, registered
 from yolo_kd.losses.bckd import BCKD, probability_gap
+from yolo_kd.losses.costs import Costs, measured_costs
 from yolo_kd.losses.crosskd import CrossKD, TeacherTails, align_scale, crosskd_box, crosskd_cls
 from yolo_kd.losses.cwd import CWD, cwd
 from yolo_kd.losses.dfl import DFL, distribution_kl
-from yolo_kd.losses.fgd import FGD, ContextBlock, PairMoments, Sums, context_weights, fgd_sums, focal_masks, normalise
+from yolo_kd.losses.fgd import FGD, ContextBlock, Sums, fgd_sums, focal_masks, normalise
 from yolo_kd.losses.fgfi import (
     FGFI,
     Anchors,
@@ -27,6 +28,7 @@ from yolo_kd.losses.holistic import (
     gradient_penalty,
     score_maps,
 )
+from yolo_kd.losses.kernels.sea_alignment import cell_alignment
 from yolo_kd.losses.ld import LD, localisation_kl, reference_boxes, region_overlap, valuable_region
 from yolo_kd.losses.mgd import MGD, generator, keep_mask, mgd_sum
 from yolo_kd.losses.mimic import Mimic, box_mask, mimic
@@ -39,7 +41,6 @@ from yolo_kd.losses.sea import (
     Categories,
     anchor_distillation,
     category_anchors,
-    cell_alignment,
     count_cells,
     covered_cells,
     semantic_masks,

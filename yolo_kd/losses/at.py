@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_levels, check_range
-from yolo_kd.losses.kernels.chunked import sum_in_parts
+from yolo_kd.losses.kernels.chunked import sum_in_chunks
 from yolo_kd.losses.kernels.ops import same_shape
 from yolo_kd.structures import LossInputs
 
@@ -56,7 +56,7 @@ def attention_transfer(student: Tensor, teacher: Tensor, p: float = 2.0) -> Tens
         s, t = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (s, t))
         return (attention_map(s, p) - attention_map(t, p)).square().sum()
 
-    return sum_in_parts(part, student, teacher) / student.shape[0]
+    return sum_in_chunks(part, student, teacher) / student.shape[0]
 
 
 class AT(Loss):
@@ -80,7 +80,6 @@ class AT(Loss):
     columns = ("at_loss",)
     reads = frozenset({"features"})
     paper = "Zagoruyko & Komodakis 2017, arXiv 1612.03928"
-    cost = "under 1 %"
 
     def __init__(self, *, p: float = 2.0, levels: list[str] | None = None):
         super().__init__()

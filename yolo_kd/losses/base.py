@@ -34,7 +34,6 @@ class Loss(nn.Module):
         paper: Short reference.
         needs_bins: True when both heads must predict distance distributions with equal bins.
         instead: Name of the loss that serves where `needs_bins` cannot be met.
-        cost: What it adds to a step of YOLOv8n under YOLOv8s (scripts/bench_step.py); empty if not measured.
         teaches_classes: True when it compares class scores, so that the student learns classes from it.
         head_split: True when the loss reads the features inside the head, before the activation of the second
             convolution: `step.student.layers` and `step.teacher.layers` hold `cls0`, `box0`, `cls1`, ... per level.
@@ -49,7 +48,6 @@ class Loss(nn.Module):
     instead: ClassVar[str] = ""
     teaches_classes: ClassVar[bool] = False
     head_split: ClassVar[bool] = False
-    cost: ClassVar[str] = ""
 
     level_names: tuple[str, ...] = ()  # () stands for every level
 

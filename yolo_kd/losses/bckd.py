@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_range
-from yolo_kd.losses.kernels.chunked import gap_cross_entropy_sum
 from yolo_kd.losses.kernels.ops import corners, giou_distance, same_shape, target_score_sum
+from yolo_kd.losses.kernels.points import gap_cross_entropy_sum
 from yolo_kd.structures import LossInputs
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -51,7 +51,6 @@ class BCKD(Loss):
     reads = frozenset({"scores", "boxes", "assignment"})
     teaches_classes = True
     paper = "Yang et al. 2023, arXiv 2308.14286"
-    cost = "6 %"
 
     def __init__(self, *, lam_cls: float = 1.0, lam_loc: float = 4.0, beta: float = 1.0):
         super().__init__()

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from yolo_kd.errors import PairError
 from yolo_kd.losses.base import Loss, check_range
 from yolo_kd.losses.kernels.channel_stats import deviations, rescaling
-from yolo_kd.losses.kernels.chunked import gap_cross_entropy_sum, weighted_bins_kl
 from yolo_kd.losses.kernels.ops import EPS, corners, giou_distance, same_shape, target_score_sum, weighted_mean
+from yolo_kd.losses.kernels.points import gap_cross_entropy_sum, weighted_bins_kl
 from yolo_kd.structures import LossInputs, PairSpec
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -129,7 +129,6 @@ class CrossKD(Loss):
     reads = frozenset({"scores", "boxes", "assignment"})
     teaches_classes = True
     paper = "Wang et al. 2024, arXiv 2306.11369"
-    cost = "12 %"
     head_split: ClassVar[bool] = True
 
     def __init__(self, *, lam_cls: float = 1.0, lam_box: float = 4.0, beta: float = 1.0, temperature: float = 1.0):

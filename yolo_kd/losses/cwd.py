@@ -7,8 +7,9 @@ from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_levels, check_range
 from yolo_kd.losses.kernels.channel_stats import standardising
-from yolo_kd.losses.kernels.chunked import comes_as_copies, softmax_kl, sum_in_parts
+from yolo_kd.losses.kernels.chunked import converted, sum_in_chunks
 from yolo_kd.losses.kernels.ops import same_shape
+from yolo_kd.losses.kernels.softmax_kl import softmax_kl
 from yolo_kd.structures import LossInputs
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -44,12 +45,12 @@ def cwd(student: Tensor, teacher: Tensor, temperature: float = 1.0, standardised
         student = own.through(student)
         # a softmax does not ask for the mean, nor for more of the deviation than a factor
         factors = own.factor[:, None, None], other.factor[:, None, None]
-    overwrite = comes_as_copies(student, teacher)
+    overwrite = converted(student, teacher)
 
     def part(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:  # of the images
         return softmax_kl(s, t, temperature, (2, 3), overwrite, factors)
 
-    return sum_in_parts(part, student, teacher) / count
+    return sum_in_chunks(part, student, teacher) / count
 
 
 class CWD(Loss):
@@ -76,7 +77,6 @@ class CWD(Loss):
     reads = frozenset({"features"})
     adapter = "conv1x1"
     paper = "Shu et al. 2021, arXiv 2011.13256"
-    cost = "3 %"
 
     def __init__(self, *, temperature: float = 1.0, standardise: bool = True, levels: list[str] | None = None):
         super().__init__()

@@ -53,7 +53,6 @@ class DFL(Loss):
     columns = ("kdfl_loss",)
     reads = frozenset({"boxes", "assignment"})
     paper = "Li et al. 2022 (YOLOv6), arXiv 2209.02976"
-    cost = "under 1 %"
     needs_bins = True
     instead = "bckd"
 

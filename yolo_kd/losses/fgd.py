@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from yolo_kd.losses.base import Loss, check_levels, check_range
 from yolo_kd.losses.kernels.boxes import box_cells, cell_weights, paint
-from yolo_kd.losses.kernels.chunked import add_products, beside, computable, part_length, sum_cells
+from yolo_kd.losses.kernels.fgd_moments import context_weights, pair_moments
+from yolo_kd.losses.kernels.layout import sum_cells
 from yolo_kd.losses.kernels.ops import EPS, attention, same_shape
 from yolo_kd.structures import LossInputs, PairSpec
 
@@ -83,103 +82,6 @@ class ContextBlock(nn.Module):
         return self.add(context[..., None, None]).flatten(1)
 
 
-def context_weights(flat: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return p, (B, HW), of a (B, C, HW) map; a matrix product is several times faster here than a convolution."""
-    # `weight @ flat` would lay the whole map out anew
-    return (weight.expand(len(flat), 1, -1).bmm(flat).squeeze(1) + bias).softmax(-1)
-
-
-class PairMoments(torch.autograd.Function):
-    """Everything that the sums of a level need of a pair of maps, in few passes over small parts of the maps.
-
-    Written out by hand because these maps are the largest tensors of a step, and elementwise arithmetic on them costs
-    its number of passes and of fresh buffers. Parts of a few images stay in the processor's cache; results do not
-    depend on their size.
-
-    For S, T (B, C, HW), the temperature of the attentions and the mask convolutions of both sides' context blocks, with
-    d = S - T and the teacher's channel attention a, it returns Σ_c a d² (B, HW), Σ_hw d² (B, C), Σ_hw d (B, C); of S
-    and then of T the means over channels of magnitudes (B, HW), those over cells (B, C) and the context Σ_hw p F
-    (B, C). Maps may be in half precision, sums are float32 at least. Gradient flows to S and the convolutions.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        temperature: float,
-        weight: Tensor,
-        bias: Tensor,
-        t_weight: Tensor,
-        t_bias: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """Compute the nine sums."""
-        size = part_length(student)
-        parts, kept = [], []
-        for s, t in zip(student.split(size), teacher.split(size), strict=True):
-            s = computable(s)
-            t = beside(t, s)
-            buffer = t.abs()
-            t_spatial, t_channel = buffer.mean(1), buffer.mean(2)
-            a = attention(t_channel, temperature)
-            p, t_p = context_weights(s, weight, bias), context_weights(t, t_weight, t_bias)
-            kept.append((a, p, t_p))
-            d = s - t
-            torch.mul(d, d, out=buffer)
-            differences = (a[:, None] @ buffer).squeeze(1), buffer.sum(2), d.sum(2)
-            torch.abs(s, out=buffer)
-            own = buffer.mean(1), buffer.mean(2), sum_cells(s, p)
-            parts.append((*differences, *own, t_spatial, t_channel, sum_cells(t, t_p)))
-        ctx.save_for_backward(student, teacher, weight, *(torch.cat(column) for column in zip(*kept, strict=True)))
-        results = tuple(torch.cat(column) for column in zip(*parts, strict=True))
-        ctx.mark_non_differentiable(*results[6:8])
-        return results
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Return 2 d (a g_e + g_sq) + g_d + sign(S) (g_s / C + g_c / HW) + g_x p + w g_m, and the convolutions'."""
-        # whoever asks for gradients inside autocast would get matrix products in half precision
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
-            return PairMoments._gradient(ctx, *gradients)
-
-    @staticmethod
-    def _gradient(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher, weight, *kept = ctx.saved_tensors
-        size = part_length(student)
-        result = torch.empty_like(student)
-        masks = [weight.new_zeros(n) for n in (len(weight), 1, len(weight), 1)]
-        columns = (student, teacher, *kept, *gradients[:6], gradients[8], result)
-        for s, t, a, p, t_p, g_e, g_sq, g_d, g_s, g_c, g_x, g_tx, slot in zip(
-            *(x.split(size) for x in columns), strict=True
-        ):
-            s = computable(s)
-            t = beside(t, s)
-            ones, cells = torch.ones_like(a), torch.ones_like(p)
-            out = s - t
-            factor = torch.empty_like(out)
-            add_products(factor, torch.stack([2 * a, 2 * g_sq], 2), torch.stack([g_e, cells], 1), beta=0)
-            out.mul_(factor)
-            left = torch.stack([ones / s.shape[1], g_c / s.shape[2]], 2)
-            add_products(factor, left, torch.stack([g_s, cells], 1), beta=0)
-            out.addcmul_(factor, s.sign())
-            g_m = _through_context(s, p, g_x, masks[:2])
-            _through_context(t, t_p, g_tx, masks[2:])
-            left = torch.stack([g_d, g_x, weight.expand_as(a)], 2)
-            add_products(out, left, torch.stack([cells, p, g_m], 1))
-            slot.copy_(out)
-        return result, None, None, *masks
-
-
-def _through_context(flat: Tensor, p: Tensor, slope: Tensor, mask: Sequence[Tensor]) -> Tensor:
-    """Take the gradient of a context to the logits of p, which are returned; add that of weight and bias to `mask`."""
-    through = (slope[:, None] @ flat).squeeze(1)
-    logits = p * (through - (p * through).sum(-1, keepdim=True))
-    mask[0].add_(sum_cells(flat, logits).sum(0))
-    mask[1].add_(logits.sum())
-    return logits
-
-
 def focal_masks(
     boxes: Tensor, image_index: Tensor, batch_size: int, image_size: tuple[int, int], shape: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
@@ -239,25 +141,18 @@ def fgd_sums(
     same_shape(student=student, teacher=teacher)
     same_shape(fg=fg, bg=bg, cells=teacher[:, 0])
     n, _, h, w = student.shape
-    attended, squares, differences, s_spatial, s_channel, s_context, t_spatial, t_channel, t_context = (
-        PairMoments.apply(
-            student.flatten(2),
-            teacher.detach().flatten(2),
-            temperature,
-            *student_context.mask_parameters(),
-            *teacher_context.mask_parameters(),
-        )
-    )
-    spatial, channel = attention(t_spatial, temperature), attention(t_channel, temperature)
-    error = (attended * spatial).view(n, h, w)
-    # the context blocks add one value k to all cells of a channel: Σ (d + k)² = Σ d² + 2 k Σ d + HW k²
-    k = student_context.transform(s_context) - teacher_context.transform(t_context)
+    masks = student_context.mask_parameters(), teacher_context.mask_parameters()
+    m = pair_moments(student.flatten(2), teacher.detach().flatten(2), temperature, *masks)
+    spatial, channel = attention(m.t_spatial, temperature), attention(m.t_channel, temperature)
+    error = (m.attended * spatial).view(n, h, w)
+    # The context blocks add one number k to all cells of a channel: Σ (d + k)² = Σ d² + 2 k Σ d + HW k²
+    k = student_context.transform(m.s_context) - teacher_context.transform(m.t_context)
     return Sums(
         fg=(error * fg).sum() / n,
         bg=(error * bg).sum() / n,
-        channel=(attention(s_channel, temperature) - channel).abs().sum() / n,
-        spatial=(attention(s_spatial, temperature) - spatial).abs().sum() / n,
-        rela=(squares + 2 * k * differences + h * w * k.square()).sum() / n,
+        channel=(attention(m.s_channel, temperature) - channel).abs().sum() / n,
+        spatial=(attention(m.s_spatial, temperature) - spatial).abs().sum() / n,
+        rela=(m.squares + 2 * k * m.differences + h * w * k.square()).sum() / n,
     )
 
 
@@ -324,7 +219,6 @@ class FGD(Loss):
     reads = frozenset({"features", "targets"})
     adapter = "conv1x1"
     paper = "Yang et al. 2022, arXiv 2111.11837"
-    cost = "8 %"
 
     def __init__(
         self,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from yolo_kd.losses.base import Loss, check_levels, check_range
-from yolo_kd.losses.kernels.chunked import squared_error_sum
 from yolo_kd.losses.kernels.ops import same_shape
+from yolo_kd.losses.kernels.squared_error import squared_error_sum
 from yolo_kd.structures import LossInputs, PairSpec, Targets
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -182,7 +182,6 @@ class FGFI(Loss):
     columns = ("fgfi_loss",)
     reads = frozenset({"features", "targets"})
     paper = "Wang et al. 2019, arXiv 1906.03609"
-    cost = "12 %"
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from yolo_kd.errors import did_you_mean, listed
 from yolo_kd.losses.base import Loss, check_levels, check_range
-from yolo_kd.losses.kernels.chunked import sum_in_parts
+from yolo_kd.losses.kernels.chunked import sum_in_chunks
 from yolo_kd.losses.kernels.ops import averaging, same_shape
 from yolo_kd.structures import DetectorOutputs, LossInputs, PairSpec
 
@@ -61,7 +61,7 @@ def gradient_penalty(critic: nn.Module, student: Tensor, teacher: Tensor, blend:
         slope = ((norm - 1) / norm).nan_to_num_(0.0, 0.0, 0.0)  # a gradient of zero has no direction
         return (norm - 1).square().sum() / len(student), slope.mul_(2 / len(student)) * g
 
-    return sum_in_parts(part, gradient.flatten(1))
+    return sum_in_chunks(part, gradient.flatten(1))
 
 
 class SpectralConv2d(nn.Conv2d):
@@ -234,7 +234,6 @@ class Holistic(Loss):
     reads = frozenset({"scores"})
     teaches_classes = True
     paper = "Liu et al. 2019, arXiv 1903.04197"
-    cost = "163 %"
 
     def __init__(self, *, critic_lr: float = 4e-4, form: str = "wgan-gp", levels: list[str] | None = None):
         super().__init__()

@@ -146,7 +146,6 @@ class LD(Loss):
     columns = ("kld_loss", "kvlr_loss")
     reads = frozenset({"boxes", "targets", "assignment"})
     paper = "Zheng et al. 2022, arXiv 2102.12252"
-    cost = "under 1 %"
     needs_bins = True
     instead = "bckd"
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from yolo_kd.errors import did_you_mean, listed
 from yolo_kd.losses.base import Loss, check_levels, check_range
 from yolo_kd.losses.kernels.channel_stats import standardise
-from yolo_kd.losses.kernels.chunked import squared_error_sum
 from yolo_kd.losses.kernels.ops import same_shape
+from yolo_kd.losses.kernels.squared_error import squared_error_sum
 from yolo_kd.structures import LossInputs, PairSpec
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -96,7 +96,6 @@ class MGD(Loss):
     reads = frozenset({"features"})
     adapter = "conv1x1"
     paper = "Yang et al. 2022, arXiv 2205.01529"
-    cost = "53 %"
 
     def __init__(
         self,

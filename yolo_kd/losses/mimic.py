@@ -8,8 +8,8 @@ from torch import Tensor
 from yolo_kd.errors import did_you_mean, listed
 from yolo_kd.losses.base import Loss, check_levels
 from yolo_kd.losses.kernels.channel_stats import standardising
-from yolo_kd.losses.kernels.chunked import squared_error_sum
 from yolo_kd.losses.kernels.ops import EPS, same_shape
+from yolo_kd.losses.kernels.squared_error import squared_error_sum
 from yolo_kd.structures import LossInputs, Targets
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -92,7 +92,6 @@ class Mimic(Loss):
     reads = frozenset({"features", "targets"})
     adapter = "conv1x1"
     paper = "Romero et al. 2015, arXiv 1412.6550"
-    cost = "3 %"
 
     def __init__(self, *, mask: str = "none", standardise: bool = True, levels: list[str] | None = None):
         super().__init__()

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_range
-from yolo_kd.losses.kernels.chunked import weighted_binary_kl, weighted_bins_kl
 from yolo_kd.losses.kernels.ops import (
     EPS,
     distance_giou,
@@ -16,6 +15,7 @@ from yolo_kd.losses.kernels.ops import (
     same_shape,
     weighted_mean,
 )
+from yolo_kd.losses.kernels.points import weighted_binary_kl, weighted_bins_kl
 from yolo_kd.structures import LossInputs
 
 # the class gain is that of Ultralytics' own class loss; together their gradient into the neck is half of the task
@@ -114,7 +114,6 @@ class Objectness(Loss):
     reads = frozenset({"scores", "boxes"})
     teaches_classes = True
     paper = "Mehta & Öztürk 2018, arXiv 1805.06361"
-    cost = "6 %"
 
     def __init__(self, *, lam_cls: float = 1.0, lam_box: float = 1.0, fm_nms: bool = True):
         super().__init__()

@@ -63,7 +63,6 @@ class ObjectnessL2(Loss):
     reads = frozenset({"scores", "boxes"})
     teaches_classes = True
     paper = "Mehta & Öztürk 2018, arXiv 1805.06361, as reimplemented with raw logits"
-    cost = "3 %"
 
     def __init__(self, *, lam: float = PUBLISHED_LAMBDA):
         super().__init__()

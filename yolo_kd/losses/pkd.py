@@ -8,8 +8,8 @@ from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_levels
 from yolo_kd.losses.kernels.channel_stats import rescaling
-from yolo_kd.losses.kernels.chunked import squared_error_sum
 from yolo_kd.losses.kernels.ops import same_shape
+from yolo_kd.losses.kernels.squared_error import squared_error_sum
 from yolo_kd.structures import LossInputs
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -71,7 +71,6 @@ class PKD(Loss):
     reads = frozenset({"features"})
     adapter = "conv1x1"
     paper = "Cao et al. 2022, arXiv 2207.02039"
-    cost = "5 %"
 
     def __init__(self, *, levels: list[str] | None = None):
         super().__init__()

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from yolo_kd.errors import PairError
 from yolo_kd.losses.base import Loss, check_levels, check_range
-from yolo_kd.losses.kernels.chunked import add_products, sum_in_parts
+from yolo_kd.losses.kernels.chunked import sum_in_chunks
+from yolo_kd.losses.kernels.layout import add_products
 from yolo_kd.losses.kernels.ops import averaging, same_shape
 from yolo_kd.structures import LossInputs, PairSpec
 
@@ -59,7 +60,7 @@ def hcl(student: Tensor, teacher: Tensor) -> Tensor:
         add_products(slope, weighted.mul_(2 / scale), matrix)
         return value / scale, slope.view_as(s)
 
-    return sum_in_parts(part, student, teacher)
+    return sum_in_chunks(part, student, teacher)
 
 
 class Fusion(nn.Module):
@@ -141,7 +142,6 @@ class ReviewKD(Loss):
     columns = ("rev_loss",)
     reads = frozenset({"features"})
     paper = "Chen et al. 2021, arXiv 2104.09044"
-    cost = "24 %"
 
     def __init__(self, *, mid_channels: int = 128, levels: list[str] | None = None):
         super().__init__()

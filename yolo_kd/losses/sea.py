@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_levels, check_range
-from yolo_kd.losses.kernels.chunked import (
-    MOST_BITS,
-    beside,
-    channel_norms,
-    channels_innermost,
-    comes_as_copies,
-    computable,
-    kl_of_powers,
-    matrix_times_maps,
-    softmax_kl,
-    sums_in_parts,
-)
+from yolo_kd.losses.kernels.layout import channels_innermost
 from yolo_kd.losses.kernels.ops import same_shape
+from yolo_kd.losses.kernels.sea_alignment import cell_alignment
 from yolo_kd.structures import LossInputs, Targets
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -32,8 +20,6 @@ LDA_GAIN = 14.0
 
 CHUNK = 2**24  # cells of box masks held at once
 FEW_CLASSES = 128  # up to here a GPU handles classes that do not occur faster than it answers which do
-COSINE_EPS = 1e-4  # least norm of a feature in a cosine: bounds the gradient of cells that are all zero
-NEVER = -1e4  # similarity to a category that no cell belongs to
 
 
 def covered_cells(
@@ -170,79 +156,6 @@ def anchor_distillation(student: Tensor, teacher: Tensor, present: Tensor) -> Te
     return (error * present).sum() / present.sum().clamp(min=1)
 
 
-def cell_alignment(
-    student: Tensor,
-    teacher: Tensor,
-    student_anchors: Tensor,
-    teacher_anchors: Tensor,
-    present: Tensor,
-    tau1: float,
-    tau2: float,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Topological distance distillation (TDD) and localisation distribution alignment (LDA).
-
-    TDD is the mean over cells of τ₁² · KL over categories. The logits of a cell i are its similarities cos(f_i, a_p) to
-    the anchors of its own network; absent categories have none. LDA is the mean over channels of τ₂² · KL over space.
-
-    Args:
-        student: (B, C, H, W).
-        teacher: (B, C, H, W); detached here.
-        student_anchors: (P, C) of `category_anchors`.
-        teacher_anchors: (P, C); detached here.
-        present: (P,) bool, categories with a cell.
-        tau1: τ₁, above 0.
-        tau2: τ₂, above 0.
-        dtype: Precision of the matrix products in TDD; float32 at least by default.
-
-    Returns:
-        Both scalars, at least 0 but for rounding. TDD is zero when there is one category only.
-
-    Raises:
-        ValueError: If shapes differ.
-    """
-    same_shape(student=student, teacher=teacher)
-    same_shape(student=student_anchors, teacher=teacher_anchors)
-    to_bits = 1 / (tau1 * math.log(2))
-    axes, teacher_axes = (F.normalize(a, dim=1, eps=COSINE_EPS) * to_bits for a in (student_anchors, teacher_anchors))
-    teacher_axes = teacher_axes.detach()
-    absent = torch.where(present, 0.0, NEVER * to_bits).to(axes.dtype)[:, None]
-    # some category always has cells, and a cosine is no larger than 1: seldom must the largest one be looked for
-    safe = to_bits < MOST_BITS
-    dtype = dtype or axes.dtype
-    overwrite = comes_as_copies(student, teacher)
-
-    def logits(feature: Tensor, low: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
-        # products are divided by the cells' norms, which are far fewer numbers than the cells' features
-        norms = channel_norms(feature).clamp_(min=COSINE_EPS)
-        products = matrix_times_maps(axes.to(dtype), low).to(feature.dtype)
-        torch.addcmul(absent, products, norms.reciprocal(), out=products)
-        return products if safe else products.sub_(products.amax(1, keepdim=True)), norms
-
-    def part(raw_s: Tensor, raw_t: Tensor, axes: Tensor) -> list[tuple[Tensor, ...]]:
-        s, axes = computable(raw_s), axes.detach()
-        t = beside(raw_t, s)
-        low_s = raw_s.detach().to(dtype)
-        low_t = (raw_t if raw_t.stride() == raw_s.stride() else t).to(dtype)  # lies as the student's does
-        z, norms = logits(s, low_s, axes)
-        inverse = norms.reciprocal()
-        tdd, slope = kl_of_powers(z, logits(t, low_t, teacher_axes)[0], 1, scale=inverse)  # that of the products
-        # the norm's part of the gradient; below the least norm it is a constant. All slopes of a cell add up to zero,
-        # so it makes no difference if its logits were shifted
-        through = z.mul_(slope).sum(1, keepdim=True).mul_(inverse).mul_(norms > COSINE_EPS)
-        slope = slope.to(dtype)
-        slope_s = matrix_times_maps(axes.to(dtype).T, slope).addcmul_(low_s, through.to(dtype), value=-1)
-        if channels_innermost(s):
-            slope_axes = slope.mT.flatten(0, 1).T @ low_s.mT.flatten(0, 1)
-        else:
-            slope_axes = slope.bmm(low_s.mT).to(s.dtype).sum(0)
-        lda = softmax_kl(s, t, tau2, 2, overwrite)
-        return [(tdd, slope_s, slope_axes.to(s.dtype)), (*lda, torch.zeros_like(axes))]
-
-    tdd, lda = sums_in_parts(part, student.flatten(2), teacher.flatten(2), shared=(axes,), times=4, raw=True)
-    return tdd * (tau1**2 * math.log(2) / student[:, 0].numel()), lda / student[:, :, 0, 0].numel()
-
-
 class SEA(Loss):
     """Semantic-aware alignment: category anchors, distances to them, and where each channel responds.
 
@@ -273,7 +186,6 @@ class SEA(Loss):
     reads = frozenset({"features", "targets"})
     adapter = "conv1x1"
     paper = "SEA, 2022, arXiv 2203.00862 (reconstructed)"
-    cost = "10 %"
 
     def __init__(
         self,
@@ -305,11 +217,11 @@ class SEA(Loss):
             present = categories[i].cells > 0
             # maps that come in bfloat16 gain nothing from products in float32; sums of cells would overflow in float16
             dtype = torch.promote_types(s.dtype, torch.bfloat16)
-            s_anchors, t_anchors = (category_anchors(x, categories[i], dtype) for x in (s, t))
-            cad.append(anchor_distillation(s_anchors, t_anchors, present))
-            values = cell_alignment(s, t, s_anchors, t_anchors, present, self.tau1, self.tau2, dtype)
-            tdd.append(values[0])
-            lda.append(values[1])
+            anchors = category_anchors(s, categories[i], dtype), category_anchors(t, categories[i], dtype)
+            cad.append(anchor_distillation(*anchors, present))
+            alignment = cell_alignment(s, t, anchors, present, self.tau1, self.tau2, dtype)
+            tdd.append(alignment[0])
+            lda.append(alignment[1])
         return {
             "kcad_loss": CAD_GAIN * self.alpha * torch.stack(cad).mean(),
             "ktdd_loss": TDD_GAIN * self.beta * torch.stack(tdd).mean(),

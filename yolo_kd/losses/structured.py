@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_levels, check_range
-from yolo_kd.losses.kernels.chunked import weighted_binary_kl
 from yolo_kd.losses.kernels.ops import same_shape
+from yolo_kd.losses.kernels.points import weighted_binary_kl
 from yolo_kd.structures import DetectorOutputs, LossInputs
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -158,7 +158,6 @@ class Structured(Loss):
     reads = frozenset({"features", "scores"})
     teaches_classes = True
     paper = "Liu et al. 2019, arXiv 1903.04197"
-    cost = "6 %"
 
     def __init__(self, *, lam_pi: float = 1.0, lam_pa: float = 1.0, nodes: int = 10, levels: list[str] | None = None):
         super().__init__()

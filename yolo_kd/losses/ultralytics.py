@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from yolo_kd.losses.base import Loss, check_levels, check_range
-from yolo_kd.losses.kernels.chunked import squared_error_sum
 from yolo_kd.losses.kernels.ops import EPS, same_shape
+from yolo_kd.losses.kernels.squared_error import squared_error_sum
 from yolo_kd.structures import LossInputs
 
 
@@ -49,7 +49,6 @@ class Ultralytics(Loss):
     reads = frozenset({"features", "scores", "one2one"})
     adapter = "mlp"
     paper = "Ultralytics 8.4, distill_model="
-    cost = "9 %"
 
     def __init__(self, *, dis: float = 6.0, levels: list[str] | None = None):
         super().__init__()

@@ -1,1 +1,1 @@
-"""Arithmetic that losses share or that is written for speed."""
+"""Arithmetic that several losses share or that is written for speed."""

@@ -1,4 +1,4 @@
-"""Arithmetic that several losses share; all of it in the dtype it is given."""
+"""Arithmetic that several losses share. Every function computes in the dtype of its arguments."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ EPS = 1e-9
 
 
 def same_shape(**tensors: Tensor) -> None:
-    """Check that all tensors have one shape.
+    """Check that all tensors have the same shape.
 
     Raises:
-        ValueError: Naming each tensor with its shape.
+        ValueError: If they do not; the message names each tensor with its shape.
     """
     if len({t.shape for t in tensors.values()}) > 1:
         shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
@@ -26,10 +26,10 @@ def same_shape(**tensors: Tensor) -> None:
 
 
 def binary_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Kullback-Leibler divergence between two Bernoulli distributions given by logits, elementwise, in nats.
+    """Kullback-Leibler divergence of Bernoulli distributions given by logits, elementwise, in nats.
 
-    It equals binary cross-entropy against the teacher's probability less the teacher's entropy: the same gradient, and
-    zero where both agree. Finite for any finite logits.
+    It equals the binary cross-entropy against the teacher's probability less the teacher's entropy. It has the same
+    gradient as the cross-entropy, is zero where both agree, and is finite for any finite logits.
 
     Args:
         student_logits: Any shape, with gradient.
@@ -77,11 +77,11 @@ def expected_distance(boxes: Tensor, reg_max: int) -> Tensor:
 
 
 def distance_giou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalised IoU of two boxes that are given by distances from one and the same point.
+    """Generalised IoU of two boxes given by distances from the same point.
 
     Args:
         a: (..., 4) distances to left, top, right, bottom; negative where the point lies outside on that side.
-        b: (..., 4) likewise.
+        b: (..., 4), like `a`.
 
     Returns:
         (...) in [-1, 1].
@@ -96,15 +96,15 @@ def distance_giou(a: Tensor, b: Tensor) -> Tensor:
     return overlap / (union + EPS) - (hull - union) / (hull + EPS)
 
 
-def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    """Return sum(weights * values) / sum(weights), and zero with gradient zero when all weights are zero."""
-    return (values * weights).sum() / (weights.sum() + EPS)
+def weighted_mean(terms: Tensor, weights: Tensor) -> Tensor:
+    """Return sum(weights * terms) / sum(weights), and zero with gradient zero if all weights are zero."""
+    return (terms * weights).sum() / (weights.sum() + EPS)
 
 
 def feature_map_nms(scores: Tensor, shapes: Sequence[tuple[int, int]], kernel: int = 3) -> Tensor:
     """Mark the points that survive feature-map non-maximum suppression (Mehta & Öztürk, section 3.3).
 
-    Each point predicts its most probable class. It survives when no cell around it on the same level predicts the same
+    Each point predicts its most probable class. It survives if no neighbouring cell of its level predicts the same
     class with a higher probability.
 
     Args:
@@ -119,23 +119,23 @@ def feature_map_nms(scores: Tensor, shapes: Sequence[tuple[int, int]], kernel: i
     reach = kernel // 2
     best, label = scores.detach().max(-1)  # (B, A)
     sizes = [h * w for h, w in shapes]
-    for values, labels, (h, w) in zip(best.split(sizes, 1), label.split(sizes, 1), shapes, strict=True):
-        values, labels = (F.pad(x.unflatten(1, (h, w)), [reach] * 4, value=-1) for x in (values, labels))
-        own, mine = (x[:, reach : reach + h, reach : reach + w] for x in (values, labels))
-        survives = torch.ones_like(own, dtype=torch.bool)
+    for scores_of, labels, (h, w) in zip(best.split(sizes, 1), label.split(sizes, 1), shapes, strict=True):
+        padded = [F.pad(x.unflatten(1, (h, w)), [reach] * 4, value=-1) for x in (scores_of, labels)]
+        score, chosen = (x[:, reach : reach + h, reach : reach + w] for x in padded)
+        survives = torch.ones_like(score, dtype=torch.bool)
         for dy, dx in product(range(kernel), repeat=2):
-            value, other = (x[:, dy : dy + h, dx : dx + w] for x in (values, labels))
-            survives &= (value <= own) | (other != mine)  # outside the map the class is -1
+            neighbour, other = (x[:, dy : dy + h, dx : dx + w] for x in padded)
+            survives &= (neighbour <= score) | (other != chosen)  # outside the map the class is -1
         kept.append(survives.flatten(1))
     return torch.cat(kept, dim=1)
 
 
 def attention(strength: Tensor, temperature: float) -> Tensor:
-    """Where something is strong: N * softmax(strength / T) over the last dimension of length N; 1 on average.
+    """Attention weights N * softmax(strength / T) over the last dimension of length N; their mean is 1.
 
     Args:
         strength: (..., N).
-        temperature: T, above zero; smaller is more peaked.
+        temperature: T, above zero; a smaller one is more peaked.
 
     Returns:
         (..., N), at least 0.
@@ -143,47 +143,47 @@ def attention(strength: Tensor, temperature: float) -> Tensor:
     return strength.shape[-1] * (strength / temperature).softmax(-1)
 
 
-def averaging(cells: int, parts: int, like: Tensor) -> Tensor:
-    """Return the matrix that averages or repeats a row of cells, as adaptive average pooling does.
+def averaging(cells: int, bins: int, like: Tensor) -> Tensor:
+    """Return the matrix that resizes a row of cells as adaptive average pooling does: it averages or repeats cells.
 
-    Products with one such matrix for rows and one for columns do what the pooling does, many times faster on a CPU.
+    A product with one such matrix for rows and one for columns equals the pooling and is many times faster on a CPU.
 
     Args:
-        cells: Cells along a side.
-        parts: Cells that are to be left of them, or made of them.
-        like: Gives device and dtype.
+        cells: Cells along a side of the map.
+        bins: Cells along a side of the result.
+        like: Tensor with the device and dtype of the result.
 
     Returns:
-        (parts, cells), whose rows add up to 1.
+        (bins, cells); each row adds up to 1.
     """
-    part, cell = (torch.arange(n, device=like.device) for n in (parts, cells))
-    first, end = part * cells // parts, ((part + 1) * cells + parts - 1) // parts
+    index, cell = (torch.arange(n, device=like.device) for n in (bins, cells))
+    first, end = index * cells // bins, ((index + 1) * cells + bins - 1) // bins
     covered = ((cell >= first[:, None]) & (cell < end[:, None])).to(like.dtype)
     return covered / (end - first)[:, None]
 
 
-def assigned(step: LossInputs) -> Assignment:
-    """Return the native loss's label assignment.
+def assigned(inputs: LossInputs) -> Assignment:
+    """Return the task loss's label assignment.
 
     Raises:
-        ValueError: If the step has none.
+        ValueError: If the inputs have none.
     """
-    if step.targets is None or step.targets.assignment is None:
-        raise ValueError("this loss reads the native label assignment, but the step carries none")
-    return step.targets.assignment
+    if inputs.targets is None or inputs.targets.assignment is None:
+        raise ValueError("this loss reads the task loss's label assignment, but its inputs have none")
+    return inputs.targets.assignment
 
 
 def gap_cross_entropy(student: Tensor, teacher: Tensor, beta: float = 1.0) -> Tensor:
-    """Binary cross-entropy against the teacher's probabilities, scaled by how far the student is from them.
+    """Binary cross-entropy against the teacher's probabilities, scaled by the gap between student and teacher.
 
-    L_i = Σ_c |σ(t_ic) - σ(s_ic)|^β · BCE(σ(s_ic), σ(t_ic))   (BCKD's class term, and CrossKD's)
+    L_i = Σ_c |σ(t_ic) - σ(s_ic)|^β · BCE(σ(s_ic), σ(t_ic))   (the class term of BCKD and of CrossKD)
 
-    As in both published implementations the scale takes part in the gradient. Zero where both agree.
+    As in both published implementations, the scale has a gradient too. It is zero where both agree.
 
     Args:
         student: (..., nc) raw class logits, with gradient.
         teacher: (..., nc) raw class logits; detached here.
-        beta: Exponent of the scale, at least 1 (below, the gradient has a pole where both agree).
+        beta: Exponent of the scale, at least 1. Below 1 the gradient is infinite where both agree.
 
     Returns:
         (...), at least 0.
@@ -198,16 +198,17 @@ def gap_cross_entropy(student: Tensor, teacher: Tensor, beta: float = 1.0) -> Te
 
 
 def box_giou(a: Tensor, b: Tensor, eps: float = 1e-7) -> Tensor:
-    """Generalised IoU of pairs of boxes, in bounds also for boxes of no area and for corners in the wrong order.
+    """Generalised IoU of pairs of boxes, within bounds also for boxes without area and for swapped corners.
 
-    Heads without bins can predict such boxes. As in the published code a box that is negative along one axis has a
-    negative area, whose gradient unfolds it while the other box is larger. One that is negative along both would have
-    a large positive area there, which a student could grow for reward; here it has none.
+    Heads without bins can predict such boxes. As in the published code, a box that is negative along one axis has a
+    negative area, and while the other box is larger the gradient turns it the right way round. In that code a box that
+    is negative along both axes has a large positive area, which a student could grow to lower its loss; here its area
+    is zero.
 
     Args:
-        a: (..., 4) corners x1, y1, x2, y2 in any one unit.
-        b: (..., 4) likewise.
-        eps: Smallest union and hull that is divided by.
+        a: (..., 4) corners x1, y1, x2, y2 in any unit.
+        b: (..., 4) in the same unit.
+        eps: Lower bound of the union and the hull, which are divisors.
 
     Returns:
         (...) in [-1, 1].
@@ -226,18 +227,18 @@ def box_giou(a: Tensor, b: Tensor, eps: float = 1e-7) -> Tensor:
 
 
 def _area(boxes: Tensor) -> Tensor:
-    """Width times height, and zero where both are negative."""
+    """Return width times height, and zero where both are negative."""
     size = boxes[..., 2:] - boxes[..., :2]
     return _product(size) * (size > 0).any(-1)
 
 
 def _product(size: Tensor) -> Tensor:
-    """Width times height; the gradient of `Tensor.prod` would wait for the device."""
+    """Return width times height. `Tensor.prod` would make its gradient wait for the device."""
     return size[..., 0] * size[..., 1]
 
 
 def giou_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return 1 - GIoU of the student's and the teacher's boxes, the teacher's detached.
+    """Return 1 - GIoU of the student's and the teacher's boxes; the teacher's are detached.
 
     Args:
         student: (..., 4) corners x1, y1, x2, y2, with gradient.
@@ -252,8 +253,8 @@ def giou_distance(student: Tensor, teacher: Tensor) -> Tensor:
 def corners(boxes: Tensor, reg_max: int) -> Tensor:
     """Decode raw box outputs to corners relative to their point, in units of the stride.
 
-    GIoU does not change when both boxes move or scale together, so two boxes of one point can be compared without the
-    point's position.
+    GIoU does not change when both boxes move or scale together, so that two boxes of one point can be compared without
+    its coordinates.
 
     Args:
         boxes: (B, A, 4 * reg_max) raw outputs.
@@ -266,11 +267,11 @@ def corners(boxes: Tensor, reg_max: int) -> Tensor:
     return torch.cat((-near, far), -1)
 
 
-def target_score_sum(step: LossInputs) -> Tensor:
-    """Return the sum of the batch's target scores, at least one per image: what both terms are divided by.
+def target_score_sum(inputs: LossInputs) -> Tensor:
+    """Return the sum of the batch's target scores, at least one per image: the divisor of BCKD's and CrossKD's terms.
 
-    The native loss divides by the same sum with a floor of one per batch; a floor per image keeps the strength when a
-    batch without objects grows.
+    The task loss divides by the same sum with a lower bound of one per batch. A bound per image keeps the strength
+    when a batch without objects grows.
     """
-    scores = assigned(step).scores
+    scores = assigned(inputs).scores
     return scores.float().sum().clamp(min=float(scores.shape[0]))
