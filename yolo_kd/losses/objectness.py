@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from yolo_kd.losses.base import Loss, check_range
+from yolo_kd.losses.base import AtLeastZero, Loss, check_range
 from yolo_kd.losses.kernels.chunked import weighted_binary_kl, weighted_bins_kl
 from yolo_kd.losses.kernels.ops import (
     EPS,
@@ -116,7 +116,7 @@ class Objectness(Loss):
     paper = "Mehta & Öztürk 2018, arXiv 1805.06361"
     cost = "6 %"
 
-    def __init__(self, *, lam_cls: float = 1.0, lam_box: float = 1.0, fm_nms: bool = True):
+    def __init__(self, *, lam_cls: AtLeastZero = 1.0, lam_box: AtLeastZero = 1.0, fm_nms: bool = True):
         super().__init__()
         self.lam_cls = check_range("lam_cls", lam_cls, 0)
         self.lam_box = check_range("lam_box", lam_box, 0)

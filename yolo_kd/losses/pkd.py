@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from yolo_kd.losses.base import Loss, check_levels
+from yolo_kd.losses.base import LevelNames, Loss, check_levels
 from yolo_kd.losses.kernels.channel_stats import rescaling
 from yolo_kd.losses.kernels.chunked import squared_error_sum
 from yolo_kd.losses.kernels.ops import same_shape
@@ -73,7 +73,7 @@ class PKD(Loss):
     paper = "Cao et al. 2022, arXiv 2207.02039"
     cost = "5 %"
 
-    def __init__(self, *, levels: list[str] | None = None):
+    def __init__(self, *, levels: LevelNames | None = None):
         super().__init__()
         self.level_names = check_levels(levels)
 
