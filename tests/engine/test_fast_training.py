@@ -17,7 +17,6 @@ from tests.engine.test_trainer import make
 from yolo_kd.config.speed import SPEED_KEYS
 from yolo_kd.distillation.memory_probe import MemoryProbe
 from yolo_kd.distillation.teacher import Pending
-from yolo_kd.errors import ConfigError
 from yolo_kd.safe_loading.checkpoint import load_detector
 from yolo_kd.upstream.heads import head_split_points
 from yolo_kd.upstream.recorders import outputs_of
@@ -25,9 +24,6 @@ from yolo_kd.upstream.recorders import outputs_of
 pytestmark = pytest.mark.e2e
 
 RECIPE = {"losses": {"objectness": {}, "ultralytics": {}, "fgd": {}, "crosskd": {}}}
-STILL = dict.fromkeys(
-    ("mosaic", "translate", "scale", "fliplr", "hsv_h", "hsv_s", "hsv_v", "degrees", "shear", "perspective"), 0.0
-)
 
 
 def losses_of(trainer: Any) -> list[dict[str, float]]:
@@ -68,45 +64,6 @@ def test_ten_steps_are_those_of_the_plain_teacher(
     assert len(ours) == len(theirs) == 10
     for a, b in zip(ours, theirs, strict=True):
         assert a == pytest.approx(b, rel=1e-5, abs=1e-8)  # logits are near 7: KL rounds there
-
-
-@pytest.fixture
-def square(tmp_path: Path, shapes: Path) -> Path:
-    """The drawn set in a folder of its own."""
-    shutil.copytree(shapes.parent, tmp_path / "data")
-    path = tmp_path / "data" / shapes.name
-    data = yaml.safe_load(path.read_text())
-    path.write_text(yaml.safe_dump({**data, "path": str(path.parent)}))
-    return path
-
-
-def test_kept_views_train_alike_and_ask_the_teacher_once(
-    tmp_path: Path, square: Path, student: Path, teacher: Path
-) -> None:
-    keys = {"teacher": str(teacher), "kd": RECIPE, "teacher_precision": "fp32", "epochs": 3, "val": False, **STILL}
-    runs = {}
-    asked: dict[str, int] = {}
-    for name, cache in (("asked", None), ("kept", "disk")):
-        trainer = make(tmp_path / name, square, student, **keys, **({"kd.cache": cache} if cache else {}))
-        calls: list[int] = []
-
-        def count(t: Any, calls: list[int] = calls) -> None:
-            begin = t.teacher.begin
-            t.teacher.begin = lambda images: (calls.append(1), begin(images))[1]
-
-        trainer.add_callback("on_train_start", count)
-        runs[name] = losses_of(trainer)
-        asked[name] = len(calls)
-        assert not (trainer.save_dir / "teacher_views").exists()
-    assert asked == {"asked": 6, "kept": 2}
-    for a, b in zip(runs["kept"], runs["asked"], strict=True):
-        assert a == pytest.approx(b, rel=5e-3, abs=1e-6)
-
-
-def test_views_are_not_kept_of_images_that_change(tmp_path: Path, shapes: Path, student: Path, teacher: Path) -> None:
-    with pytest.raises(ConfigError, match=r"mosaic=1.*fliplr=0\.5.*Switch them off"):
-        make(tmp_path / "x", shapes, student, teacher=str(teacher), **{"kd.cache": "disk"})
-    assert not (tmp_path / "x").exists()
 
 
 def test_threads(tmp_path: Path, shapes: Path, student: Path) -> None:

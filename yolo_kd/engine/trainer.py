@@ -30,7 +30,7 @@ from yolo_kd.distillation.finite_guard import FiniteGuard
 from yolo_kd.distillation.memory_probe import MemoryProbe
 from yolo_kd.distillation.student_init import Inheritance, inherit, thin
 from yolo_kd.distillation.teacher import Pending, Teacher
-from yolo_kd.distillation.teacher_cache import ViewCache, check_cacheable
+from yolo_kd.distillation.teacher_cache import ViewCache
 from yolo_kd.distillation.unlabeled_criterion import PoolCriterion, is_pool_column, teacher_reads
 from yolo_kd.engine.checks_before import check_models, check_unlabeled_images
 from yolo_kd.engine.class_resolution import check_same_classes, kept_classes, match_classes
@@ -108,8 +108,6 @@ class DistillationTrainer(KeepTrainer):
             self.plan, detector = make_plan(own, changes)
             self._detector = check_models(self.plan, detector, overrides, self.trust_checkpoints)
             self.speed = self.plan.speed if self.plan else self.speed
-            if self.speed.cache:
-                check_cacheable(vars(get_cfg(cfg, overrides)))
             if self.plan is not None and self.plan.pool is not None:
                 self._pool, self._labelled = check_unlabeled_images(self.plan, vars(get_cfg(cfg, overrides)))
         if is_cpu_bf16(overrides):
@@ -137,8 +135,6 @@ class DistillationTrainer(KeepTrainer):
             return
         self.plan = resumed_plan(state, self._own, self.trust_checkpoints)
         self.speed = self.plan.speed
-        if self.speed.cache:
-            check_cacheable(vars(self.args))
         if self.plan.pool is not None:
             self._pool, self._labelled = resumed_images(self.plan, vars(self.args))
         self._detector = self._load_teacher(data)
@@ -271,7 +267,11 @@ class DistillationTrainer(KeepTrainer):
             LOGGER.info(sentence)
         if self.teacher is not None and self.distiller is not None:
             way = self.teacher.runner.way
-            settled = replace(self.speed, teacher_precision=way.precision, teacher_channels_last=way.channels_last)
+            settled = replace(
+                self.speed,
+                teacher_precision=way.precision,  # type: ignore[arg-type]
+                teacher_channels_last=way.channels_last,
+            )
             self.args.kd = {**self.args.kd, "speed": settled.to_keys()}  # a resumed run goes on the same way
             self.distiller.attach_teacher_head(head_tails(self.teacher.runner.model))
 
@@ -293,9 +293,6 @@ class DistillationTrainer(KeepTrainer):
         with self._parallel():
             super()._setup_train()
         self._tap_student()
-        if self.speed.cache and self.teacher is not None:
-            folder = self.save_dir / f"teacher_views{RANK if RANK > 0 else ''}"
-            self._views = ViewCache(folder, [*dict.fromkeys(self.train_loader.dataset.im_files)])
         if self.plan is not None and RANK in {-1, 0}:
             write_atomically(self.save_dir / "kd.yaml", yaml.safe_dump(self.plan.to_dict(), sort_keys=False).encode())
 

@@ -180,24 +180,6 @@ def test_a_run_without_a_pool_gets_none_on_resume(
         DistillationTrainer(overrides={"resume": str(last), "unlabeled": str(pool)})
 
 
-def test_views_in_a_cache(tmp_path: Path, shapes: Path, student: Path, teacher: Path, pool: Path) -> None:
-    """A pool that holds training images as well has one row for each file."""
-    still = dict.fromkeys(("mosaic", "translate", "scale", "fliplr", "hsv_h", "hsv_s", "hsv_v"), 0.0)
-    places = [str(pool), str(shapes.parent / "images" / "train")]
-    keys = {"unlabeled": places, "kd.cache": "disk", "augmentations": [], **still}
-    trainer = make(tmp_path, shapes, student, teacher=str(teacher), kd="objectness", epochs=3, **keys)
-    passes: list[int] = []
-
-    def count(t: Any) -> None:
-        begin = t.teacher.begin
-        t.teacher.begin = lambda images: passes.append(1) or begin(images)
-
-    trainer.add_callback("on_train_start", count)
-    trainer.train()
-    assert 0 < len(passes) < 3 * len(trainer.train_loader), "what is kept is not computed again"
-    assert len(rows_of(trainer.save_dir)) == 3
-
-
 def test_the_command_line(
     tmp_path: Path, shapes: Path, student: Path, teacher: Path, pool: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -206,7 +188,7 @@ def test_the_command_line(
     assert main(["train", *words, *fast, f"unlabeled={pool}/*", "unlabeled_ratio=1.5"]) == 0
     said = caplog.text
     assert "An epoch is 3 steps of 3 labelled and 5 pool images" in said
-    assert "Pool images have no task loss" in said
+    assert "Unlabeled images have no task loss" in said
 
 
 def test_two_processes_see_other_images(tmp_path: Path, shapes: Path, student: Path, teacher: Path, pool: Path) -> None:
