@@ -10,6 +10,8 @@ import torch
 from torch import distributed, multiprocessing
 
 from yolo_kd.config.schedule import Schedule
+from yolo_kd.config.source import Item
+from yolo_kd.config.validation import validate
 from yolo_kd.distillation.auto_weight import FRESH, HIGHEST, LOWEST, AutoWeights, balance, is_measured
 
 
@@ -61,22 +63,28 @@ def test_a_decay_never_rises_and_stays_within_its_ends():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"kind": "cosin"}, "kind must be one of constant, linear, cosine, received 'cosin'"),
-        ({"kind": None}, "kind must be one of constant, linear, cosine, received None"),
-        ({"start": -1}, "start must be a number of at least 0, received -1"),
-        ({"end": "1e-3"}, "end must be a number of at least 0, received '1e-3'"),
-        ({"end": math.nan}, "end must be a number of at least 0, received nan"),
-        ({"warmup": 1.5}, "warmup must be a number of at least 0 and at most 1, received 1.5"),
-        ({"warmup": 3}, "warmup must be a number of at least 0 and at most 1, received 3"),
-        ({"stop": -0.1}, "stop must be a number of at least 0 and at most 1, received -0.1"),
-        ({"stop": True}, "stop must be a number of at least 0 and at most 1, received True"),
-        ({"stop": "mosaic"}, "stop must be a number of at least 0 and at most 1 or close_mosaic, received 'mosaic'"),
+        ({"kind": "cosin"}, "kind must be constant, linear or cosine, received 'cosin'. Did you mean 'cosine'?"),
+        ({"kind": None}, "kind must be constant, linear or cosine, received nothing."),
+        ({"start": -1}, "start must be a number of at least 0, received -1."),
+        ({"end": "1e-3"}, "end must be a number of at least 0, received '1e-3'."),
+        ({"end": math.nan}, "end must be a number of at least 0, received nan."),
+        ({"warmup": 1.5}, "warmup must be a number of at least 0 and at most 1, received 1.5."),
+        ({"warmup": 3}, "warmup must be a number of at least 0 and at most 1, received 3."),
+        ({"stop": -0.1}, "stop must be a number of at least 0 and at most 1 or close_mosaic, received -0.1."),
+        ({"stop": True}, "stop must be a number of at least 0 and at most 1 or close_mosaic, received True."),
+        (
+            {"stop": "mosaic"},
+            "stop must be a number of at least 0 and at most 1 or close_mosaic, received 'mosaic'. Did "
+            "you mean 'close_mosaic'?",
+        ),
     ],
 )
 def test_bad_values(keys, message):
-    with pytest.raises(ValueError, match=r"must be") as error:
+    problems: list[str] = []
+    assert validate(Schedule, Item(keys), problems) is None
+    assert problems == [message]
+    with pytest.raises(ValueError, match=next(iter(keys))):
         Schedule(**keys)
-    assert str(error.value) == message
 
 
 def test_gradients_are_measured_often_at_first_and_seldom_later():

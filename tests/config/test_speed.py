@@ -6,14 +6,14 @@ import os
 
 import pytest
 
-from yolo_kd.config.speed import SPEED_KEYS, Speed, mistake, thread_count, usable_cores
+from yolo_kd.config.speed import SPEED_KEYS, Speed, thread_count, usable_cores
 from yolo_kd.errors import ConfigError
 
 
 def test_round_trip() -> None:
-    keys = {"teacher_precision": "bf16", "threads": 3, "kd.cache": "disk", "teacher_compile": True}
+    keys = {"teacher_precision": "bf16", "threads": 3, "teacher_compile": True}
     speed = Speed.of({**keys, "teacher_stream": None, "epochs": 3})
-    assert speed == Speed(teacher_precision="bf16", threads=3, cache="disk", teacher_compile=True)
+    assert speed == Speed(teacher_precision="bf16", threads=3, teacher_compile=True)
     assert speed.to_keys().keys() == SPEED_KEYS.keys()
     assert Speed.of(speed.to_keys()) == speed
     assert Speed.of({}) == Speed()
@@ -29,13 +29,12 @@ def test_round_trip() -> None:
         ("threads", 0, "a whole number of at least 1, received 0"),
         ("threads", True, "received True"),
         ("threads", "all", "received 'all'"),
-        ("kd.cache", "ram", "kd.cache must be disk or false, received 'ram'"),
     ],
 )
 def test_mistakes(key: str, value: object, sentence: str) -> None:
-    assert sentence in (mistake(key, value) or "")
-    with pytest.raises(ConfigError, match=key):
+    with pytest.raises(ConfigError, match=key) as error:
         Speed.of({key: value})
+    assert sentence in str(error.value)
 
 
 def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from yolo_kd.config.class_options import CLASS_KEYS
 from yolo_kd.config.command_line import parse_assignments
+from yolo_kd.config.recipe import load_recipe
 from yolo_kd.config.speed import SPEED_KEYS
 from yolo_kd.config.train_options import DEFAULT_RECIPE, OWN_KEYS, TrainOptions, parse_train, train_options
 from yolo_kd.config.unlabeled import UNLABELED_KEYS
@@ -49,14 +50,18 @@ def test_a_full_command_line():
         "640]",
         "lr0=1e-3",
     ]
-    assert parse_train([*words, "random_teacher=true"]) == TrainOptions(
+    options = parse_train([*words, "random_teacher=true"])
+    assert options == TrainOptions(
         teacher="t.pt",
         student="s.pt",
+        data="d.yaml",
         kd="ultralytics",
         kd_overrides={"ultralytics.dis": 3},
         random_teacher=True,
-        ultralytics={"epochs": 2, "imgsz": [320, 640], "lr0": 0.001, "data": "d.yaml"},
+        keys={"epochs": 2, "imgsz": [320, 640], "lr0": 0.001},
+        recipe=load_recipe("ultralytics", {"ultralytics.dis": 3}),
     )
+    assert options.ultralytics == {"epochs": 2, "imgsz": [320, 640], "lr0": 0.001, "data": "d.yaml"}
 
 
 def test_defaults():
@@ -64,7 +69,7 @@ def test_defaults():
     assert parse_train(WORDS).kd == "none"
     assert parse_train([*WORDS, "kd=None"]) == parse_train([*WORDS, "teacher=none"]) == parse_train(WORDS)
     options = parse_train(["resume=last.pt", "teacher=moved.pt", "device=cpu"])
-    assert options == TrainOptions(teacher="moved.pt", resume="last.pt", ultralytics={"device": "cpu"})
+    assert options == TrainOptions(teacher="moved.pt", resume="last.pt", keys={"device": "cpu"})
 
 
 def test_values_are_converted_as_ultralytics_does():
@@ -78,7 +83,7 @@ def test_values_are_converted_as_ultralytics_does():
     [
         ([*WORDS, "epoch=3"], "unknown key 'epoch'. Did you mean 'epochs'?"),
         ([*WORDS, "techer=t.pt"], "unknown key 'techer'. Did you mean 'teacher'?"),
-        ([*WORDS, "zzzzz=1"], "unknown key 'zzzzz'. See 'yolo-kd help'"),
+        ([*WORDS, "zzzzz=1"], "unknown key 'zzzzz'. See 'yolo-kd train --help'"),
         ([*WORDS, "model=s.pt"], "key 'model' is not used here: write student= for the model that is trained."),
         ([*WORDS, "distill_model=t.pt"], "key 'distill_model' is not used here: write teacher= with kd=ultralytics"),
         ([*WORDS, "dis=3"], "key 'dis' is not used here: write kd=ultralytics kd.ultralytics.dis=..."),
@@ -99,9 +104,9 @@ def test_values_are_converted_as_ultralytics_does():
         ([*WORDS, "kd=none", "kd.x.y=1"], "kd.x.y is given, but kd=none distils nothing. Leave one out."),
         (["data=d.yaml"], "student is missing. Add student=yolov8n.pt, or resume=<last.pt> to continue a run."),
         (["student=s.pt"], "data is missing. Add data=coco8.yaml, or resume=<last.pt> to continue a run."),
-        (["resume=last.pt", "student=s.pt"], "student cannot be given with resume: the checkpoint knows it."),
-        (["resume=last.pt", "kd=ultralytics"], "kd cannot be given with resume: the checkpoint knows it."),
-        (["resume=last.pt", "kd.x.y=1"], "kd.x.y cannot be given with resume: the checkpoint knows the recipe."),
+        (["resume=last.pt", "student=s.pt"], "student cannot be given with resume: it stands in the checkpoint."),
+        (["resume=last.pt", "kd=ultralytics"], "kd cannot be given with resume: it stands in the checkpoint."),
+        (["resume=last.pt", "kd.x.y=1"], "kd.x.y cannot be given with resume: the recipe stands in the checkpoint."),
         (["resume=true"], "name the checkpoint to continue: resume=runs/detect/train/weights/last.pt."),
         (["resume=3"], "resume must be the path of a file, received 3."),
         (["teacher=t.pt", *WORDS, "kd=objectnes"], "unknown recipe 'objectnes'. Did you mean 'objectness'?"),
@@ -126,15 +131,15 @@ def test_all_mistakes_together():
     words = ["epoch=3", "lr0=x", "model=m.pt", "kd=objectness", "kd.objectness.lam_cls=-1", "stray", "random_teacher=1"]
     assert mistakes(parse_train, words) == (
         "'stray' is not key=value. Write stray=<value>.",
+        "random_teacher must be true or false, received 1.",
         "unknown key 'epoch'. Did you mean 'epochs'?",
         "'lr0=x' is of invalid type str. Valid 'lr0' types are int (i.e. 'lr0=0') or float (i.e. 'lr0=0.5')",
         "key 'model' is not used here: write student= for the model that is trained.",
-        "random_teacher must be true or false, received 1.",
         "student is missing. Add student=yolov8n.pt, or resume=<last.pt> to continue a run.",
         "data is missing. Add data=coco8.yaml, or resume=<last.pt> to continue a run.",
         "kd is given but no teacher. Add teacher=<model.pt>, or write kd=none for the student alone.",
-        "kd.objectness.lam_cls on the command line: loss 'objectness': lam_cls must be a number of at least 0, "
-        "received -1.0.",
+        "kd.objectness.lam_cls on the command line: lam_cls of loss 'objectness' must be a number of at least 0, "
+        "received -1.",
     )
 
 
@@ -144,8 +149,10 @@ def test_an_experiment_file(experiment):
         teacher="t.pt",
         student="s.pt",
         kd="ultralytics",
+        data="d.yaml",
         kd_overrides={"ultralytics.dis": 2},
-        ultralytics={"epochs": 3, "data": "d.yaml"},
+        keys={"epochs": 3},
+        recipe=load_recipe("ultralytics", {"ultralytics.dis": 2}),
     )
     assert parse_train([word]) == train_options({"cfg": "e.yaml"}) == train_options({"cfg": Path("e.yaml")})
 
@@ -153,7 +160,7 @@ def test_an_experiment_file(experiment):
 def test_the_command_line_wins(experiment):
     word = experiment("teacher: t.pt\nstudent: s.pt\ndata: d.yaml\nkd: ultralytics\nepochs: wrong\n")
     options = parse_train([word, "epochs=5", "teacher=none", "kd=none"])
-    assert options == TrainOptions(student="s.pt", kd="none", ultralytics={"epochs": 5, "data": "d.yaml"})
+    assert options == TrainOptions(student="s.pt", data="d.yaml", kd="none", keys={"epochs": 5})
 
 
 def test_an_inline_recipe(experiment):
@@ -188,7 +195,7 @@ def test_none_in_an_experiment_file(experiment, none):
         ("student: s.pt\ndata: d.yaml\nteacher: t.pt\nkd: {losses: {a: }}", "e.yaml:4: unknown loss 'a'."),
         (
             "student: s.pt\ndata: d.yaml\nteacher: t.pt\nkd:\n  losses:\n    objectness:\n      lam_cls: -1",
-            "e.yaml:7: loss 'objectness': lam_cls must be a number of at least 0",
+            "e.yaml:7: lam_cls of loss 'objectness' must be a number of at least 0",
         ),
         (
             "student: s.pt\ndata: d.yaml\nteacher: t.pt\nkd.objectness.weight: -1",
@@ -196,7 +203,7 @@ def test_none_in_an_experiment_file(experiment, none):
         ),
         (
             "student: s.pt\ndata: d.yaml\nteacher: t.pt\nkd: none",
-            "e.yaml:4: kd=none trains the student alone, but teacher=t.pt is given (e.yaml:3). Leave one out",
+            "e.yaml:4: kd=none trains the student alone, but teacher=t.pt is given. Leave one out",
         ),
     ],
 )

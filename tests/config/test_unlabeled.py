@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from yolo_kd.config.train_options import parse_train
-from yolo_kd.config.unlabeled import UNLABELED_KEYS, UnlabeledOptions, mistake
+from yolo_kd.config.unlabeled import UNLABELED_KEYS, UnlabeledOptions
 from yolo_kd.errors import ConfigError
 from yolo_kd.unlabeled.dataset import share_of_batch
 
@@ -33,7 +33,6 @@ def test_no_pool(keys: dict) -> None:
     [
         ("unlabeled", 3),
         ("unlabeled", []),
-        ("unlabeled", [3]),
         ("unlabeled", ""),
         ("unlabeled_ratio", -0.1),
         ("unlabeled_ratio", math.nan),
@@ -49,11 +48,13 @@ def test_no_pool(keys: dict) -> None:
     ],
 )
 def test_wrong_values_are_named(key: str, value: Any) -> None:
-    said = mistake(key, value)
-    assert said is not None
-    assert said.startswith(f"{key} must be")
     with pytest.raises(ConfigError, match=f"{key} must be"):
         UnlabeledOptions.of({"unlabeled": "images", key: value})
+
+
+def test_a_wrong_place_in_a_list_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"unlabeled\[1\] must be text, received 3"):
+        UnlabeledOptions.of({"unlabeled": ["images", 3]})
 
 
 def test_all_mistakes_at_once() -> None:
@@ -85,16 +86,17 @@ def test_paths_on_the_command_line() -> None:
     def given(text: str) -> Any:
         return parse_train([*REST, f"unlabeled={text}"]).pool["unlabeled"]
 
-    assert given("some, folder") == "some, folder"
+    assert given("some, folder") == ["some, folder"]
     assert given("[a, 'b c']") == ["a", "b c"]
-    assert given("007") == "007"
+    assert given("007") == ["007"]
 
 
 def test_an_experiment_file_names_them(tmp_path: Path) -> None:
     file = tmp_path / "cfg.yaml"
     file.write_text("teacher: a.pt\nstudent: b.pt\ndata: c.yaml\nunlabeled: [x, y]\nunlabeled_ratio: 2\n")
     options = parse_train([f"cfg={file}", "unlabeled_ratio=3"])
-    assert options.pool == {"unlabeled": ["x", "y"], "unlabeled_ratio": 3}
+    assert options.unlabeled == UnlabeledOptions(("x", "y"), ratio=3)
+    assert options.own_keys["unlabeled"] == ["x", "y"]
     file.write_text("teacher: a.pt\nstudent: b.pt\ndata: c.yaml\nunlabeled: x\nunlabeled_mode: all\n")
-    with pytest.raises(ConfigError, match=r"cfg\.yaml:4: unlabeled_mode must be distill, pseudo or both"):
+    with pytest.raises(ConfigError, match=r"cfg\.yaml:5: unlabeled_mode must be distill, pseudo or both"):
         parse_train([f"cfg={file}"])

@@ -24,9 +24,6 @@ from yolo_kd.upstream.recorders import outputs_of
 pytestmark = pytest.mark.e2e
 
 RECIPE = {"losses": {"objectness": {}, "ultralytics": {}, "fgd": {}, "crosskd": {}}}
-STILL = dict.fromkeys(
-    ("mosaic", "translate", "scale", "fliplr", "hsv_h", "hsv_s", "hsv_v", "degrees", "shear", "perspective"), 0.0
-)
 
 
 def losses_of(trainer: Any) -> list[dict[str, float]]:

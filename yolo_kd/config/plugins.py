@@ -4,13 +4,55 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Any
+from typing import Annotated, Any
 
-from yolo_kd.config.source import Item, problem, raise_if, shown, wrap
+from pydantic import AfterValidator, BaseModel, Field
+
+from yolo_kd.config.source import Item, raise_if
+from yolo_kd.config.validation import STRICT, mistakes, validate
+
+
+def split_names(value: Any) -> Any:
+    """Return `[a, b]` or `a,b`, as a command line has it, as a list; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    return [name.strip() for name in value.strip().removeprefix("[").removesuffix("]").split(",")]
+
+
+def _imported(name: str) -> str:
+    """Import a module, so that its losses register themselves."""
+    if name not in sys.modules:
+        from ultralytics.utils import LOGGER
+
+        LOGGER.info(f"Importing plugin {name}")
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # a module may do anything when it is imported
+        hint = " Is it installed, or its folder in PYTHONPATH?" if isinstance(error, ImportError) else ""
+        sentence = f"plugin '{name}' cannot be imported: {type(error).__name__}: {error}.{hint}"
+        raise mistakes([((), sentence)]) from error
+    return name
+
+
+ModuleName = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*$", title="the name of a module")]
+Plugin = Annotated[ModuleName, AfterValidator(_imported)]
+
+
+class PluginKeys(BaseModel):
+    """The key `plugins`, of recipes and of trainings."""
+
+    model_config = STRICT
+
+    plugins: list[Plugin] = Field(
+        default=[],
+        title="a list of names of modules",
+        examples=[["my_package.my_loss"]],
+        description="Modules to import for losses of your own; importing a module runs its code.",
+    )
 
 
 def import_plugins(names: Any) -> tuple[str, ...]:
-    """Import modules that were named beside the recipe, so that their losses register themselves.
+    """Import modules, so that their losses register themselves.
 
     Args:
         names: Module names, or one as text with commas, None for none.
@@ -22,38 +64,7 @@ def import_plugins(names: Any) -> tuple[str, ...]:
         ConfigError: If one is no name or cannot be imported.
     """
     problems: list[str] = []
-    imported = read_plugins(wrap(split_names(names), "plugins", problems), problems)
+    made = validate(PluginKeys, Item({} if names is None else {"plugins": Item(split_names(names))}), problems)
     raise_if(problems)
-    return imported
-
-
-def split_names(value: Any) -> Any:
-    """Return `[a, b]` or `a,b`, as a command line has it, as a list; anything else as it is."""
-    if not isinstance(value, str):
-        return value
-    return [name.strip() for name in value.strip().removeprefix("[").removesuffix("]").split(",")]
-
-
-def read_plugins(item: Item | None, problems: list[str]) -> tuple[str, ...]:
-    """Do the work of `import_plugins` for an item that knows where it was written; every import is logged."""
-    if item is None or item.value is None:
-        return ()
-    if not isinstance(item.value, list):
-        sentence = f"plugins must be a list of module names such as [my_package.my_loss], received {shown(item)}."
-        problems.append(problem(item.where, sentence))
-        return ()
-    for entry in item.value:
-        if not isinstance(entry.value, str) or not all(part.isidentifier() for part in entry.value.split(".")):
-            problems.append(problem(entry.where, f"a plugin must be the name of a module, received {shown(entry)}."))
-            continue
-        if entry.value not in sys.modules:
-            from ultralytics.utils import LOGGER
-
-            LOGGER.info(f"Importing plugin {entry.value}" + (f", named in {entry.where}" if entry.where else ""))
-        try:
-            importlib.import_module(entry.value)
-        except Exception as error:  # whatever the module does when it is imported
-            reason = f"{type(error).__name__}: {error}"
-            hint = " Is it installed, or its folder in PYTHONPATH?" if isinstance(error, ImportError) else ""
-            problems.append(problem(entry.where, f"plugin '{entry.value}' cannot be imported: {reason}.{hint}"))
-    return tuple(entry.value for entry in item.value if isinstance(entry.value, str))
+    assert made is not None
+    return tuple(made.plugins)

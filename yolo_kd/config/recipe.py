@@ -1,41 +1,33 @@
-"""Recipes: what to distil. A YAML file or a mapping becomes a frozen record, or every mistake in it is reported."""
+"""Recipes: what to distil. A YAML file or a mapping becomes a frozen object, or every mistake in it is reported."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import yolo_kd.losses  # noqa: F401  registers the losses that ship with the package
-from yolo_kd.config.plugins import read_plugins
+from pydantic import BaseModel, Field, StrictBool
+from pydantic.dataclasses import dataclass
+
+from yolo_kd.config.plugins import PluginKeys
 from yolo_kd.config.source import Item, problem, raise_if, read_yaml, shown, wrap
-from yolo_kd.config.terms import (
-    AUTO,
-    LAYER_KEYS,
-    TermSpec,
-    check_columns,
-    constructor,
-    override,
-    plain,
-    read_losses,
-    read_term,
-    unknown_keys,
-)
+from yolo_kd.config.terms import AUTO, TermSpec, read_term
+from yolo_kd.config.validation import CONFIG, STRICT, validate
 from yolo_kd.errors import did_you_mean, listed
 from yolo_kd.losses.base import find, registered
 
-TOP_KEYS = ("losses", "plugins", "inherit")
-THINNED = "thinned"  # of the values of inherit: all layers, with fewer channels; true is what fits of neck and head
+THINNED = "thinned"  # a value of inherit: all layers, with fewer channels; true is what fits of neck and head
 INLINE = "inline"  # the name of a recipe that came from no file
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # in the wheel; in the checkout, where an editable installation finds them too
 _FOLDERS = (_PACKAGE / "cfg" / "kd", _PACKAGE.parent / "cfg" / "kd")
 
+Inherit = StrictBool | Literal["thinned"]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, config=CONFIG)
 class Recipe:
     """What to distil.
 
@@ -43,14 +35,14 @@ class Recipe:
         name: Name of the file without its ending, `inline` for a mapping.
         terms: Losses in the order in which they were written, which is the order of the columns.
         plugins: Modules to import before the losses are looked up.
-        inherit: What a student without weights of its own starts from: nothing (False), what fits of the teacher's neck
-            and head (True), or all of the teacher, `thinned`.
+        inherit: Initialisation of a student without weights: none from the teacher (False), what fits of the teacher's
+            neck and head (True), or all of the teacher, `thinned`.
     """
 
     name: str
     terms: tuple[TermSpec, ...]
     plugins: tuple[str, ...] = ()
-    inherit: bool | str = False
+    inherit: Inherit = False
 
     @property
     def reads(self) -> frozenset[str]:
@@ -74,17 +66,34 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe with every default filled in, in plain types that YAML and `load_recipe` read back."""
-        losses = {}
-        for term in self.terms:
-            defaults = {k: p.default for k, p in constructor(registered()[term.name]).items()}
-            arguments = {k: term.arguments.get(k, default) for k, default in defaults.items()}
-            losses[term.name] = {
-                **({"weight": term.weight} if term.ratio is None else {"weight": AUTO, "ratio": term.ratio}),
-                "schedule": asdict(term.schedule),
-                **{k: list(getattr(term, k)) for k in LAYER_KEYS if getattr(term, k)},
-                **{k: plain(v) for k, v in arguments.items()},
-            }
+        losses = {term.name: term.to_dict() for term in self.terms}
         return {"losses": losses, "plugins": list(self.plugins), "inherit": self.inherit}
+
+
+LossKeys = Annotated[dict[str, Any], Field(title="a mapping of its keys", examples=[{"weight": 1.0}])]
+
+
+class InheritKey(BaseModel):
+    """The key `inherit` of a recipe."""
+
+    model_config = STRICT
+
+    inherit: Inherit | None = Field(
+        default=False,
+        description="Initialisation of a student without weights: thinned (a thinned copy of the teacher), true (what "
+        "fits of its neck and head), false (random).",
+    )
+
+
+class RecipeKeys(PluginKeys, InheritKey):
+    """The keys of a recipe file; each loss has a model of its own, see `term_model`."""
+
+    losses: dict[str, LossKeys | None] = Field(
+        min_length=1,
+        title="a mapping from names of losses to their keys",
+        examples=[{"objectness": {"weight": 1.0}}],
+        description="What is distilled: one or more losses by name, each with its keys.",
+    )
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -116,7 +125,7 @@ def load_recipe(
 
     Args:
         source: Name of a recipe that ships with the package, path of a YAML file, or a mapping as such a file holds.
-        overrides: Values that replace what the recipe says, by `loss.key` or `loss.schedule.key`.
+        overrides: Changes to the recipe, by `loss.key` or `loss.schedule.key`.
         name: Name of the recipe where a mapping cannot tell it, e.g. when a run is resumed.
 
     Raises:
@@ -154,37 +163,73 @@ def read_recipe(
         return None
     name = name or INLINE
     if not isinstance(root.value, dict):
-        if root.value is None:
-            sentence = "the recipe is empty. It needs 'losses:' with at least one loss."
-        else:
-            sentence = f"a recipe must be a mapping with the key 'losses', received {shown(root)}."
-        problems.append(problem(root.where, sentence))
+        received = "it is empty" if root.value is None else f"received {shown(root)}"
+        problems.append(problem(root.where, f"a recipe must be a mapping with the key 'losses'; {received}."))
         return None
-    unknown_keys(root.value, TOP_KEYS, "of a recipe", problems)
-    plugins = read_plugins(root.value.get("plugins"), problems)
-    inherit = root.value.get("inherit", Item(False))
-    if wrong := inherit_mistake(inherit.value):
-        problems.append(problem(inherit.where, wrong))
-    losses = read_losses(root, problems)
-    if losses is None:
-        return None
-    replaced = override(losses, overrides, name, problems)
-    terms = [read_term(loss, item, replaced, problems) for loss, item in losses.items()]
-    check_columns(losses, problems)
-    valid = [term for term in terms if term is not None]
-    if valid and len(valid) == len(terms) and not any(term.weight for term in valid):
+    keys = validate(RecipeKeys, root, problems, "of a recipe")
+    losses = _losses(root)
+    _override(losses, overrides, name, problems)
+    found = [read_term(loss, item, problems) for loss, item in losses.items()]
+    terms = [term for term in found if term is not None]
+    _check_columns(losses, problems)
+    if terms and len(terms) == len(found) and not any(term.weight for term in terms):
         where = root.value["losses"].where
         problems.append(problem(where, "every weight is 0: nothing would be distilled. Raise one, or write kd=none."))
-    if len(problems) > before:
+    if len(problems) > before or keys is None:
         return None
-    return Recipe(name, tuple(valid), plugins, inherit.value or False)
+    return Recipe(name, tuple(terms), tuple(keys.plugins), keys.inherit or False)
+
+
+def _losses(root: Item) -> dict[str, Item]:
+    """Return the terms as mappings that may be changed, without those that are none."""
+    item = root.value.get("losses", Item(None))
+    entries = item.value.items() if isinstance(item.value, dict) else ()
+    return {name: Item(dict(i.value or {}), i.where) for name, i in entries if isinstance(i.value, dict | None)}
+
+
+def _override(losses: dict[str, Item], overrides: Mapping[str, Item], recipe: str, problems: list[str]) -> None:
+    """Put overrides in the place of what the recipe says, without keys of it that they leave without effect."""
+    for key, item in overrides.items():
+        name, _, rest = key.partition(".")
+        if name not in losses:
+            sentence = f"recipe '{recipe}' has no loss '{name}'.{did_you_mean(name[:60], losses)}"
+            problems.append(problem(item.where, f"{sentence} It has {listed(list(losses))}."))
+            continue
+        term: dict[str, Item] = losses[name].value
+        first, _, second = rest.partition(".")
+        if not first or (second and first != "schedule") or rest.endswith("."):
+            sentence = f"an override is written kd.{name}.<key>=value or kd.{name}.schedule.<key>=value."
+            problems.append(problem(item.where, sentence))
+        elif second:
+            schedule = term.get("schedule", Item({}, item.where))
+            if isinstance(schedule.value, dict):  # otherwise the recipe's own mistake is reported below
+                term["schedule"] = Item({**schedule.value, second: item}, schedule.where)
+                if item.value == "constant" and f"{name}.schedule.end" not in overrides:
+                    term["schedule"].value.pop("end", None)
+        else:
+            term[first] = item
+            if first == "weight" and item.value != AUTO and f"{name}.ratio" not in overrides:
+                term.pop("ratio", None)
+
+
+def _check_columns(losses: Mapping[str, Item], problems: list[str]) -> None:
+    """Refuse two terms that report under one name: their numbers could not be told apart."""
+    known = registered()
+    owner: dict[str, str] = {}
+    for name, item in losses.items():
+        for column in known[name].columns if name in known else ():
+            if column in owner:
+                sentence = f"losses '{owner[column]}' and '{name}' both report the column '{column}'; use one of them."
+                problems.append(problem(item.where, sentence))
+                break
+            owner[column] = name
 
 
 def inherit_mistake(value: Any) -> str | None:
     """Return what is wrong with a value of inherit, None if nothing is."""
-    if value is None or isinstance(value, bool) or value == THINNED:
-        return None
-    return f"inherit must be true, false or {THINNED}, received {shown(value)}.{did_you_mean(value, (THINNED,))}"
+    problems: list[str] = []
+    validate(InheritKey, Item({"inherit": Item(value)}), problems)
+    return problems[0] if problems else None
 
 
 def _find(source: Item, problems: list[str]) -> Path | None:

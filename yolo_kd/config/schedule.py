@@ -1,24 +1,28 @@
-"""How the strength of a term changes over a training: by a schedule, and by the gradients that were measured."""
+"""The strength of a term over a training, as a schedule."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from yolo_kd.losses.base import check_range
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
-KINDS = ("constant", "linear", "cosine")
+from yolo_kd.config.validation import CONFIG, Number
 
 RATIO = 0.3
-"""The term's gradient over the task loss's that a weight aims at which sets itself."""
+"""Default aim of a weight that sets itself: the term's gradient over the task loss's."""
+
+Multiplier = Annotated[Number, Field(ge=0)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CONFIG)
 class Schedule:
     """Multiplier of a term's weight.
 
     Attributes:
-        kind: Way from `start` to `end`: `constant` stays at `start`.
+        kind: Way from `start` to `end`; `constant` stays at `start`.
         start: Multiplier after the warm-up, at least 0.
         end: Multiplier at the end of training, at least 0.
         warmup: Fraction of the training over which the multiplier rises linearly from 0 to its value.
@@ -26,24 +30,19 @@ class Schedule:
             which Ultralytics closes the mosaic augmentation.
     """
 
-    kind: str = "constant"
-    start: float = 1.0
-    end: float = 1.0
-    warmup: float = 0.0
-    stop: float | str = 1.0
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, received {self.kind!r}")
-        check_range("start", self.start, 0)
-        check_range("end", self.end, 0)
-        check_range("warmup", self.warmup, 0, 1)
-        if self.stop != "close_mosaic":
-            if isinstance(self.stop, str):
-                raise ValueError(
-                    f"stop must be a number of at least 0 and at most 1 or close_mosaic, received {self.stop!r}"
-                )
-            check_range("stop", self.stop, 0, 1)
+    kind: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="Way from start to end; constant stays at start."
+    )
+    start: Multiplier = Field(default=1.0, description="Multiplier of the weight after the warm-up.")
+    end: Multiplier = Field(default=1.0, description="Multiplier of the weight at the end of training.")
+    warmup: Fraction = Field(
+        default=0.0, description="Fraction of the training over which the multiplier rises linearly from 0."
+    )
+    stop: Fraction | Literal["close_mosaic"] = Field(
+        default=1.0,
+        description="Fraction of the training after which the term is off (1: never), or close_mosaic for the epoch in "
+        "which Ultralytics closes the mosaic augmentation.",
+    )
 
     def __call__(self, progress: float, close_mosaic: float = 1.0) -> float:
         """Return the multiplier.

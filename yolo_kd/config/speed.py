@@ -1,83 +1,41 @@
-"""Keys that make a training faster and change nothing else; each is `auto` unless the user says otherwise."""
+"""Keys that make a training faster and change nothing else; each is `auto` unless the user gives a value."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Final, Literal
 
-from yolo_kd.errors import ConfigError, did_you_mean, listed
+from pydantic import Field, StrictBool
+from pydantic.dataclasses import dataclass
 
-AUTO = "auto"
-CACHE_KEY = "kd.cache"
+from yolo_kd.config.groups import KeyGroup
+from yolo_kd.config.validation import CONFIG, Whole
 
-SPEED_KEYS: dict[str, str] = {
-    "teacher_precision": "auto, fp32, bf16 or fp16: what the teacher computes in",
-    "teacher_channels_last": "auto, true or false: memory layout of the teacher's feature maps",
-    "teacher_compile": "auto, true or false: torch.compile for the teacher; auto follows compile= on a GPU",
-    "teacher_stream": "auto, true or false: run the teacher beside the student in a CUDA stream of its own",
-    "threads": "auto, or the number of threads on a CPU; auto is OMP_NUM_THREADS if that is set, otherwise all cores",
-    CACHE_KEY: "disk: keep the teacher's views of all images, for trainings without random augmentation",
-}
-
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "teacher_precision": (AUTO, "fp32", "bf16", "fp16"),
-    "teacher_channels_last": (AUTO, True, False),
-    "teacher_compile": (AUTO, True, False),
-    "teacher_stream": (AUTO, True, False),
-    CACHE_KEY: ("disk", False),
-}
+AUTO: Final = "auto"
 
 
-@dataclass(frozen=True)
-class Speed:
-    """How a training is made fast.
+@dataclass(frozen=True, config=CONFIG)
+class Speed(KeyGroup):
+    """How a training is made fast. The descriptions of the fields are their documentation."""
 
-    Attributes:
-        teacher_precision: auto, fp32, bf16 or fp16.
-        teacher_channels_last: auto, or whether the teacher's maps are laid out channels-last.
-        teacher_compile: auto, or whether the teacher goes through `torch.compile`.
-        teacher_stream: auto, or whether the teacher has a CUDA stream of its own.
-        threads: auto, or the number of threads on a CPU.
-        cache: "disk" to keep the teacher's views, otherwise False.
-    """
-
-    teacher_precision: str = AUTO
-    teacher_channels_last: bool | str = AUTO
-    teacher_compile: bool | str = AUTO
-    teacher_stream: bool | str = AUTO
-    threads: int | str = AUTO
-    cache: str | bool = False
-
-    @classmethod
-    def of(cls, keys: Mapping[str, Any]) -> Speed:
-        """Read the keys of `SPEED_KEYS`; those that are missing or None stay at their defaults.
-
-        Raises:
-            ConfigError: With one sentence for every value that is not allowed.
-        """
-        given = {k: keys[k] for k in SPEED_KEYS if keys.get(k) is not None}
-        if problems := [m for k, v in given.items() if (m := mistake(k, v))]:
-            raise ConfigError(problems)
-        return cls(**{k.removeprefix("kd."): v for k, v in given.items()})
-
-    def to_keys(self) -> dict[str, Any]:
-        """Return the mapping that `of` reads."""
-        return {CACHE_KEY if k == "cache" else k: v for k, v in asdict(self).items()}
+    teacher_precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default=AUTO, description="Number format that the teacher computes in."
+    )
+    teacher_channels_last: Literal["auto"] | StrictBool = Field(
+        default=AUTO, description="Memory layout of the teacher's features."
+    )
+    teacher_compile: Literal["auto"] | StrictBool = Field(
+        default=AUTO, description="torch.compile for the teacher; auto follows compile= on a GPU."
+    )
+    teacher_stream: Literal["auto"] | StrictBool = Field(
+        default=AUTO, description="Run the teacher at the same time as the student, in its own CUDA stream."
+    )
+    threads: Literal["auto"] | Annotated[Whole, Field(ge=1)] = Field(
+        default=AUTO, description="Threads on a CPU; auto is OMP_NUM_THREADS if that is set, otherwise all cores."
+    )
 
 
-def mistake(key: str, value: Any) -> str | None:
-    """Return what is wrong with the value of one of `SPEED_KEYS`, None if nothing is."""
-    if key == "threads":
-        if value == AUTO or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-            return None
-        return f"threads must be auto or a whole number of at least 1, received {value!r}."
-    choices = _CHOICES[key]
-    if any(value is c or (isinstance(c, str) and value == c) for c in choices):
-        return None
-    words = [str(c).lower() if isinstance(c, bool) else c for c in choices]
-    return f"{key} must be {listed(words)}, received {value!r}.{did_you_mean(value, words)}"
+SPEED_KEYS = Speed.documented()
 
 
 def usable_cores() -> int:
@@ -88,8 +46,8 @@ def usable_cores() -> int:
 def thread_count(threads: int | str) -> int:
     """Return how many threads a training on a CPU uses.
 
-    Ultralytics leaves one core idle. All of them are faster, unless other processes use them, which is what
-    OMP_NUM_THREADS is set for.
+    Ultralytics leaves one core idle. All of them are faster, unless other processes use them; OMP_NUM_THREADS is set
+    for that case.
 
     Args:
         threads: A number, or auto.

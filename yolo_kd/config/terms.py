@@ -1,299 +1,288 @@
-"""One loss of a recipe: what a person wrote becomes a checked record, or every mistake in it is reported."""
+"""One loss of a recipe: its keys are those of every term and the arguments of the loss's constructor."""
 
 from __future__ import annotations
 
 import inspect
-import math
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from dataclasses import asdict, field
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    create_model,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
+from typing_extensions import Self
 
 import yolo_kd.losses  # noqa: F401  registers the losses that ship with the package
-from yolo_kd.config.schedule import RATIO, Schedule
-from yolo_kd.config.source import Item, problem, shown
+from yolo_kd.config.schedule import RATIO, Multiplier, Schedule
+from yolo_kd.config.source import Item, problem
+from yolo_kd.config.validation import CONFIG, STRICT, Loc, checked, validate
 from yolo_kd.errors import YoloKDError, did_you_mean, listed
 from yolo_kd.losses.base import Loss, parameters, registered
 
-T = TypeVar("T")
-
-LAYER_KEYS = ("student_layers", "teacher_layers")
-TERM_KEYS = ("weight", "ratio", "schedule", *LAYER_KEYS)
 AUTO = "auto"  # the weight that sets itself
-MAX_RATIO = 10.0
-LAYER_READS = frozenset({"features", "targets"})
-SCHEDULE_KEYS = tuple(f.name for f in fields(Schedule))
+LAYER_KEYS = ("student_layers", "teacher_layers")
+LAYER_READS = frozenset({"features", "targets", "one2one"})
+
+_ANY_NUMBER_OF = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CONFIG)
 class TermSpec:
     """One loss of a recipe.
 
     Attributes:
         name: Name of the loss.
-        weight: Multiplier of its scalars, at least 0; where it sets itself, the one that it starts from.
+        weight: Multiplier of its scalars, at least 0; for a weight that sets itself, its first value.
         schedule: How the multiplier changes over the training.
         arguments: Arguments of the loss's constructor, only those that were given.
         student_layers: Layers of the student to read in place of its neck's outputs, finest first, () for the neck.
         teacher_layers: Layers of the teacher likewise; as many as the student's side has.
-        ratio: Where the weight sets itself: the term's gradient over the task loss's that it aims at. None otherwise.
+        ratio: Aim of a weight that sets itself: the term's gradient over the task loss's. None for a fixed weight.
     """
 
     name: str
     weight: float = 1.0
-    schedule: Schedule = field(default_factory=Schedule)
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    schedule: Schedule = field(default_factory=lambda: Schedule())
+    arguments: dict[str, Any] = field(default_factory=dict)
     student_layers: tuple[str, ...] = ()
     teacher_layers: tuple[str, ...] = ()
     ratio: float | None = None
 
-
-def read_losses(root: Item, problems: list[str]) -> dict[str, Item] | None:
-    """Return the terms of a recipe as a mapping of mappings that may be changed, None where there are none."""
-    item = root.value.get("losses")
-    if item is None:
-        problems.append(problem(root.where, "the recipe has no key 'losses'; it needs at least one loss."))
-        return None
-    if item.value is None or item.value == {}:
-        problems.append(problem(item.where, f"no losses. Name at least one of {listed(list(registered()))}."))
-        return None
-    if not isinstance(item.value, dict):
-        sentence = f"losses must be a mapping from the name of a loss to its keys, received {shown(item)}."
-        problems.append(problem(item.where, sentence))
-        return None
-    losses = {}
-    for name, term in item.value.items():
-        if term.value is None:
-            losses[name] = Item({}, term.where)
-        elif isinstance(term.value, dict):
-            losses[name] = Item(dict(term.value), term.where)
-        else:
-            problems.append(
-                problem(term.where, f"loss '{name}' must be a mapping such as {{weight: 1.0}}, received {shown(term)}.")
-            )
-            losses[name] = Item({}, term.where)
-    return losses
+    def to_dict(self) -> dict[str, Any]:
+        """Return the keys of the term with every default filled in, in plain types."""
+        keys = {key: parameter.default for key, parameter in constructor(registered()[self.name]).items()}
+        return {
+            **({"weight": self.weight} if self.ratio is None else {"weight": AUTO, "ratio": self.ratio}),
+            "schedule": asdict(self.schedule),
+            **{key: list(getattr(self, key)) for key in LAYER_KEYS if getattr(self, key)},
+            **{key: plain(self.arguments.get(key, default)) for key, default in keys.items()},
+        }
 
 
-def override(
-    losses: dict[str, Item], overrides: Mapping[str, Item], recipe: str, problems: list[str]
-) -> frozenset[str]:
-    """Put overrides in the place of what the recipe says and return the losses whose kind of schedule was replaced."""
-    replaced = set()
-    for key, item in overrides.items():
-        name, _, rest = key.partition(".")
-        if name not in losses:
-            sentence = f"recipe '{recipe}' has no loss '{name}'.{did_you_mean(name[:60], losses)}"
-            problems.append(problem(item.where, f"{sentence} It has {listed(list(losses))}."))
-            continue
-        term: dict[str, Item] = losses[name].value
-        first, _, second = rest.partition(".")
-        if not first or (second and first != "schedule") or (rest.endswith(".")):
-            sentence = f"an override is written kd.{name}.<key>=value or kd.{name}.schedule.<key>=value."
-            problems.append(problem(item.where, sentence))
-        elif second:
-            schedule = term.get("schedule", Item({}, item.where))
-            if isinstance(schedule.value, dict):  # otherwise the recipe's own mistake is reported below
-                term["schedule"] = Item({**schedule.value, second: item}, schedule.where)
-            if second == "kind":
-                replaced.add(name)
-        else:
-            term[first] = item
-            if first == "weight" and item.value != AUTO and f"{name}.ratio" not in overrides:
-                term.pop("ratio", None)  # the recipe's own, which the command line switched off
-    return frozenset(replaced)
+def _made(value: Any) -> Any:
+    return Schedule(**value) if isinstance(value, dict) else value
 
 
-def read_term(name: str, item: Item, replaced: frozenset[str], problems: list[str]) -> TermSpec | None:
-    """Check one loss of a recipe; None if anything is wrong with it."""
-    before, entries = len(problems), item.value
-    losses = registered()
-    if name not in losses:
-        known = listed(list(losses))
-        sentence = f"unknown loss '{name}'.{did_you_mean(name[:60], losses)} Known losses: {known}."
-        problems.append(problem(item.where, sentence))
-    weight, ratio = _weight(name, entries.get("weight"), entries.get("ratio"), problems)
-    schedule = _schedule(name, entries.get("schedule"), name in replaced, problems)
-    layers = {key: _layers(name, key, entries.get(key), problems) for key in LAYER_KEYS}
-    if name not in losses:
-        return None
-    if any(layers.values()) and (other := sorted(losses[name].reads - LAYER_READS - {"one2one"})):
-        sentence = f"loss '{name}' reads {listed(other)}, which belong to the head's levels; it cannot take layers."
-        problems.append(problem(next(entries[k].where for k in LAYER_KEYS if k in entries), sentence))
-    keys = constructor(losses[name])
-    if taken := [key for key in TERM_KEYS if key in keys]:
-        sentence = f"loss '{name}' has a constructor argument '{taken[0]}', a name that recipes use themselves."
-        problems.append(problem(item.where, f"{sentence} Rename it in {losses[name].__module__}."))
-        return None
-    unknown_keys(entries, (*TERM_KEYS, *keys), f"of loss '{name}'", problems)
-    for key, parameter in keys.items():
-        if parameter.default is parameter.empty and key not in entries:
-            problems.append(problem(item.where, f"loss '{name}' needs the key '{key}'."))
-    given = {key: entries[key] for key in keys if key in entries}
-    typed = {k: v for k, v in given.items() if _right_type(k, v, keys[k], f"of loss '{name}'", problems)}
-    arguments = {key: _argument(value, keys[key]) for key, value in typed.items()}
-    if not any(p.default is p.empty and k not in arguments for k, p in keys.items()):
-        _construct(losses[name], arguments, typed, item.where, f"loss '{name}'", problems)
-    if len(problems) > before:
-        return None
-    return TermSpec(name, weight, schedule, arguments, ratio=ratio, **layers)
+Layers = Annotated[
+    list[Annotated[str, Field(min_length=1)]],
+    Field(
+        min_length=1,
+        title="a list of different layer names",
+        examples=[["model.4", "model.6"]],
+        json_schema_extra={"uniqueItems": True},
+    ),
+]
 
 
-def _layers(name: str, key: str, item: Item | None, problems: list[str]) -> tuple[str, ...]:
-    """Return names of layers, () where none were given or they are wrong; that they exist is for the models to say."""
-    if item is None:
-        return ()
-    names = [entry.value for entry in item.value] if isinstance(item.value, list) else []
-    if not names or not all(isinstance(n, str) and n for n in names) or len(set(names)) < len(names):
-        sentence = f"{key} of loss '{name}' must be a list of different layer names such as [model.4, model.6]"
-        problems.append(problem(item.where, f"{sentence}, received {shown(item)}."))
-        return ()
-    return tuple(names)
+class TermKeys(BaseModel):
+    """The keys that every loss of a recipe takes."""
+
+    model_config = STRICT
+    loss: ClassVar[type[Loss] | None] = None
+
+    weight: Multiplier | Literal["auto"] = Field(
+        default=1.0, description="Strength of the loss; 1.0 is a sensible one. auto: the weight follows the gradients."
+    )
+    ratio: float = Field(
+        default=RATIO,
+        gt=0,
+        le=10,
+        description="With weight: auto, the loss's gradient over the task loss's that the weight aims at.",
+    )
+    schedule: Annotated[Schedule, BeforeValidator(_made)] = Field(
+        default=Schedule(),
+        examples=[{"kind": "cosine", "start": 1.0, "end": 0.1}],
+        description="How the strength changes over the training.",
+    )
+    student_layers: Layers | None = Field(
+        default=None, description="Layers of the student to read in place of its neck's outputs, finest first."
+    )
+    teacher_layers: Layers | None = Field(
+        default=None, description="Layers of the teacher to read in place of its neck's outputs, finest first."
+    )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _belong_together(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        return checked(data, handler, cls._rules)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the loss's constructor that were given."""
+        fields = {name: field.alias for name, field in type(self).model_fields.items() if field.alias}
+        return {key: getattr(self, name) for name, key in fields.items() if name in self.model_fields_set}
+
+    @classmethod
+    def _rules(cls, given: Mapping[str, Any]) -> list[tuple[Loc, str]]:
+        """Return the mistakes between keys."""
+        name = "" if cls.loss is None else cls.loss.name
+        lines: list[tuple[Loc, str]] = []
+        if "ratio" in given and given.get("weight") != AUTO:
+            sentence = f"ratio of loss '{name}' has no effect without weight: {AUTO}. Write that, or leave ratio out."
+            lines.append((("ratio",), sentence))
+        schedule = given.get("schedule")
+        if isinstance(schedule, dict) and schedule.get("kind", "constant") == "constant":
+            start = schedule.get("start", 1.0)
+            if schedule.get("end", start) not in (1.0, start):
+                sentence = f"end of the schedule of loss '{name}' has no effect with kind: constant."
+                lines.append((("schedule", "end"), f"{sentence} Write kind: linear or cosine, or leave it out."))
+        layers = [key for key in LAYER_KEYS if given.get(key)]
+        if layers and cls.loss is not None and (other := sorted(cls.loss.reads - LAYER_READS)):
+            sentence = f"loss '{name}' reads {listed(other)}, which belong to the head's levels; it cannot take layers."
+            lines.append(((layers[0],), sentence))
+        for key in layers:
+            if isinstance(names := given[key], list) and len({str(n) for n in names}) < len(names):
+                lines.append(((key,), f"{key} of loss '{name}' must be a list of different layer names, each once."))
+        return lines
 
 
-def _weight(name: str, item: Item | None, ratio: Item | None, problems: list[str]) -> tuple[float, float | None]:
-    """Return weight and ratio of a term, the defaults where none were given or the given ones are wrong."""
-    auto = item is not None and item.value == AUTO
-    if item is not None and not auto and (not _finite(item.value) or item.value < 0):
-        sentence = f"weight of loss '{name}' must be a number of at least 0 or {AUTO}, received {shown(item)}."
-        problems.append(problem(item.where, sentence))
-        return 1.0, None
-    if ratio is not None and not auto:
-        sentence = f"ratio of loss '{name}' has no effect without weight: {AUTO}. Write that, or leave ratio out."
-        problems.append(problem(ratio.where, sentence))
-    elif ratio is not None and (not _finite(ratio.value) or not 0 < ratio.value <= MAX_RATIO):
-        sentence = (
-            f"ratio of loss '{name}' must be a number above 0 and at most {MAX_RATIO:g}, received {shown(ratio)}."
-        )
-        problems.append(problem(ratio.where, sentence))
-    elif auto:
-        return 1.0, RATIO if ratio is None else float(ratio.value)
-    return 1.0 if item is None or auto else float(item.value), None
+class _UnknownTerm(TermKeys):
+    """The keys of a loss that does not exist: those of its constructor cannot be checked."""
 
-
-def _schedule(name: str, item: Item | None, kind_replaced: bool, problems: list[str]) -> Schedule:
-    """Return a schedule, the default where none was given or the given one is wrong."""
-    if item is None:
-        return Schedule()
-    label = f"of the schedule of loss '{name}'"
-    if not isinstance(item.value, dict):
-        sentence = f"schedule of loss '{name}' must be a mapping such as {{kind: cosine, start: 1.0, end: 0.1}}"
-        problems.append(problem(item.where, f"{sentence}, received {shown(item)}."))
-        return Schedule()
-    unknown_keys(item.value, SCHEDULE_KEYS, label, problems)
-    keys = inspect.signature(Schedule).parameters
-    typed = {
-        key: value
-        for key, value in item.value.items()
-        if key in keys and (key == "stop" or _right_type(key, value, keys[key], label, problems))
-    }
-    values = {key: _argument(value, keys[key]) for key, value in typed.items()}
-    made = _construct(Schedule, values, typed, item.where, f"schedule of loss '{name}'", problems)
-    if made is None:
-        return Schedule()
-    # a key that changes nothing is a mistake, unless the command line switched the recipe's schedule off
-    if made.kind == "constant" and made.end not in (Schedule.end, made.start) and not kind_replaced:
-        sentence = f"end {label} has no effect with kind: constant. Write kind: linear or cosine, or leave it out."
-        problems.append(problem(item.value["end"].where, sentence))
-    return made
-
-
-def check_columns(losses: Mapping[str, Item], problems: list[str]) -> None:
-    """Refuse two terms that report under one name: their numbers could not be told apart."""
-    known = registered()
-    owner: dict[str, str] = {}
-    for name, item in losses.items():
-        for column in known[name].columns if name in known else ():
-            if column in owner:
-                sentence = f"losses '{owner[column]}' and '{name}' both report the column '{column}'; use one of them."
-                problems.append(problem(item.where, sentence))
-                break
-            owner[column] = name
-
-
-def unknown_keys(entries: Mapping[str, Item], allowed: tuple[str, ...], label: str, problems: list[str]) -> None:
-    """Report keys that a mapping may not have; `label` says whose they are, as in "of a recipe"."""
-    for key, item in entries.items():
-        if key not in allowed:
-            sentence = f"unknown key '{key}' {label}.{did_you_mean(key[:60], allowed)} Allowed: {', '.join(allowed)}."
-            problems.append(problem(item.where, sentence))
-
-
-def _right_type(key: str, item: Item, parameter: inspect.Parameter, label: str, problems: list[str]) -> bool:
-    """Compare a value with the type of its default, where there is one to compare with."""
-    value, default = item.value, parameter.default
-    annotation = str(parameter.annotation)
-    whole = annotation == "int" or (isinstance(default, int) and "float" not in annotation)
-    if isinstance(default, bool):
-        right, expected = isinstance(value, bool), "true or false"
-    elif isinstance(default, int | float):
-        right = _finite(value) and (not whole or isinstance(value, int))
-        expected = "a whole number" if whole else "a number"
-    elif isinstance(default, str):
-        right, expected = isinstance(value, str), "text"
-    elif isinstance(default, list | tuple):
-        right, expected = isinstance(value, list), "a list"
-    elif isinstance(default, Mapping):
-        right, expected = isinstance(value, dict), "a mapping"
-    else:
-        right, expected = not (isinstance(value, float) and not math.isfinite(value)), "a finite number"
-    optional = default is None or "None" in annotation
-    if right or (value is None and optional):
-        return True
-    problems.append(problem(item.where, f"{key} {label} must be {expected}, received {shown(item)}."))
-    return False
-
-
-def _argument(item: Item, parameter: inspect.Parameter) -> Any:
-    """Return the value that a constructor gets: 2 where 2.0 is meant becomes 2.0, so that a recipe has one spelling."""
-    value = item.plain()
-    return float(value) if isinstance(parameter.default, float) and isinstance(value, int) else value
-
-
-def _construct(
-    make: Callable[..., T],
-    values: dict[str, Any],
-    items: Mapping[str, Item],
-    where: str,
-    label: str,
-    problems: list[str],
-) -> T | None:
-    """Call a constructor to see whether it accepts its arguments; None if it does not.
-
-    A constructor stops at its first mistake. So that all of them are reported, the argument that it names is left out
-    and it is called again.
-    """
-    left, failed = dict(values), False
-    while True:
-        try:
-            made = make(**left)
-        except Exception as error:  # a plugin may raise anything
-            expected = isinstance(error, ValueError | TypeError | YoloKDError)
-            sentence = str(error) if expected else f"{type(error).__name__}: {error}"
-            found = {key: match.start() for key in left if (match := re.search(rf"\b{re.escape(key)}\b", sentence))}
-            key = min(found, key=lambda k: found[k]) if found else None
-            place = where if key is None else items[key].where
-            problems.append(problem(place, f"{label}: {sentence.rstrip('.')}."))
-            failed = True
-            if key is None or inspect.signature(make).parameters[key].default is inspect.Parameter.empty:
-                return None
-            del left[key]
-        else:
-            return None if failed else made
+    model_config = ConfigDict(extra="ignore")
 
 
 def constructor(loss: type[Loss]) -> dict[str, inspect.Parameter]:
     """Return the keys of a loss without *args and **kwargs, which a class without a constructor inherits."""
-    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return {key: p for key, p in parameters(loss).items() if p.kind not in variable}
+    return {key: p for key, p in parameters(loss).items() if p.kind not in _ANY_NUMBER_OF}
 
 
-def _finite(value: Any) -> bool:
-    """Return True for a number that a float can hold; True and False are not numbers here."""
+def meanings(loss: type[Loss]) -> dict[str, str]:
+    """Return what each argument of a loss does, from the section `Args:` of its Google-style docstring."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in inspect.cleandoc((inspect.getdoc(loss) or "").partition("\nArgs:\n")[2]).splitlines():
+        if not line:
+            break
+        if line[0].isspace():
+            found[name] += f" {line.strip()}"
+        else:
+            name, _, found[name] = line.partition(": ")
+    return found
+
+
+def term_model(loss: type[Loss]) -> type[TermKeys]:
+    """Return the model of a loss's keys, made from the signature of its constructor.
+
+    Raises:
+        ValueError: If the constructor cannot be described: an annotation that does not resolve, or a reserved name.
+    """
+    return _term_model(cast(Any, loss))
+
+
+@cache
+def _term_model(loss: Any) -> type[TermKeys]:
+    keys = constructor(loss)
+    if taken := [key for key in TermKeys.model_fields if key in keys]:
+        sentence = f"loss '{loss.name}' has a constructor argument '{taken[0]}', a name that recipes use themselves."
+        raise ValueError(f"{sentence} Rename it in {loss.__module__}.")
     try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer beyond the largest float
-        return False
+        hints = get_type_hints(loss.__init__, include_extras=True) if keys else {}
+    except NameError as error:
+        sentence = f"the types of the constructor of loss '{loss.name}' cannot be found: {error}."
+        raise ValueError(f"{sentence} Import them in {loss.__module__} outside of TYPE_CHECKING.") from error
+    documented = meanings(loss)
+    fields: dict[str, Any] = {}
+    for key, parameter in keys.items():
+        default = ... if parameter.default is parameter.empty else parameter.default
+        # the prefix keeps names of arguments apart from those of pydantic's methods
+        fields[f"argument_{key}"] = (
+            _as_read(hints.get(key, Any)),
+            Field(default, alias=key, description=documented.get(key)),
+        )
+    model = create_model(
+        f"Term_{loss.name}",
+        __base__=TermKeys,
+        __doc__=f"{loss.paper or loss.name}.",
+        **fields,
+    )
+    model.loss = loss
+    return model
+
+
+def _as_read(hint: Any) -> Any:
+    """Return an annotation for values of YAML, which has lists and no tuples."""
+    if get_origin(hint) is tuple:
+        return Annotated[hint, Field(strict=False)]
+    if get_origin(hint) in (Union, UnionType):
+        return Union[tuple(_as_read(choice) for choice in get_args(hint))]  # noqa: UP007
+    return hint
+
+
+def read_term(name: str, item: Item, problems: list[str]) -> TermSpec | None:
+    """Check one loss of a recipe; None if anything is wrong with it."""
+    label = f"of loss '{name}'"
+    loss = registered().get(name)
+    if loss is None:
+        known = registered()
+        sentence = f"unknown loss '{name}'.{did_you_mean(name[:60], known)} Known losses: {listed(list(known))}."
+        problems.append(problem(item.where, sentence))
+        validate(_UnknownTerm, item, problems, label)
+        return None
+    try:
+        model = term_model(loss)
+    except ValueError as error:
+        problems.append(problem(item.where, str(error)))
+        return None
+    keys = validate(model, item, problems, label)
+    if keys is None:  # what is right of it may still be refused by the constructor
+        given = [key for key in constructor(loss) if key in item.value]
+        alone = {key: validate(model, Item({key: item.value[key]}), []) for key in given}
+        _construct(loss, {key: made.arguments[key] for key, made in alone.items() if made}, item, problems)
+        return None
+    if not _construct(loss, keys.arguments, item, problems):
+        return None
+    auto = keys.weight == AUTO
+    return TermSpec(
+        name,
+        1.0 if auto else float(keys.weight),
+        keys.schedule,
+        keys.arguments,
+        tuple(keys.student_layers or ()),
+        tuple(keys.teacher_layers or ()),
+        keys.ratio if auto else None,
+    )
+
+
+def _construct(loss: type[Loss], arguments: dict[str, Any], item: Item, problems: list[str]) -> bool:
+    """Call the constructor of a loss to see whether it accepts its arguments.
+
+    A constructor stops at its first mistake and does not say where that was written. So every argument is tried with
+    the defaults of the others; what only fails together belongs to the loss.
+    """
+    if _refusal(loss, arguments) is None:
+        return True
+    needed = {
+        key: value for key, value in arguments.items() if constructor(loss)[key].default is inspect.Parameter.empty
+    }
+    alone = {key: _refusal(loss, {**needed, key: value}) for key, value in arguments.items()}
+    wrong = {key: reason for key, reason in alone.items() if reason is not None}
+    if len(needed) < sum(p.default is inspect.Parameter.empty for p in constructor(loss).values()):
+        return False  # a key is missing, which has been reported
+    if not wrong or needed:
+        wrong = {"": _refusal(loss, arguments) or ""}
+    for key, reason in wrong.items():
+        where = item.value[key].where if key else item.where
+        problems.append(problem(where, f"loss '{loss.name}': {reason.rstrip('.')}."))
+    return False
+
+
+def _refusal(loss: type[Loss], arguments: dict[str, Any]) -> str | None:
+    try:
+        loss(**arguments)
+    except Exception as error:  # a plugin may raise anything
+        meant = isinstance(error, ValueError | TypeError | YoloKDError)
+        return str(error) if meant else f"{type(error).__name__}: {error}"
+    return None
 
 
 def plain(value: Any) -> Any:

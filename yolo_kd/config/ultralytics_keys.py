@@ -1,19 +1,70 @@
-"""Values of Ultralytics' keys that Ultralytics itself would refuse only after it has made a folder, or not at all."""
+"""Ultralytics' keys: types and ranges are its own checker's business, the rest is what it refuses too late or never."""
 
 from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from ultralytics.cfg import check_cfg
+from ultralytics.utils import DEFAULT_CFG_DICT
 
 from yolo_kd.errors import did_you_mean, listed
 
 OPTIMIZERS = ("SGD", "MuSGD", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSProp", "auto")
 SMALLEST_IMAGE, LARGEST_IMAGE = 32, 16384  # pixels; the coarsest level of a detector has stride 32
 MINIMA = {"workers": 0, "close_mosaic": 0, "box": 0, "cls": 0, "dfl": 0, "warmup_epochs": 0, "cls_pw": 0}
+
+REPLACED = {
+    "model": "write student= for the model that is trained.",
+    "distill_model": "write teacher= with kd=ultralytics, which is the same loss.",
+    "dis": "write kd=ultralytics kd.ultralytics.dis=... (with teacher=), which is the same gain.",
+}
+FIXED = {"task": "detect", "mode": "train"}
+PYTHON_KEYS = ("augmentations", "save_dir")  # Ultralytics takes these from Python although its list of keys lacks them
+
+
+def checked_keys(keys: Mapping[str, Any], others: Iterable[str]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Check keys of a training that are not this package's.
+
+    Args:
+        keys: Them.
+        others: This package's keys, which an unknown key may be meant for.
+
+    Returns:
+        The keys with their values as Ultralytics converts them, and pairs of a key and a sentence for every mistake.
+    """
+    allowed = [key for key in (*DEFAULT_CFG_DICT, *others) if key not in REPLACED]
+    good: dict[str, Any] = {}
+    wrong: list[tuple[str, str]] = []
+    for key, value in keys.items():
+        if key in REPLACED:
+            if value is not None:
+                wrong.append((key, f"key '{key}' is not used here: {REPLACED[key]}"))
+        elif key in FIXED:
+            if value not in (None, FIXED[key]):
+                sentence = f"{key}={value} is not possible: this program does {key}={FIXED[key]} only. Leave it out."
+                wrong.append((key, sentence))
+        elif key in DEFAULT_CFG_DICT or key in PYTHON_KEYS:
+            good[key], reason = _checked(key, value)
+            wrong += [(key, reason)] if reason else []
+        else:
+            hint = did_you_mean(key[:60], allowed)
+            hint = hint or " See 'yolo-kd train --help' for ours and docs.ultralytics.com/usage/cfg for the others."
+            wrong.append((key, f"unknown key '{key}'.{hint}"))
+    return good, wrong
+
+
+def _checked(key: str, value: Any) -> tuple[Any, str | None]:
+    entry = {key: value}
+    try:
+        check_cfg(entry)
+    except Exception as error:  # it checks some values with comparisons that raise errors of their own
+        sentence = " ".join(str(error).split())
+        return value, f"{sentence}." if sentence[-1:].isalnum() else sentence
+    return entry[key], wrong_value(key, entry[key])
 
 
 def wrong_value(key: str, value: Any, mode: str = "train") -> str | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
-from yolo_kd.losses.base import Loss, check_levels, check_range
+from yolo_kd.losses.base import LevelNames, Loss, check_levels, check_range
 from yolo_kd.losses.kernels.chunked import sum_in_chunks
 from yolo_kd.losses.kernels.ops import same_shape
 from yolo_kd.structures import LossInputs
@@ -81,7 +84,7 @@ class AT(Loss):
     reads = frozenset({"features"})
     paper = "Zagoruyko & Komodakis 2017, arXiv 1612.03928"
 
-    def __init__(self, *, p: float = 2.0, levels: list[str] | None = None):
+    def __init__(self, *, p: Annotated[float, Field(ge=1, le=8)] = 2.0, levels: LevelNames | None = None):
         super().__init__()
         self.p = check_range("p", p, 1, 8)
         self.level_names = check_levels(levels)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from yolo_kd.errors import ConfigError, PairError, did_you_mean, listed
@@ -13,6 +14,11 @@ from yolo_kd.structures import LossInputs, PairSpec
 
 READABLE = frozenset({"features", "scores", "boxes", "one2one", "targets", "assignment"})
 COLUMN_WIDTH = 10  # the progress bar of Ultralytics gives each column 11 characters, one of them a space
+
+# Types of constructor arguments: a recipe is checked, and its schema is written, by what they say.
+AtLeastZero = Annotated[float, Field(ge=0)]
+AboveZero = Annotated[float, Field(gt=0)]
+LevelNames = Annotated[list[str], Field(min_length=1, title="a list of level names", examples=[["p3", "p4", "p5"]])]
 
 _REGISTRY: dict[str, type[Loss]] = {}
 

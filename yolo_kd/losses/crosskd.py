@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, TypeVar
+from typing import Annotated, ClassVar, TypeVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from yolo_kd.errors import PairError
-from yolo_kd.losses.base import Loss, check_range
+from yolo_kd.losses.base import AboveZero, AtLeastZero, Loss, check_range
 from yolo_kd.losses.kernels.channel_stats import deviations, rescaling
 from yolo_kd.losses.kernels.ops import EPS, corners, giou_distance, same_shape, target_score_sum, weighted_mean
 from yolo_kd.losses.kernels.points import gap_cross_entropy_sum, weighted_bins_kl
@@ -131,7 +132,14 @@ class CrossKD(Loss):
     paper = "Wang et al. 2024, arXiv 2306.11369"
     head_split: ClassVar[bool] = True
 
-    def __init__(self, *, lam_cls: float = 1.0, lam_box: float = 4.0, beta: float = 1.0, temperature: float = 1.0):
+    def __init__(
+        self,
+        *,
+        lam_cls: AtLeastZero = 1.0,
+        lam_box: AtLeastZero = 4.0,
+        beta: Annotated[float, Field(ge=1)] = 1.0,
+        temperature: AboveZero = 1.0,
+    ):
         super().__init__()
         self.lam_cls = check_range("lam_cls", lam_cls, 0)
         self.lam_box = check_range("lam_box", lam_box, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from yolo_kd.losses.base import Loss, check_levels, check_range
+from yolo_kd.losses.base import AboveZero, LevelNames, Loss, check_levels, check_range
 from yolo_kd.losses.kernels.channel_stats import standardising
 from yolo_kd.losses.kernels.chunked import converted, sum_in_chunks
 from yolo_kd.losses.kernels.ops import same_shape
@@ -78,7 +78,7 @@ class CWD(Loss):
     adapter = "conv1x1"
     paper = "Shu et al. 2021, arXiv 2011.13256"
 
-    def __init__(self, *, temperature: float = 1.0, standardise: bool = True, levels: list[str] | None = None):
+    def __init__(self, *, temperature: AboveZero = 1.0, standardise: bool = True, levels: LevelNames | None = None):
         super().__init__()
         self.temperature = check_range("temperature", temperature, 0, above=True)
         self.standardise = standardise

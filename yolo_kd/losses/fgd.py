@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from yolo_kd.losses.base import Loss, check_levels, check_range
+from yolo_kd.losses.base import AboveZero, AtLeastZero, LevelNames, Loss, check_levels, check_range
 from yolo_kd.losses.kernels.boxes import box_cells, cell_weights, paint
 from yolo_kd.losses.kernels.fgd_moments import context_weights, pair_moments
 from yolo_kd.losses.kernels.layout import sum_cells
@@ -223,12 +223,12 @@ class FGD(Loss):
     def __init__(
         self,
         *,
-        alpha: float = 1e-3,
-        beta: float = 5e-4,
-        gamma: float = 5e-4,
-        lam: float = 5e-6,
-        temperature: float = 0.5,
-        levels: list[str] | None = None,
+        alpha: AtLeastZero = 1e-3,
+        beta: AtLeastZero = 5e-4,
+        gamma: AtLeastZero = 5e-4,
+        lam: AtLeastZero = 5e-6,
+        temperature: AboveZero = 0.5,
+        levels: LevelNames | None = None,
     ):
         super().__init__()
         self.alpha = check_range("alpha", alpha, 0)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from yolo_kd.losses.base import Loss, check_levels, check_range
+from yolo_kd.losses.base import AboveZero, LevelNames, Loss, check_levels, check_range
 from yolo_kd.losses.kernels.ops import same_shape
 from yolo_kd.losses.kernels.squared_error import squared_error_sum
 from yolo_kd.structures import LossInputs, PairSpec, Targets
@@ -186,10 +187,10 @@ class FGFI(Loss):
     def __init__(
         self,
         *,
-        psi: float = 0.5,
-        anchor_scale: float = 4.0,
-        anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0),
-        levels: list[str] | None = None,
+        psi: Annotated[float, Field(ge=0, lt=1)] = 0.5,
+        anchor_scale: AboveZero = 4.0,
+        anchor_ratios: Annotated[Sequence[AboveZero], Field(min_length=1)] = (0.5, 1.0, 2.0),
+        levels: LevelNames | None = None,
     ):
         super().__init__()
         if check_range("psi", psi, 0, 1) == 1:

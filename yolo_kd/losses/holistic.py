@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from yolo_kd.errors import did_you_mean, listed
-from yolo_kd.losses.base import Loss, check_levels, check_range
+from yolo_kd.losses.base import AboveZero, LevelNames, Loss, check_levels, check_range
 from yolo_kd.losses.kernels.chunked import sum_in_chunks
 from yolo_kd.losses.kernels.ops import averaging, same_shape
 from yolo_kd.structures import DetectorOutputs, LossInputs, PairSpec
@@ -235,7 +235,13 @@ class Holistic(Loss):
     teaches_classes = True
     paper = "Liu et al. 2019, arXiv 1903.04197"
 
-    def __init__(self, *, critic_lr: float = 4e-4, form: str = "wgan-gp", levels: list[str] | None = None):
+    def __init__(
+        self,
+        *,
+        critic_lr: AboveZero = 4e-4,
+        form: Literal["wgan-gp", "hinge"] = "wgan-gp",
+        levels: LevelNames | None = None,
+    ):
         super().__init__()
         self.critic_lr = check_range("critic_lr", critic_lr, 0, above=True)
         if form not in FORMS:

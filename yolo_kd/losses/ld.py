@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from yolo_kd.losses.base import Loss, check_range
+from yolo_kd.losses.base import AboveZero, AtLeastZero, Loss, check_range
 from yolo_kd.losses.kernels.ops import assigned, categorical_kl, same_shape, weighted_mean
 from yolo_kd.structures import LossInputs
 
@@ -149,7 +149,7 @@ class LD(Loss):
     needs_bins = True
     instead = "bckd"
 
-    def __init__(self, *, temperature: float = 10.0, lam_main: float = 0.25, lam_vlr: float = 0.25):
+    def __init__(self, *, temperature: AboveZero = 10.0, lam_main: AtLeastZero = 0.25, lam_vlr: AtLeastZero = 0.25):
         super().__init__()
         self.temperature = check_range("temperature", temperature, 0, above=True)
         self.lam_main = check_range("lam_main", lam_main, 0)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from yolo_kd.errors import did_you_mean, listed
-from yolo_kd.losses.base import Loss, check_levels, check_range
+from yolo_kd.losses.base import LevelNames, Loss, check_levels, check_range
 from yolo_kd.losses.kernels.channel_stats import standardise
 from yolo_kd.losses.kernels.ops import same_shape
 from yolo_kd.losses.kernels.squared_error import squared_error_sum
@@ -100,10 +102,10 @@ class MGD(Loss):
     def __init__(
         self,
         *,
-        lam: float = 0.65,
-        mask: str = "spatial",
+        lam: Annotated[float, Field(ge=0, lt=1)] = 0.65,
+        mask: Literal["spatial", "channel"] = "spatial",
         standardise: bool = True,
-        levels: list[str] | None = None,
+        levels: LevelNames | None = None,
     ):
         super().__init__()
         self.lam = check_range("lam", lam, 0, 1)

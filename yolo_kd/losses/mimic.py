@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from yolo_kd.errors import did_you_mean, listed
-from yolo_kd.losses.base import Loss, check_levels
+from yolo_kd.losses.base import LevelNames, Loss, check_levels
 from yolo_kd.losses.kernels.channel_stats import standardising
 from yolo_kd.losses.kernels.ops import EPS, same_shape
 from yolo_kd.losses.kernels.squared_error import squared_error_sum
@@ -93,7 +95,9 @@ class Mimic(Loss):
     adapter = "conv1x1"
     paper = "Romero et al. 2015, arXiv 1412.6550"
 
-    def __init__(self, *, mask: str = "none", standardise: bool = True, levels: list[str] | None = None):
+    def __init__(
+        self, *, mask: Literal["none", "boxes"] = "none", standardise: bool = True, levels: LevelNames | None = None
+    ):
         super().__init__()
         if mask not in MASKS:
             raise ValueError(f"mask must be {listed(MASKS)}, received {mask!r}.{did_you_mean(mask, MASKS)}")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from yolo_kd.losses.base import Loss, check_levels
+from yolo_kd.losses.base import LevelNames, Loss, check_levels
 from yolo_kd.losses.kernels.channel_stats import rescaling
 from yolo_kd.losses.kernels.ops import same_shape
 from yolo_kd.losses.kernels.squared_error import squared_error_sum
@@ -72,7 +72,7 @@ class PKD(Loss):
     adapter = "conv1x1"
     paper = "Cao et al. 2022, arXiv 2207.02039"
 
-    def __init__(self, *, levels: list[str] | None = None):
+    def __init__(self, *, levels: LevelNames | None = None):
         super().__init__()
         self.level_names = check_levels(levels)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from yolo_kd.errors import PairError
-from yolo_kd.losses.base import Loss, check_levels, check_range
+from yolo_kd.losses.base import LevelNames, Loss, check_levels, check_range
 from yolo_kd.losses.kernels.chunked import sum_in_chunks
 from yolo_kd.losses.kernels.layout import add_products
 from yolo_kd.losses.kernels.ops import averaging, same_shape
@@ -143,7 +145,7 @@ class ReviewKD(Loss):
     reads = frozenset({"features"})
     paper = "Chen et al. 2021, arXiv 2104.09044"
 
-    def __init__(self, *, mid_channels: int = 128, levels: list[str] | None = None):
+    def __init__(self, *, mid_channels: Annotated[int, Field(ge=1)] = 128, levels: LevelNames | None = None):
         super().__init__()
         if not isinstance(mid_channels, int):
             raise ValueError(f"mid_channels must be a whole number of at least 1, received {mid_channels!r}")

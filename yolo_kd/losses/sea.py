@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from yolo_kd.losses.base import Loss, check_levels, check_range
+from yolo_kd.losses.base import AboveZero, AtLeastZero, LevelNames, Loss, check_levels, check_range
 from yolo_kd.losses.kernels.layout import channels_innermost
 from yolo_kd.losses.kernels.ops import same_shape
 from yolo_kd.losses.kernels.sea_alignment import cell_alignment
@@ -190,13 +191,13 @@ class SEA(Loss):
     def __init__(
         self,
         *,
-        alpha: float = 1.0,
-        beta: float = 1.0,
-        gamma: float = 1.0,
-        tau1: float = 0.5,
-        tau2: float = 1.0,
-        shrink: float = 0.5,
-        levels: list[str] | None = None,
+        alpha: AtLeastZero = 1.0,
+        beta: AtLeastZero = 1.0,
+        gamma: AtLeastZero = 1.0,
+        tau1: AboveZero = 0.5,
+        tau2: AboveZero = 1.0,
+        shrink: Annotated[float, Field(gt=0, le=1)] = 0.5,
+        levels: LevelNames | None = None,
     ):
         super().__init__()
         self.alpha = check_range("alpha", alpha, 0)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
-from yolo_kd.losses.base import Loss, check_levels, check_range
+from yolo_kd.losses.base import AtLeastZero, LevelNames, Loss, check_levels, check_range
 from yolo_kd.losses.kernels.ops import same_shape
 from yolo_kd.losses.kernels.points import weighted_binary_kl
 from yolo_kd.structures import DetectorOutputs, LossInputs
@@ -159,7 +161,14 @@ class Structured(Loss):
     teaches_classes = True
     paper = "Liu et al. 2019, arXiv 1903.04197"
 
-    def __init__(self, *, lam_pi: float = 1.0, lam_pa: float = 1.0, nodes: int = 10, levels: list[str] | None = None):
+    def __init__(
+        self,
+        *,
+        lam_pi: AtLeastZero = 1.0,
+        lam_pa: AtLeastZero = 1.0,
+        nodes: Annotated[int, Field(ge=2)] = 10,
+        levels: LevelNames | None = None,
+    ):
         super().__init__()
         self.lam_pi = check_range("lam_pi", lam_pi, 0)
         self.lam_pa = check_range("lam_pa", lam_pa, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from yolo_kd.losses.base import Loss, check_levels, check_range
+from yolo_kd.losses.base import AtLeastZero, LevelNames, Loss, check_levels, check_range
 from yolo_kd.losses.kernels.ops import EPS, same_shape
 from yolo_kd.losses.kernels.squared_error import squared_error_sum
 from yolo_kd.structures import LossInputs
@@ -50,7 +50,7 @@ class Ultralytics(Loss):
     adapter = "mlp"
     paper = "Ultralytics 8.4, distill_model="
 
-    def __init__(self, *, dis: float = 6.0, levels: list[str] | None = None):
+    def __init__(self, *, dis: AtLeastZero = 6.0, levels: LevelNames | None = None):
         super().__init__()
         self.dis = check_range("dis", dis, 0)
         self.level_names = check_levels(levels)

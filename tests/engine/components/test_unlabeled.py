@@ -188,7 +188,7 @@ def test_the_command_line(
     assert main(["train", *words, *fast, f"unlabeled={pool}/*", "unlabeled_ratio=1.5"]) == 0
     said = caplog.text
     assert "An epoch is 3 steps of 3 labelled and 5 unlabeled images" in said
-    assert "Pool images have no task loss" in said
+    assert "Unlabeled images have no task loss" in said
 
 
 def test_two_processes_see_other_images(tmp_path: Path, shapes: Path, student: Path, teacher: Path, pool: Path) -> None:
