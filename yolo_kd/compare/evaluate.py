@@ -39,7 +39,7 @@ _ARRAYS = ("boxes", "scores", "classes", "true_boxes", "true_classes")  # of an 
 
 
 class OtherClassesError(CheckpointError):
-    """A model cannot be evaluated on a data set: it lacks its classes and has another number of them."""
+    """A model has neither the classes of the data set nor the same number of classes."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def settings_of(keys: Mapping[str, Any], data: Mapping[str, Any], trust: bool) -
     return Settings(str(keys["data"]), splits, given, trust)
 
 
-class Recorder(DetectionValidator):
+class RecordingValidator(DetectionValidator):
     """Ultralytics' validator, which also keeps every prediction and label in pixels of the image file.
 
     A model may have the data set's classes at other indices: a teacher with more classes, or a student that kept the
@@ -166,17 +166,17 @@ def evaluate(checkpoint: Path, settings: Settings, cache: Path) -> Evaluation:
 
 
 def _validate(checkpoint: Path, settings: Settings, split: str) -> tuple[SplitResult, list[ImageResult]]:
-    made: list[Recorder] = []
+    made: list[RecordingValidator] = []
 
-    def recorder(**arguments: Any) -> Recorder:
-        made.append(Recorder(**arguments))
+    def validator(**arguments: Any) -> RecordingValidator:
+        made.append(RecordingValidator(**arguments))
         return made[-1]
 
     scratch = tempfile.mkdtemp(prefix="yolo_kd-")
     try:
         with restricted_loading(settings.trust), optional_train(), quiet():
             metrics = YOLO(str(checkpoint), task="detect").val(
-                validator=recorder, data=settings.data, split=split, plots=False, verbose=False, save_dir=scratch,
+                validator=validator, data=settings.data, split=split, plots=False, verbose=False, save_dir=scratch,
                 **settings.keys,
             )  # fmt: skip
     finally:
