@@ -172,7 +172,7 @@ def test_an_arm_that_fails_is_in_the_report(tmp_path: Path, shapes: Path, models
 
 
 @pytest.mark.e2e
-def test_a_pool_without_labels_and_a_teacher_of_other_classes(
+def test_unlabeled_images_alone_and_a_teacher_of_other_classes(
     tmp_path: Path, shapes: Path, models: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """No arm needs training labels, and a teacher that cannot be evaluated on the data set is no failure."""

@@ -1,4 +1,4 @@
-"""Plots: equal for equal numbers, readable as XML, and told apart without colour."""
+"""Plots: the same for the same numbers, valid XML, and legible without colour."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_equal_numbers_make_equal_pictures(summary: Summary) -> None:
         assert "<dc:date>" not in svg
 
 
-def test_what_there_is_not_is_not_drawn(summary: Summary, tmp_path: Path) -> None:
+def test_missing_results_are_not_drawn(summary: Summary, tmp_path: Path) -> None:
     assert plots.loss_terms(summary, "baseline") is None
     names = [f"{arm} seed 0" for arm in ("baseline", "fgd")]
     empty = fake_summary(tmp_path, {"fgd": (0.1,)}, broken=names)[0]

@@ -1,4 +1,4 @@
-"""The page and its three companions: what they hold, and what a browser makes of them."""
+"""The page and the three other files of a report: their content, and the page in a browser."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_page_stands_alone(made: tuple) -> None:
     assert all(f"#{link.lstrip('#')}" in [f"#{i}" for i in page.ids] for link in page.loads if link.startswith("#"))
 
 
-def test_the_verdict_is_the_first_thing_said(made: tuple) -> None:
+def test_the_verdict_comes_first(made: tuple) -> None:
     summary, files, _ = made
     text = files["html"].read_text(encoding="utf-8")
     assert text.index(summary.verdict.split(",")[0]) < text.index("<nav")
@@ -76,7 +76,7 @@ def test_the_verdict_is_the_first_thing_said(made: tuple) -> None:
     assert "RuntimeError: &lt;out&gt; of memory &amp; more" in text  # what a run printed is text, not markup
 
 
-def test_nothing_was_left_undrawn(made: tuple) -> None:
+def test_everything_is_drawn(made: tuple) -> None:
     text = made[1]["html"].read_text(encoding="utf-8")
     assert "Not drawn" not in text
     assert "52 % of the task loss" in text

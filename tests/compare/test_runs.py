@@ -1,4 +1,4 @@
-"""Runs without trainings: what is planned, remembered and refused."""
+"""Runs without trainings: which are planned, kept and refused."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_an_epoch_that_was_repeated_counts_once(tmp_path: Path) -> None:
     assert run.seconds() == pytest.approx(10 + 12 + 8)
 
 
-def test_a_pool_and_keys_of_speed_reach_the_arms_that_take_them(
+def test_unlabeled_images_and_keys_of_speed_reach_the_arms_that_take_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -20,7 +20,7 @@ def image(name: str, shape: tuple[int, int], predictions: list, objects: list) -
 
 
 def drawn(seed: int, count: int = 25, classes: int = 3) -> list[ImageResult]:
-    """Random pictures of 640 pixels with objects of all sizes, found more or less well, and false predictions."""
+    """Random images of 640 pixels: objects of all sizes, predictions of varying quality, and false predictions."""
     rng = np.random.default_rng(seed)
     images = []
     for n in range(count):

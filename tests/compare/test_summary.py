@@ -1,4 +1,4 @@
-"""The summary: verdicts, pairs, gaps, notes, and what becomes of runs that failed."""
+"""The summary: verdicts, pairs, gaps, notes, and runs that failed."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_comparison_without_a_teacher(tmp_path: Path, monkeypatch: pytest.Monk
     assert any("slow also differs in lr0=0.001" in note for note in summary.notes)
 
 
-def test_a_start_from_the_teacher_is_told_apart_from_distillation(
+def test_a_start_from_the_teacher_is_separated_from_distillation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

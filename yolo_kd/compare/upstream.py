@@ -13,7 +13,6 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from ultralytics.models.yolo.detect import DetectionTrainer
@@ -30,21 +29,11 @@ def main(words: Sequence[str] | None = None) -> None:
     keys = parse_assignments(sys.argv[1:] if words is None else words)
     if file := keys.pop("keys", None):
         keys = {**yaml.safe_load(Path(file).read_text(encoding="utf-8")), **keys}
-    train(keys)
-
-
-def train(keys: dict[str, Any]) -> DetectionTrainer:
-    """Train with Ultralytics' detection trainer.
-
-    Args:
-        keys: Ultralytics' training keys.
-    """
     check_torchvision()
     with cpu_bf16_autocast():
         trainer = DetectionTrainer(overrides={"task": "detect", "mode": "train", **keys})
         trainer.add_callback("on_model_save", keep_complete)
         trainer.train()
-    return trainer
 
 
 def keep_complete(trainer: DetectionTrainer) -> None:
