@@ -1,4 +1,4 @@
-"""What a command line of compare means, and every mistake in it as a sentence."""
+"""The command line of compare: what it means, and a sentence for every mistake."""
 
 from __future__ import annotations
 

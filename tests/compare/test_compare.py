@@ -129,7 +129,7 @@ def test_distill_model_is_ultralytics_own_trainer_and_can_be_stopped(
     again = plan_runs(comparison)
     train_all(again[:1], 1, lambda *_: None)
     assert again[0].status == FINISHED, again[0].error
-    assert [attempt["resumed"] for attempt in again[0].attempts] == [False, True]
+    assert [attempt.resumed for attempt in again[0].attempts] == [False, True]
     assert sorted(set(epochs_of(run.folder))) == ["1", "2", "3"]
     with open(run.folder / "results.csv") as file:
         assert all(float(row["train/dis_loss"]) > 0 for row in csv.DictReader(file))
@@ -172,7 +172,7 @@ def test_an_arm_that_fails_is_in_the_report(tmp_path: Path, shapes: Path, models
 
 
 @pytest.mark.e2e
-def test_a_pool_without_labels_and_a_teacher_of_other_classes(
+def test_unlabeled_images_alone_and_a_teacher_of_other_classes(
     tmp_path: Path, shapes: Path, models: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """No arm needs training labels, and a teacher that cannot be evaluated on the data set is no failure."""

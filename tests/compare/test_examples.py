@@ -1,4 +1,4 @@
-"""Which pictures are shown, what is drawn on them, and attention maps."""
+"""Example images: which are chosen, and what is drawn on them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 
 from tests.compare.test_size_metrics import image
 from tests.support.comparison import NAMES, pictures
-from tests.support.models import narrow_checkpoint
 from yolo_kd.compare import examples
 
 BOX = [20, 20, 60, 60]
@@ -54,37 +53,27 @@ def decoded(uri: str) -> np.ndarray:
     return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
 
 
-def test_a_scene_has_a_panel_per_model(tmp_path: Path) -> None:
+def test_an_example_has_a_panel_per_model(tmp_path: Path) -> None:
     file = pictures(tmp_path, 1)[0]
     truth = [[*BOX, 0]]
     found = image(str(file), (96, 96), [[*BOX, 0.9, 0]], truth)
     missed = image(str(file), (96, 96), [[0, 0, 30, 30, 0.6, 7]], truth)  # a class without a name, too
-    made = examples.scene(examples.Choice(0, 0, 0.0, 1.0), {"teacher": [found], "baseline": [missed]}, NAMES, 5)
+    made = examples.draw(examples.Choice(0, 0, 0.0, 1.0), {"teacher": [found], "baseline": [missed]}, NAMES, 5)
     assert made is not None
     assert [title for title, _ in made.panels] == ["labels", "teacher", "baseline"]
     shown = [decoded(uri) for _, uri in made.panels]
     assert all(max(p.shape) == 360 for p in shown)
     assert np.abs(shown[1].astype(int) - shown[2]).max() > 100
     file.unlink()
-    assert examples.scene(examples.Choice(0, 0, 0.0, 1.0), {"teacher": [found]}, NAMES, 5) is None
+    assert examples.draw(examples.Choice(0, 0, 0.0, 1.0), {"teacher": [found]}, NAMES, 5) is None
 
 
 def test_boxes_at_the_rim_and_grey_pictures(tmp_path: Path) -> None:
     grey = tmp_path / "grey.png"
     cv2.imwrite(str(grey), np.zeros((40, 90), np.uint8))
-    pixels = examples.read_picture(str(grey))
+    pixels = examples.read_image(str(grey))
     assert pixels is not None
     assert pixels.shape == (40, 90, 3)
     outside = image("a", (40, 90), [[-20, -20, 200, 100, 0.9, 0]], [[80, 30, 90, 40, 1]])
     assert examples.draw_predictions(pixels, outside, NAMES).shape == (160, 360, 3)
-    assert examples.read_picture(str(tmp_path / "none.png")) is None
-
-
-def test_attention_has_one_map_per_level(tmp_path: Path) -> None:
-    model = narrow_checkpoint("yolov8n", tmp_path)
-    picture = np.random.default_rng(0).integers(0, 255, (60, 96, 3), dtype=np.uint8)
-    (panels,) = examples.attention(model, [picture], 64, trust=False) or [None]
-    assert panels is not None
-    assert [level for level, _ in panels] == ["stride 8", "stride 16", "stride 32"]
-    # in the picture's own shape, without the padding of the network's input
-    assert {decoded(uri).shape for _, uri in panels} == {(138, 220, 3)}
+    assert examples.read_image(str(tmp_path / "none.png")) is None

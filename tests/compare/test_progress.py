@@ -1,4 +1,4 @@
-"""What a comparison says while it trains."""
+"""The lines that a comparison prints while it trains."""
 
 from __future__ import annotations
 

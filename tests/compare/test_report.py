@@ -1,4 +1,4 @@
-"""The page and its three companions: what they hold, and what a browser makes of them."""
+"""The page and the three other files of a report: their content, and the page in a browser."""
 
 from __future__ import annotations
 
@@ -6,32 +6,29 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.support import browser
 from tests.support.comparison import fake_summary
-from tests.support.models import narrow_checkpoint
-from yolo_kd.compare import report
-from yolo_kd.compare.report import draw, html, markdown, tables, write_report
+from yolo_kd.compare.evaluate import predictions_file
+from yolo_kd.compare.records import ArmSummary, Summary
+from yolo_kd.compare.report import Drawings, draw, html, markdown, write_report
+from yolo_kd.compare.tables import tables
 
 SECTIONS = (
-    "verdict", "arms", "differences", "curves", "terms", "classes", "sizes", "scenes", "attention", "reading",
-    "failures", "record",
+    "verdict", "arms", "differences", "curves", "terms", "classes", "sizes", "examples", "reading", "failures",
+    "record",
 )  # fmt: skip
 GAINS = {"objectness": (0.030, 0.031, 0.032), "fgd": (0.02, -0.03, 0.01)}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Path]]:
-    """A whole report, with attention maps of small random models and a failed run."""
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Summary, dict[str, Path], Drawings]:
+    """A whole report, with a failed run."""
     folder = tmp_path_factory.mktemp("report")
-    summary, parts, comparison = fake_summary(folder, GAINS, broken=("fgd seed 2",))
-    model = narrow_checkpoint("yolov8n", folder)
-    parts["checkpoints"] = dict.fromkeys(parts["checkpoints"], model)
-    parts["teachers"] = {str(model): next(iter(parts["teachers"].values()))}
-    return summary, write_report(comparison.folder, summary, parts)
+    summary, measured, comparison = fake_summary(folder, GAINS, broken=("fgd seed 2",))
+    return summary, write_report(comparison.folder, summary, measured), draw(summary, measured)
 
 
 class Page(HTMLParser):
@@ -64,26 +61,27 @@ def test_the_page_stands_alone(made: tuple) -> None:
     assert all(link.startswith(("data:", "#")) for link in page.loads)
     assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org)", re.sub(r"base64,[^\"]+", "", text))
     assert all(picture.get("alt") for picture in page.pictures)
-    # plots, two attention rows of three models and levels, side-by-side panels
-    assert len(page.pictures) > 20
+    # differences by seed, class and size on two splits, curves, terms of two arms, and four panels for each example
+    assert len(page.pictures) == 3 * 2 + 1 + 2 + 4 * len(made[2].examples)
+    assert len(made[2].examples) > 1
     assert all(f"#{link.lstrip('#')}" in [f"#{i}" for i in page.ids] for link in page.loads if link.startswith("#"))
 
 
-def test_the_verdict_is_the_first_thing_said(made: tuple) -> None:
-    summary, files = made
+def test_the_verdict_comes_first(made: tuple) -> None:
+    summary, files, _ = made
     text = files["html"].read_text(encoding="utf-8")
-    assert text.index(summary["verdict"].split(",")[0]) < text.index("<nav")
+    assert text.index(summary.verdict.split(",")[0]) < text.index("<nav")
     assert "▲ better" in text
     assert "fgd seed 2: It ended with exit code 1." in text
     assert "RuntimeError: &lt;out&gt; of memory &amp; more" in text  # what a run printed is text, not markup
 
 
-def test_nothing_was_left_undrawn(made: tuple) -> None:
+def test_everything_is_drawn(made: tuple) -> None:
     text = made[1]["html"].read_text(encoding="utf-8")
     assert "Not drawn" not in text
     assert "52 % of the task loss" in text
-    for model in ("teacher", "baseline", "objectness"):
-        assert f"<strong>{model}</strong>" in text
+    for panel in ("labels", "teacher", "baseline", "objectness"):
+        assert f"<figcaption>{panel}</figcaption>" in text
 
 
 def test_a_browser_asks_for_nothing_and_has_no_complaint(made: tuple, tmp_path: Path) -> None:
@@ -128,52 +126,75 @@ def test_nothing_is_cut_off_on_a_phone(made: tuple, tmp_path: Path) -> None:
 
 
 def test_the_other_files(made: tuple) -> None:
-    summary, files = made
+    summary, files, _ = made
     again = json.loads(files["json"].read_text(encoding="utf-8"))
-    assert again["verdict"] == summary["verdict"]
+    assert again["verdict"] == summary.verdict
+    assert Summary.from_json(json.dumps(again)) == summary
     text = files["md"].read_text(encoding="utf-8")
-    assert text.startswith(f"**{summary['verdict']}**")
+    assert text.startswith(f"**{summary.verdict}**")
     for title in ("What was trained", "Accuracy on val", "Accuracy on test", "Cost", "Failed", "How to read it"):
         assert f"### {title}" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert all(line.endswith("|") for line in rows)
-    assert files["csv"].read_text().count("\n") == 1 + len(summary["runs"])
+    assert files["csv"].read_text().count("\n") == 1 + len(summary.runs)
 
 
 def test_tables_have_one_cell_per_column(made: tuple) -> None:
-    for title, head, rows in tables(made[0]):
-        assert rows, title
-        assert {len(row) for row in rows} == {len(head)}, title
+    for table in tables(made[0]):
+        assert table.rows, table.title
+        assert {len(row) for row in table.rows} == {len(table.head)}, table.title
 
 
-def test_numbers_that_json_does_not_know_become_null(tmp_path: Path) -> None:
-    assert report._finite({"a": [float("nan"), float("inf"), 1.0], "b": ({"c": -float("inf")},)}) == {
-        "a": [None, None, 1.0],
-        "b": [{"c": None}],
-    }
+def test_numbers_that_json_does_not_know_become_null(made: tuple) -> None:
+    run = made[0].runs[0].model_copy(update={"seconds": float("inf"), "curve": ((1.0, float("nan")),)})
+    text = made[0].model_copy(update={"runs": (run,), "evaluation": {"iou": -float("inf")}}).to_json()
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    again = json.loads(text, parse_constant=refuse)
+    assert again["runs"][0]["seconds"] is None
+    assert again["runs"][0]["curve"] == [[1.0, None]]
+    assert again["evaluation"] == {"iou": None}
 
 
 def test_a_comparison_in_which_everything_failed_has_a_page(tmp_path: Path) -> None:
     names = [f"{arm} seed {seed}" for arm in ("baseline", "fgd") for seed in range(3)]
-    summary, parts, _ = fake_summary(tmp_path, {"fgd": (0.1, 0.1, 0.1)}, broken=names)
-    text = html(summary, draw(summary, parts))
+    summary, measured, _ = fake_summary(tmp_path, {"fgd": (0.1, 0.1, 0.1)}, broken=names)
+    text = html(summary, draw(summary, measured))
     assert set(SECTIONS) <= set(Page(text).ids)
     assert "no result" in text
     assert "Not drawn" not in text
     assert markdown(summary)
 
 
-def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
-    summary, parts, _ = fake_summary(tmp_path, {"fgd": (0.1, 0.1, 0.1)})  # whose checkpoints do not exist
-    text = html(summary, draw(summary, parts))
-    assert "Not drawn: scenes: CheckpointError: model=teacher.pt does not exist." in text
+def test_what_cannot_be_drawn_is_reported(tmp_path: Path) -> None:
+    summary, measured, _ = fake_summary(tmp_path, {"fgd": (0.1, 0.1, 0.1)})
+    lost = predictions_file(measured.cache, measured.evaluations["fgd seed 1"].key, "val")
+    lost.unlink()
+    text = html(summary, draw(summary, measured))
+    assert "Not drawn: examples: FileNotFoundError: " in text
+    assert lost.name in text
+    assert "They could not be drawn." in text
+
+
+def test_an_image_that_is_gone_is_left_out(tmp_path: Path) -> None:
+    summary, measured, _ = fake_summary(tmp_path, {"fgd": (0.1, 0.1, 0.1)})
+    shown = draw(summary, measured).examples
+    assert len(shown) > 1
+    (tmp_path / "pictures" / shown[0].name).unlink()
+    assert [example.name for example in draw(summary, measured).examples] == [example.name for example in shown[1:]]
 
 
 def test_many_classes_and_long_names(tmp_path: Path) -> None:
-    summary, parts, _ = fake_summary(tmp_path, {"fgd": (0.1, 0.11, 0.12)})
-    for arm in summary["arms"]:
-        part = arm["classes"]["val"]["circle"]
-        arm["classes"]["val"] = {f"a class with a name of unusual length, number {i}": part for i in range(80)}
-    drawn = draw(summary, parts)
-    assert set(drawn["classes"]) == {"val", "test"}
+    summary, measured, _ = fake_summary(tmp_path, {"fgd": (0.1, 0.11, 0.12)})
+
+    def many(arm: ArmSummary) -> ArmSummary:
+        score = arm.classes["val"]["circle"]
+        names = {f"a class with a name of unusual length, number {i}": score for i in range(80)}
+        return arm.model_copy(update={"classes": {**arm.classes, "val": names}})
+
+    summary = summary.model_copy(update={"arms": tuple(many(arm) for arm in summary.arms)})
+    drawn = draw(summary, measured)
+    assert set(drawn.groups["classes"]) == {"val", "test"}
     assert "number 79" in html(summary, drawn)

@@ -1,7 +1,8 @@
-"""Runs without trainings: what is planned, remembered and refused."""
+"""Runs without trainings: which are planned, kept and refused."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from filelock import FileLock
 
 from tests.support.comparison import fake_comparison, finish
 from yolo_kd.compare.arms import parse_compare
+from yolo_kd.compare.records import RunState
 from yolo_kd.compare.runs import FINISHED, WAITING, Run, keys_of, locked, plan_runs
 from yolo_kd.config.train_options import parse_train
 from yolo_kd.errors import ConfigError
@@ -91,12 +93,36 @@ def test_another_recipe_under_the_same_name_is_refused(tmp_path: Path) -> None:
         plan_runs(fake_comparison(tmp_path, f"baseline,{recipe}", 1))
 
 
-def test_a_damaged_state_is_a_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda text: "{", "Invalid JSON"),
+        (lambda text: text.replace('"status"', '"state"'), "status: Field required"),
+        (lambda text: text.replace('"waiting"', '"asleep"'), "status: Input should be"),
+        (lambda text: text.replace('"keys"', '"options"'), "identity.keys: Field required"),
+        (lambda text: "[]", "Input should be an object"),
+    ],
+)
+def test_a_damaged_or_old_state_is_one_sentence(tmp_path: Path, change: Callable[[str], str], reason: str) -> None:
     run = plan_runs(fake_comparison(tmp_path, "baseline,fgd", 1))[0]
     run.save()
-    run.folder.with_suffix(".json").write_text("{")
-    with pytest.raises(ConfigError, match="is damaged"):
+    run.state_file.write_text(change(run.state_file.read_text()))
+    with pytest.raises(ConfigError, match="is damaged") as info:
         plan_runs(fake_comparison(tmp_path, "baseline,fgd", 1))
+    (problem,) = info.value.problems
+    assert "\n" not in problem
+    assert f"{run.state_file} is damaged ({reason}" in problem
+    assert problem.endswith("Delete it to train this run again.")
+
+
+def test_a_state_survives_its_file(tmp_path: Path) -> None:
+    words = {"class_map": "{car: vehicle}", "lr0": 1e-5, "cos_lr": "true", "time": 0.1}
+    run = plan_runs(fake_comparison(tmp_path, "baseline,fgd", 1, **words))[1]
+    finish(run, [0.1])
+    run.save()
+    assert RunState.from_json(run.state_file.read_bytes()) == run.state()
+    assert run.identity.recipe
+    assert run.identity.keys["lr0"] == 1e-5
 
 
 def test_one_comparison_per_folder(tmp_path: Path) -> None:
@@ -127,7 +153,7 @@ def test_an_epoch_that_was_repeated_counts_once(tmp_path: Path) -> None:
     assert run.seconds() == pytest.approx(10 + 12 + 8)
 
 
-def test_a_pool_and_keys_of_speed_reach_the_arms_that_take_them(
+def test_unlabeled_images_and_keys_of_speed_reach_the_arms_that_take_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -8,6 +8,7 @@ import io
 import numpy as np
 import pytest
 
+from yolo_kd.compare.records import SizeScore
 from yolo_kd.compare.size_metrics import SIZES, ImageResult, ap_by_size, areas, overlaps
 
 
@@ -19,7 +20,7 @@ def image(name: str, shape: tuple[int, int], predictions: list, objects: list) -
 
 
 def drawn(seed: int, count: int = 25, classes: int = 3) -> list[ImageResult]:
-    """Random pictures of 640 pixels with objects of all sizes, found more or less well, and false predictions."""
+    """Random images of 640 pixels: objects of all sizes, predictions of varying quality, and false predictions."""
     rng = np.random.default_rng(seed)
     images = []
     for n in range(count):
@@ -71,8 +72,8 @@ def test_equals_pycocotools(seed: int) -> None:
         judge.accumulate()
         judge.summarize()
     ours = ap_by_size(images, range(3))
-    assert [ours[size]["ap"] for size in SIZES] == pytest.approx(judge.stats[3:6].tolist(), abs=1e-9)
-    assert sum(part["objects"] for part in ours.values()) == len(annotations)
+    assert [ours[size].ap for size in SIZES] == pytest.approx(judge.stats[3:6].tolist(), abs=1e-9)
+    assert sum(score.objects for score in ours.values()) == len(annotations)
 
 
 def test_by_hand() -> None:
@@ -84,8 +85,8 @@ def test_by_hand() -> None:
     ]
     found = ap_by_size(pictures, [0])
     # precision 1/2 at recall 1/2, nothing beyond: 51 of the 101 recalls are reached
-    assert found["large"] == {"ap": pytest.approx(0.5 * 51 / 101), "objects": 2}
-    assert found["small"] == {"ap": None, "objects": 0}
+    assert found["large"].model_dump() == {"ap": pytest.approx(0.5 * 51 / 101), "objects": 2}
+    assert found["small"] == SizeScore(ap=None, objects=0)
 
 
 def test_size_is_measured_at_640_pixels() -> None:
@@ -93,19 +94,20 @@ def test_size_is_measured_at_640_pixels() -> None:
     assert areas(boxes, (640, 480)) == pytest.approx(31.0**2)
     assert areas(boxes * 2, (1280, 960)) == pytest.approx(31.0**2)
     small = image("a", (1280, 960), [[0, 0, 62, 62, 0.9, 0]], [[0, 0, 62, 62, 0]])
-    assert ap_by_size([small], [0])["small"] == {"ap": pytest.approx(1.0), "objects": 1}
+    assert ap_by_size([small], [0])["small"].model_dump() == {"ap": pytest.approx(1.0), "objects": 1}
 
 
 def test_a_prediction_of_another_size_is_not_held_against_a_size() -> None:
     object_, other = [0, 0, 20, 20], [100, 100, 400, 400]
     pictures = [image("a", (640, 640), [[*other, 0.95, 0], [*object_, 0.9, 0]], [[*object_, 0]])]
     found = ap_by_size(pictures, [0])
-    assert found["small"]["ap"] == pytest.approx(1.0)
+    assert found["small"].ap == pytest.approx(1.0)
 
 
 def test_nothing_at_all() -> None:
     empty = ap_by_size([image("a", (64, 64), [], [])], [0])
-    assert all(part == {"ap": None, "objects": 0} for part in empty.values())
+    assert set(empty) == set(SIZES)
+    assert all(score == SizeScore(ap=None, objects=0) for score in empty.values())
 
 
 def test_overlaps() -> None:

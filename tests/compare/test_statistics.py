@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
 
+from yolo_kd.compare.records import Paired
 from yolo_kd.compare.statistics import (
     GAIN,
     LOSS,
@@ -18,7 +19,7 @@ from yolo_kd.compare.statistics import (
     NOTHING,
     THIN,
     UNCERTAIN,
-    Paired,
+    Context,
     gap_closed,
     holm,
     judge,
@@ -75,14 +76,14 @@ def test_two_pairs_have_an_interval_but_no_verdict() -> None:
     assert found.mean == pytest.approx(0.03)
     assert found.low == pytest.approx(0.03 - 12.7062 * 0.0141421356 / math.sqrt(2), rel=1e-4)
     assert found.p_smallest == 0.5
-    assert judge(found, found.p_t) == THIN
+    assert judge(found.model_copy(update={"p_holm": found.p_t})) == THIN
 
 
 def test_one_pair_has_neither_interval_nor_verdict() -> None:
     found = paired({0: 0.52}, {0: 0.50})
     assert (found.mean, found.sd, found.low, found.high, found.p_t) == (pytest.approx(0.02), None, None, None, None)
     assert found.p_exact == found.p_smallest == 1.0
-    assert judge(found, None) == THIN
+    assert judge(found) == THIN
 
 
 def test_equal_differences_say_nothing_about_chance() -> None:
@@ -91,8 +92,8 @@ def test_equal_differences_say_nothing_about_chance() -> None:
     assert found.sd == 0.0
     assert found.low == found.high == pytest.approx(0.2)
     assert found.p_t is None
-    assert judge(found, None) == THIN
-    text = sentence("fgd", "baseline", found, THIN)
+    assert judge(found) == THIN
+    text = sentence("fgd", found, THIN, Context("baseline"))
     assert "all 3 seeds gave exactly the same difference" in text
 
 
@@ -100,7 +101,7 @@ def test_identical_arms() -> None:
     found = paired(BASE, BASE)
     assert found.mean == 0
     assert found.p_exact == 1.0
-    assert judge(found, None) == THIN
+    assert judge(found) == THIN
 
 
 def test_seeds_without_a_partner_are_dropped_and_named() -> None:
@@ -113,8 +114,8 @@ def test_seeds_without_a_partner_are_dropped_and_named() -> None:
 def test_no_pairs() -> None:
     found = paired({}, {0: 0.5})
     assert (found.n, found.mean, found.p_exact, found.dropped) == (0, None, None, (0,))
-    assert judge(found, None) == NOTHING
-    assert sentence("fgd", "baseline", found, NOTHING).startswith("fgd: no result")
+    assert judge(found) == NOTHING
+    assert sentence("fgd", found, NOTHING, Context("baseline")).startswith("fgd: no result")
 
 
 def test_many_pairs_are_sampled_the_same_way_twice() -> None:
@@ -149,8 +150,8 @@ def test_holm_against_a_computation_by_hand() -> None:
     ],
 )
 def test_judge(low: float, high: float, adjusted: float | None, word: str) -> None:
-    found = Paired((0, 1, 2), (0.0, 0.0, 0.0), mean=(low + high) / 2, sd=0.01, low=low, high=high, p_t=0.04)
-    assert judge(found, adjusted) == word
+    ends = {"mean": (low + high) / 2, "sd": 0.01, "low": low, "high": high, "p_t": 0.04, "p_holm": adjusted}
+    assert judge(Paired(n=3, seeds=(0, 1, 2), differences=(0.0, 0.0, 0.0), **ends)) == word
 
 
 def test_gap_closed() -> None:
@@ -177,7 +178,7 @@ def test_points(value: float, text: str) -> None:
 
 def test_the_sentence_of_a_gain() -> None:
     found = paired(BETTER, BASE)
-    text = sentence("objectness_fgd", "baseline", found, GAIN, gap=0.41, teacher=True, time_ratio=1.349)
+    text = sentence("objectness_fgd", found, GAIN, Context("baseline", gap=0.41, teacher=True, time_ratio=1.349))
     assert text == (
         "objectness_fgd: +1.3 mAP50-95 over baseline, 95 % interval +1.1 to +1.5, 3 paired seeds, closes 41 % of the "
         "gap to the teacher, costs 1.35x the training time."
@@ -186,16 +187,18 @@ def test_the_sentence_of_a_gain() -> None:
 
 def test_the_other_sentences() -> None:
     found = paired({0: 0.51, 1: 0.50, 2: 0.52}, BASE)
-    noise = sentence("fgd", "baseline", found, judge(found, found.p_t), teacher=True, gap=0.2)
+    assert judge(found) == NOISE
+    noise = sentence("fgd", found, NOISE, Context("baseline", teacher=True, gap=0.2))
     assert "is inside the noise, 95 % interval" in noise
     assert "closes" not in noise
-    thin = sentence("fgd", "baseline", paired({0: 0.51}, {0: 0.5}), THIN)
+    thin = sentence("fgd", paired({0: 0.51}, {0: 0.5}), THIN, Context("baseline"))
     assert thin == (
         "fgd: not enough evidence (1 paired seed, at least 3 are needed for a verdict). "
         "So far +1.0 mAP50-95 over baseline."
     )
-    better = paired(BETTER, BASE)
-    assert "with 4 arms compared" in sentence("fgd", "baseline", better, UNCERTAIN, adjusted=0.07, arms=4)
-    assert "p = 0.07 after Holm" in sentence("fgd", "baseline", better, UNCERTAIN, adjusted=0.07, arms=4)
-    assert "there is no gap to close" in sentence("fgd", "baseline", better, GAIN, teacher=True)
-    assert "is above the teacher" in sentence("fgd", "baseline", better, GAIN, teacher=True, gap=1.2)
+    better = paired(BETTER, BASE).model_copy(update={"p_holm": 0.07})
+    unsafe = sentence("fgd", better, UNCERTAIN, Context("baseline", arms=4))
+    assert "with 4 arms compared" in unsafe
+    assert "p = 0.07 after Holm" in unsafe
+    assert "there is no gap to close" in sentence("fgd", better, GAIN, Context("baseline", teacher=True))
+    assert "is above the teacher" in sentence("fgd", better, GAIN, Context("baseline", teacher=True, gap=1.2))

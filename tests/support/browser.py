@@ -1,4 +1,4 @@
-"""A page in a headless browser: what it asks the network for, what it complains about, and what it looks like."""
+"""Opens a page in a headless browser and records its requests, its console and its content."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def find() -> str:
 
 @dataclass(frozen=True)
 class Visit:
-    """What happened when a page was opened.
+    """What a page did when it was opened.
 
     Attributes:
         dom: The page after loading.
-        requests: Addresses that were asked for, the page itself and data URIs left out.
+        requests: Requested addresses, without the page and data URIs.
         console: Lines on the console.
     """
 
@@ -58,8 +58,8 @@ def visit(page: Path, folder: Path, *options: str) -> Visit:
 
 
 def _requests(log: Path, page: str) -> list[str]:
-    """Return the addresses that a net log names as asked for by the page; a browser asks for some on its own behalf."""
+    """Return the addresses in a net log that the page requested; others come from the browser itself."""
     found = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
-    # what the page asks for has the page's origin (`null` for a file), the browser's own requests have none
+    # a request of the page has the page's origin (`null` for a file), a request of the browser has none
     asked = [p["url"] for p in found if p.get("url") and p.get("initiator", "not an origin") != "not an origin"]
     return [url for url in asked if url != page and not url.startswith("data:")]

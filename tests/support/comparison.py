@@ -1,8 +1,7 @@
-"""Comparisons that look finished without a training: everything that a report is made from, written in milliseconds."""
+"""Comparisons that look finished without a training: everything that a report needs, written in milliseconds."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,11 @@ import cv2
 import numpy as np
 
 from yolo_kd.compare.arms import Comparison, parse_compare
-from yolo_kd.compare.evaluate import METRICS, Settings, predictions_file, save_predictions
+from yolo_kd.compare.evaluate import Settings, predictions_file, save_predictions
+from yolo_kd.compare.records import METRICS, Attempt, AuditRow, Evaluation, SplitResult, Summary
 from yolo_kd.compare.runs import FAILED, FINISHED, Run, plan_runs, versions
 from yolo_kd.compare.size_metrics import ImageResult, ap_by_size
-from yolo_kd.compare.summary import summarise
+from yolo_kd.compare.summary import Measurements, summarise
 
 NAMES = {0: "circle", 1: "square", 2: "triangle"}
 
@@ -27,7 +27,7 @@ def fake_comparison(folder: Path, arms: str = "baseline,objectness,fgd", seeds: 
 
 
 def finish(run: Run, values: Sequence[float], terms: Sequence[str] = (), pace: float = 2.0) -> None:
-    """Write what a finished training leaves: results.csv and a state."""
+    """Mark a run as finished and write its results.csv."""
     run.folder.mkdir(parents=True, exist_ok=True)
     head = ["epoch", "time", "train/box_loss", *(f"train/{t}" for t in terms), "metrics/mAP50-95(B)"]
     lines = [",".join(head)]
@@ -36,17 +36,21 @@ def finish(run: Run, values: Sequence[float], terms: Sequence[str] = (), pace: f
         lines.append(",".join(f"{v:.6g}" for v in row))
     (run.folder / "results.csv").write_text("\n".join(lines) + "\n")
     run.status = FINISHED
-    run.attempts = [{"command": "...", "resumed": False, "started": "now", "jobs": 1, "versions": versions()}]
+    run.attempts = [attempt()]
+
+
+def attempt() -> Attempt:
+    return Attempt(command="...", resumed=False, started="now", jobs=1, versions=versions())
 
 
 def fail(run: Run, reason: str = "It ended with exit code 1.\nRuntimeError: <out> of memory & more") -> None:
     """Mark a run as failed."""
     run.status, run.error = FAILED, reason
-    run.attempts = [{"command": "...", "resumed": False, "started": "now", "jobs": 1, "versions": versions()}]
+    run.attempts = [attempt()]
 
 
 def pictures(folder: Path, count: int = 6, side: int = 96) -> list[Path]:
-    """Write pictures with a bright square each."""
+    """Write images with a bright square each."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for n in range(count):
@@ -58,7 +62,7 @@ def pictures(folder: Path, count: int = 6, side: int = 96) -> list[Path]:
 
 
 def predictions(files: Sequence[Path], quality: float, seed: int) -> list[ImageResult]:
-    """Return predictions on these pictures: the square is found with this probability, else something else."""
+    """Return predictions on these images, which find the square with this probability and miss it otherwise."""
     rng = np.random.default_rng(seed)
     images = []
     for n, file in enumerate(files):
@@ -70,20 +74,26 @@ def predictions(files: Sequence[Path], quality: float, seed: int) -> list[ImageR
     return images
 
 
-def evaluation(cache: Path, key: str, base: float, images: Sequence[ImageResult], splits: Sequence[str]) -> dict:
-    """Return what `evaluate` would, for an mAP50-95 of `base`."""
-    found: dict[str, Any] = {"key": key, "sha256": key * 4, "parameters": 3_000_000, "gflops": 8.1, "imgsz": 64}
-    found["splits"] = {}
+def evaluation(cache: Path, key: str, base: float, images: Sequence[ImageResult], splits: Sequence[str]) -> Evaluation:
+    """Return what `evaluate` returns for a checkpoint with an mAP50-95 of `base`."""
+    results = {}
     for split in splits:
         shift = 0.0 if split == "val" else -0.01
-        found["splits"][split] = {
-            "images": len(images),
-            "metrics": dict(zip(METRICS, (base + shift, base + 0.2, base + 0.25, base + 0.15), strict=True)),
-            "classes": {name: base + shift + 0.01 * i for i, name in NAMES.items()},
-            "sizes": ap_by_size(images, list(NAMES)),
-        }
+        results[split] = SplitResult(
+            images=len(images),
+            metrics=dict(zip(METRICS, (base + shift, base + 0.2, base + 0.25, base + 0.15), strict=True)),
+            classes={name: base + shift + 0.01 * i for i, name in NAMES.items()},
+            sizes=ap_by_size(images, list(NAMES)),
+        )
         save_predictions(predictions_file(cache, key, split), list(images))
-    return json.loads(json.dumps(found))
+    return Evaluation(key=key, sha256=key * 4, parameters=3_000_000, gflops=8.1, splits=results)
+
+
+def measurements(folder: Path, **found: Any) -> Measurements:
+    """Return measurements of which nothing is given but what the test is about."""
+    nothing: dict[str, Any] = {"evaluations": {}, "teachers": {}, "latencies": {}, "audits": {}}
+    settings = Settings("d.yaml", ("val",), {})
+    return Measurements(**{"settings": settings, **nothing, "names": NAMES, "cache": folder, **found})
 
 
 def fake_summary(
@@ -93,8 +103,8 @@ def fake_summary(
     splits: Sequence[str] = ("val", "test"),
     broken: Sequence[str] = (),
     **keys: Any,
-) -> tuple[dict[str, Any], dict[str, Any], Comparison]:
-    """Return summary and parts of a comparison in which each arm gains that much over the baseline, seed by seed.
+) -> tuple[Summary, Measurements, Comparison]:
+    """Return a comparison in which each arm gains that much over the baseline, seed by seed.
 
     Args:
         folder: Where to write.
@@ -120,18 +130,15 @@ def fake_summary(
         finish(run, [value * part for part in (0.3, 0.7, 0.9, 1.0)], terms, pace=2.0 if terms else 1.5)
         images = predictions(files, 0.5 + 4 * gain, run.seed)
         evaluations[run.name] = evaluation(cache, f"{run.arm.name}{run.seed}", value, images, splits)
-    settings = Settings("data.yaml", tuple(splits), {"imgsz": 64})
     teachers = {"teacher.pt": evaluation(cache, "teacher", 0.56, predictions(files, 1.0, 9), splits)}
     latencies = {arm.name: 3.0 for arm in comparison.arms} | {"teacher.pt": 9.0}
-    row = {"term": "objectness", "value": 3.1, "gradient": 0.05, "share": 0.52}
-    audits = {name: [row] for name in gains}
-    summary = summarise(comparison, runs, evaluations, teachers, latencies, audits, settings)
-    parts = {
-        "settings": settings,
-        "evaluations": evaluations,
-        "teachers": teachers,
-        "checkpoints": {run.name: run.best for run in runs},
-        "cache": cache,
-        "names": NAMES,
-    }
-    return summary, parts, comparison
+    row = AuditRow(term="objectness", value=3.1, gradient=0.05, share=0.52)
+    measured = measurements(
+        cache,
+        settings=Settings("data.yaml", tuple(splits), {"imgsz": 64}),
+        evaluations=evaluations,
+        teachers=teachers,
+        latencies=latencies,
+        audits=dict.fromkeys(gains, (row,)),
+    )
+    return summarise(comparison, runs, measured), measured, comparison

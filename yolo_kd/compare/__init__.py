@@ -1,9 +1,12 @@
-"""`yolo-kd compare`: did distillation help? Paired runs, what they prove, and one page that says it.
+"""`yolo-kd compare`: did distillation help? Paired runs, what they prove, and one page that shows it.
 
-arms.py says what to run, runs.py what is left of it, training.py trains it (child.py and upstream.py inside each
-training's process, progress.py tells how far it is), evaluate.py and sizes.py measure it, statistics.py judges it,
-results.py puts it together, and report.py writes it down with the plots of pictures.py and the photographs of
-scenes.py. flow.py is the order of all that.
+- `pipeline.py`: the whole sequence: check, train, evaluate, summarise, report.
+- `arms.py`: what to run. `runs.py`: the runs and their state files.
+- `launcher.py`: starts the trainings. `worker.py` and `upstream.py` run inside each training's process.
+- `progress.py`: prints how far the trainings are.
+- `evaluate.py` and `size_metrics.py`: measure the checkpoints. `statistics.py`: judges the differences.
+- `records.py`: the records of all results. `summary.py` and `notes.py`: create the summary.
+- `report.py` and `report.html.j2`: write the files, with `tables.py`, `plots.py` and `examples.py`.
 
-Nothing is imported here, so that the process of a training starts without what only the comparison needs.
+This module imports nothing, so that the process of a training does not load what only the comparison needs.
 """

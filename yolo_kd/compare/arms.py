@@ -1,4 +1,4 @@
-"""What a comparison is to run: arms, seeds and the keys that all arms share, checked before anything is made."""
+"""Reads what a comparison runs: arms, seeds and the keys that all arms share, checked before anything is written."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ BASELINE = "baseline"  # the student alone
 UPSTREAM = "distill_model"  # Ultralytics' own trainer with its own distillation
 ALONE, DISTILLED = "alone", "distilled"  # kinds of arm; UPSTREAM is the third
 
-OWN_KEYS: dict[str, str] = {
+COMPARE_KEYS: dict[str, str] = {
     "arms": f"what is compared: recipes, {BASELINE}, {UPSTREAM}, or a YAML file of arms ({BASELINE} and kd=)",
     "seeds": "how often each arm trains, with seeds seed, seed + 1, ... (3)",
     "jobs": "how many trainings run at a time (1)",
 }
 DEFAULT_SEEDS, DEFAULT_JOBS, DEFAULT_PROJECT, DEFAULT_NAME = 3, 1, "runs/compare", "compare"
 
-# what a comparison sets itself, for each run
+# keys that a comparison sets for each run
 _TAKEN = {
-    "resume": "a comparison goes on by itself: repeat its command.",
+    "resume": "repeat the command of a comparison to continue it.",
     "save_dir": "write project= and name= for the folder of the comparison.",
     "exist_ok": "the same command in the same folder continues the comparison; write another name= for a new one.",
     "save": "a comparison needs the checkpoints of its runs.",
 }
-# what must be one and the same for all arms
-_SHARED = ("data", "seed", "project", "name", "cfg", *OWN_KEYS)
+# keys that must be the same for all arms
+_SHARED = ("data", "seed", "project", "name", "cfg", *COMPARE_KEYS)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _UPSTREAM_KEYS = ("dis",)
+_DISTILLATION_KEYS = ("inherit", "random_teacher", *CLASS_KEYS, *UNLABELED_KEYS)
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Arm:
         kind: `alone`, `distilled`, or `distill_model` for Ultralytics' own trainer.
         options: Its training.
         extra: Keys that only Ultralytics' own trainer takes (`dis`).
-        differs: Keys besides the recipe and the teacher in which it differs from what all arms share.
+        differs: Keys in which it differs from the other arms, apart from recipe and teacher.
     """
 
     name: str
@@ -67,7 +68,7 @@ class Comparison:
 
     Attributes:
         folder: Where everything is written.
-        arms: At least two, in the order in which they were named.
+        arms: At least two arms, in the order of the command.
         reference: Name of the arm that the others are compared with.
         seeds: Seeds of each arm.
         jobs: Trainings at a time.
@@ -83,7 +84,7 @@ class Comparison:
 
 
 def parse_compare(arguments: Sequence[str]) -> Comparison:
-    """Return what a command line asks for.
+    """Read a command line.
 
     Raises:
         ConfigError: With one line for every mistake on the command line, in the experiment file, in the file of arms
@@ -91,10 +92,10 @@ def parse_compare(arguments: Sequence[str]) -> Comparison:
     """
     problems: list[str] = []
     items = read_items(arguments, problems)
-    raise_if(problems)  # what an unreadable file may hold is not missed as well
-    own = {key: items.pop(key, None) for key in OWN_KEYS}
-    seeds = _positive("seeds", own["seeds"], DEFAULT_SEEDS, problems)
-    jobs = _positive("jobs", own["jobs"], DEFAULT_JOBS, problems)
+    raise_if(problems)  # keys of an unreadable file must not be reported as missing
+    given = {key: items.pop(key, None) for key in COMPARE_KEYS}
+    seeds = _number("seeds", given["seeds"], 1, DEFAULT_SEEDS, problems)
+    jobs = _number("jobs", given["jobs"], 1, DEFAULT_JOBS, problems)
     for key in [k for k in items if k in _TAKEN]:
         item = items.pop(key)
         if item.value is not None:
@@ -103,9 +104,9 @@ def parse_compare(arguments: Sequence[str]) -> Comparison:
     kd = items.pop("kd", None)
     changes = {key: items.pop(key) for key in [*items] if key.startswith("kd.")}
     default = default_recipe("keep_classes" in items and items["keep_classes"].value is not None)
-    wanted = _arms(own["arms"], kd, changes, default, problems)
+    wanted = _arms(given["arms"], kd, changes, default, problems)
     arms = _resolve(wanted, items, default, problems)
-    first = _first_seed(items.get("seed"), problems)
+    first = _number("seed", items.get("seed"), 0, 0, problems)
     raise_if(problems)
     names = [arm.name for arm in arms]
     alone = [arm.name for arm in arms if arm.kind == ALONE]
@@ -120,32 +121,23 @@ def parse_compare(arguments: Sequence[str]) -> Comparison:
 
 
 def _misspelt(items: dict[str, Item], problems: list[str]) -> None:
-    """Take out unknown keys that come closest to one of ours; what checks the keys of train does not know these."""
+    """Remove and report unknown keys that are closest to a key of compare, which the check of train's keys ignores."""
     from ultralytics.utils import DEFAULT_CFG_DICT
 
-    known = [*DEFAULT_CFG_DICT, *TRAIN_KEYS, *OWN_KEYS]
-    for key in [k for k in items if k not in known and not k.startswith("kd.")]:
-        hint = did_you_mean(key[:60], known)
-        if any(hint == did_you_mean(own, [own]) for own in OWN_KEYS):
+    allowed = [*DEFAULT_CFG_DICT, *TRAIN_KEYS, *COMPARE_KEYS]
+    for key in [k for k in items if k not in allowed and not k.startswith("kd.")]:
+        hint = did_you_mean(key[:60], allowed)
+        if any(hint == did_you_mean(name, [name]) for name in COMPARE_KEYS):
             problems.append(problem(items.pop(key).where, f"unknown key '{key}'.{hint}"))
 
 
-def _positive(key: str, item: Item | None, default: int, problems: list[str]) -> int:
+def _number(key: str, item: Item | None, least: int, default: int, problems: list[str]) -> int:
     if item is None or item.value is None:
         return default
-    if isinstance(item.value, int) and not isinstance(item.value, bool) and item.value >= 1:
+    if isinstance(item.value, int) and not isinstance(item.value, bool) and item.value >= least:
         return item.value
-    problems.append(problem(item.where, f"{key} must be a whole number of at least 1, received {shown(item)}."))
+    problems.append(problem(item.where, f"{key} must be a whole number of at least {least}, received {shown(item)}."))
     return default
-
-
-def _first_seed(item: Item | None, problems: list[str]) -> int:
-    if item is None or item.value is None:
-        return 0
-    if isinstance(item.value, int) and not isinstance(item.value, bool) and item.value >= 0:
-        return item.value
-    problems.append(problem(item.where, f"seed must be a whole number of at least 0, received {shown(item)}."))
-    return 0
 
 
 def _folder(items: Mapping[str, Item], arguments: Sequence[str]) -> Path:
@@ -163,7 +155,7 @@ def _folder(items: Mapping[str, Item], arguments: Sequence[str]) -> Path:
 def _arms(
     item: Item | None, kd: Item | None, changes: Mapping[str, Item], default: str, problems: list[str]
 ) -> list[tuple[str, dict[str, Item]]]:
-    """Return the arms by name with the keys of their own, () where they are wrong; `default` is a recipe."""
+    """Return each arm's name and keys, nothing where they are wrong; `default` is a recipe."""
     if item is None or item.value is None:
         recipe = kd if kd is not None and kd.value is not None else Item(default)
         if str(recipe.value).lower() == NO_RECIPE:
@@ -171,7 +163,7 @@ def _arms(
             return []
         name = recipe.value if isinstance(recipe.value, str) else "recipe"
         return [(BASELINE, {"kd": Item(NO_RECIPE)}), (Path(name).stem, {"kd": recipe, **changes})]
-    # the recipe of an experiment file steps back behind the arms; one on the command line was meant to do something
+    # arms replace the recipe of an experiment file, but a recipe on the command line must not be ignored
     if kd is not None and kd.value is not None and not kd.where:
         problems.append("kd is what the arms differ in: name recipes in arms=, or leave arms out to compare with one.")
     for key, change in changes.items():
@@ -210,13 +202,13 @@ def _named(item: Item, problems: list[str]) -> list[tuple[str, dict[str, Item]]]
 
 
 def _word(word: Item, problems: list[str]) -> list[tuple[str, dict[str, Item]]]:
-    """Return the arms that one word stands for: a name, a recipe file, or a file of arms."""
+    """Return the arms that one word names: a built-in arm, a recipe file, or a file of arms."""
     name = word.value
-    known = [BASELINE, UPSTREAM, *shipped_recipes()]
+    allowed = [BASELINE, UPSTREAM, *shipped_recipes()]
     if not isinstance(name, str):
         problems.append(problem(word.where, f"an arm is a name or a YAML file, received {shown(word)}."))
         return []
-    if name in known:
+    if name in allowed:
         kd = NO_RECIPE if name == BASELINE else name
         return [(name, {"kd": Item(kd, word.where)})]
     if Path(name).suffix.lower() in (".yaml", ".yml"):
@@ -226,7 +218,7 @@ def _word(word: Item, problems: list[str]) -> list[tuple[str, dict[str, Item]]]:
         if isinstance(root.value, dict) and "losses" in root.value:
             return [(Path(name).stem, {"kd": Item(str(Path(name).absolute()), word.where)})]
         return _named(root, problems) if isinstance(root.value, list) else _mapping(root, problems)
-    sentence = f"unknown arm {shown(name)}.{did_you_mean(name[:60], known)} Arms: {listed(known)}, or a YAML file."
+    sentence = f"unknown arm {shown(name)}.{did_you_mean(name[:60], allowed)} Arms: {listed(allowed)}, or a YAML file."
     problems.append(problem(word.where, sentence))
     return []
 
@@ -265,7 +257,7 @@ def _mapping(root: Item, problems: list[str]) -> list[tuple[str, dict[str, Item]
 def _resolve(
     wanted: Sequence[tuple[str, dict[str, Item]]], common: Mapping[str, Item], default: str, problems: list[str]
 ) -> list[Arm]:
-    """Check every arm as a training of its own; a mistake that all share is reported once."""
+    """Check every arm as a training; a mistake that all arms share is reported once."""
     found: dict[str, list[str]] = {}
     arms = []
     for name, keys in wanted or [("", {"kd": Item(default)})]:
@@ -286,24 +278,23 @@ def _arm(name: str, keys: dict[str, Item], common: Mapping[str, Item], problems:
     merged = {**common, **keys}
     extra = {}
     if kind == ALONE:
-        for key in ("teacher", "inherit", "random_teacher", *CLASS_KEYS, *UNLABELED_KEYS):
+        for key in ("teacher", *_DISTILLATION_KEYS):
             if key not in keys:
                 merged.pop(key, None)
     if kind == UPSTREAM:
-        # checked as the recipe that is the same loss; the keys that only upstream's trainer has are checked here
+        # checked as the recipe with the same loss; keys that only Ultralytics' own trainer has are checked here
         merged["kd"] = Item("ultralytics", kd.where)
         for key in _UPSTREAM_KEYS:
             if key in merged:
                 extra[key] = merged.pop(key)
         merged = {k: item for k, item in merged.items() if k not in UNLABELED_KEYS or k in keys}
-        ours = ("inherit", "random_teacher", *CLASS_KEYS, *UNLABELED_KEYS)
-        for key in [k for k in merged if k.startswith("kd.") or k in ours]:
+        for key in [k for k in merged if k.startswith("kd.") or k in _DISTILLATION_KEYS]:
             problems.append(problem(merged.pop(key).where, f"{key} has no meaning for Ultralytics' own trainer."))
     for key, item in extra.items():
         number = isinstance(item.value, int | float) and not isinstance(item.value, bool) and item.value > 0
         if not number:
             problems.append(problem(item.where, f"{key} must be a number above 0, received {shown(item)}."))
-    # what needs no value of its own in each arm
+    # an empty key means the default, except for kd
     merged = {key: item for key, item in merged.items() if item.value is not None or key == "kd"}
     try:
         options = resolve_items(merged)
@@ -321,7 +312,7 @@ def _arm(name: str, keys: dict[str, Item], common: Mapping[str, Item], problems:
 
 
 def _start(options: TrainOptions) -> bool | str:
-    """Return what the recipe lets a student start from: nothing (False) if it has weights or the teacher has none."""
+    """Return the recipe's student initialisation, False if the student has weights or the teacher has none."""
     pretrained = options.ultralytics.get("pretrained")
     student, teacher = (str(name).lower().endswith((".yaml", ".yml")) for name in (options.student, options.teacher))
     weightless = not isinstance(pretrained, str) and (student or pretrained is False)

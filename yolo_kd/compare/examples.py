@@ -1,4 +1,4 @@
-"""Pictures of a report: where two arms differ most, beside labels and teacher, and what their necks look at."""
+"""Example images of a report: those in which two arms differ most, drawn with labels and predictions."""
 
 from __future__ import annotations
 
@@ -9,34 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import matplotlib as mpl
 import numpy as np
-import torch
 from ultralytics.utils.patches import imread
 
 from yolo_kd.compare.size_metrics import ImageResult, overlaps
-from yolo_kd.safe_loading.checkpoint import load_detector
 from yolo_kd.unlabeled.pseudo_labels import labels_found
-from yolo_kd.upstream.heads import strides_of
-from yolo_kd.upstream.recorders import outputs_of
 
-CONFIDENCE = 0.25  # predictions below are neither counted nor drawn here
+CONFIDENCE = 0.25  # predictions below it are neither counted nor drawn
 IOU = 0.5
-EACH_WAY = 3  # pictures in which the arm gains, and in which it loses
-ATTENTION = 2  # pictures of which attention is shown
-_SIDE, _SMALL = 360, 220  # pixels of a panel's longer side
+EACH_WAY = 3  # images in which the arm gains, and in which it loses
+_SIDE = 360  # pixels of a panel's longer side
 _FOUND, _FALSE, _MISSED = (0, 158, 115), (230, 120, 0), (255, 255, 255)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A picture that is worth showing.
+    """An image that is worth showing.
 
     Attributes:
-        index: Its place in the list of results.
-        run: The paired run, by its place, in which the two arms differ most in the direction of the mean.
-        reference: F1 of the reference there, mean over seeds.
-        arm: F1 of the arm.
+        index: Index of the image in the results.
+        run: Index of the paired run in which the two arms differ most in the direction of the mean.
+        reference: F1 of the reference on this image, mean over seeds.
+        arm: F1 of the arm, mean over seeds.
     """
 
     index: int
@@ -46,14 +40,14 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Scene:
-    """A picture in which two arms differ.
+class Example:
+    """An image in which two arms differ, with its drawings.
 
     Attributes:
-        name: Name of its file.
+        name: Name of the file.
         seed: The seed whose predictions are drawn.
-        reference: F1 of the reference there, mean over seeds.
-        arm: F1 of the arm.
+        reference: F1 of the reference on this image, mean over seeds.
+        arm: F1 of the arm, mean over seeds.
         panels: Title and JPEG data URI of each panel.
     """
 
@@ -65,14 +59,14 @@ class Scene:
 
 
 def f1(image: ImageResult) -> float:
-    """Return the F1 of a picture's predictions; 1 for none where there is nothing."""
+    """Return the F1 of the predictions on an image, 1 if it has neither objects nor predictions."""
     found, wrong, missed = outcome(image)
     total = 2 * len(found) + len(wrong) + len(missed)
     return 2 * len(found) / total if total else 1.0
 
 
 def outcome(image: ImageResult) -> tuple[list[int], list[int], list[int]]:
-    """Return the predictions that found an object, those that did not, and the objects that were missed, as indices."""
+    """Return indices of predictions that found an object, of other predictions, and of objects that were missed."""
     sure = np.argsort(-image.scores, kind="mergesort")
     sure = sure[image.scores[sure] >= CONFIDENCE]
     same = image.classes[sure][:, None] == image.true_classes
@@ -82,19 +76,19 @@ def outcome(image: ImageResult) -> tuple[list[int], list[int], list[int]]:
 
 
 def choose(reference: Sequence[Sequence[ImageResult]], arm: Sequence[Sequence[ImageResult]]) -> list[Choice]:
-    """Choose the pictures in which two arms differ most, as many gains as losses where there are.
+    """Choose the images in which two arms differ most: up to `EACH_WAY` gains and as many losses.
 
     Args:
-        reference: Results of the reference for each paired seed, all in the same order of pictures.
-        arm: The same of the arm.
+        reference: Results of the reference for each paired seed, all in the same order of images.
+        arm: Results of the arm, in the same order.
 
     Returns:
-        The pictures, gains first, the largest difference first.
+        The images, gains first, each group sorted by the size of the difference.
     """
     if not reference or not arm:
         return []
     ours, theirs = (np.array([[f1(i) for i in run] for run in side]) for side in (arm, reference))
-    differences = ours - theirs  # (runs, pictures)
+    differences = ours - theirs  # (runs, images)
     gain = differences.mean(0)
     order = np.argsort(-gain, kind="mergesort")
     up = [i for i in order[:EACH_WAY] if gain[i] > 0]
@@ -105,28 +99,28 @@ def choose(reference: Sequence[Sequence[ImageResult]], arm: Sequence[Sequence[Im
     ]
 
 
-def scene(
+def draw(
     chosen: Choice, results: Mapping[str, Sequence[ImageResult]], names: Mapping[int, str], seed: int
-) -> Scene | None:
-    """Draw one picture with its labels and with each model's predictions; None if its file is gone.
+) -> Example | None:
+    """Draw one image with its labels and with each model's predictions; None if its file no longer exists.
 
     Args:
-        chosen: What `choose` returned.
-        results: Predictions by title of the panel.
-        names: Class names.
-        seed: The seed that the predictions are of.
+        chosen: The image, one of those that `choose` returned.
+        results: Predictions by the panel's title.
+        names: Class names by index.
+        seed: The seed of the predictions.
     """
     first = next(iter(results.values()))[chosen.index]
-    picture = read_picture(first.name)
-    if picture is None:
+    pixels = read_image(first.name)
+    if pixels is None:
         return None
-    panels = [("labels", jpeg(draw_labels(picture, first, names)))]
-    panels += [(title, jpeg(draw_predictions(picture, run[chosen.index], names))) for title, run in results.items()]
-    return Scene(Path(first.name).name, seed, chosen.reference, chosen.arm, tuple(panels))
+    panels = [("labels", jpeg(draw_labels(pixels, first, names)))]
+    panels += [(title, jpeg(draw_predictions(pixels, run[chosen.index], names))) for title, run in results.items()]
+    return Example(Path(first.name).name, seed, chosen.reference, chosen.arm, tuple(panels))
 
 
-def read_picture(path: str) -> np.ndarray | None:
-    """Read a picture as (H, W, 3) RGB bytes, None if it cannot be read."""
+def read_image(path: str) -> np.ndarray | None:
+    """Read an image as (H, W, 3) RGB bytes, None if it cannot be read."""
     pixels = imread(path) if Path(path).exists() else None
     if pixels is None:
         return None
@@ -135,23 +129,23 @@ def read_picture(path: str) -> np.ndarray | None:
     return np.ascontiguousarray(pixels[..., 2::-1].astype(np.uint8))
 
 
-def jpeg(picture: np.ndarray) -> str:
+def jpeg(pixels: np.ndarray) -> str:
     """Return RGB bytes as a data URI."""
-    _, data = cv2.imencode(".jpg", np.ascontiguousarray(picture[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 82])
+    _, data = cv2.imencode(".jpg", np.ascontiguousarray(pixels[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 82])
     return f"data:image/jpeg;base64,{base64.b64encode(data.tobytes()).decode()}"
 
 
-def draw_labels(picture: np.ndarray, image: ImageResult, names: Mapping[int, str]) -> np.ndarray:
-    """Draw the labelled objects."""
-    canvas, scale = _canvas(picture)
+def draw_labels(pixels: np.ndarray, image: ImageResult, names: Mapping[int, str]) -> np.ndarray:
+    """Draw the labeled objects."""
+    canvas, scale = _canvas(pixels)
     for box, c in zip(image.true_boxes, image.true_classes, strict=True):
         _box(canvas, box * scale, _FOUND, str(names.get(int(c), c)))
     return canvas
 
 
-def draw_predictions(picture: np.ndarray, image: ImageResult, names: Mapping[int, str]) -> np.ndarray:
-    """Draw predictions: solid where they found an object, dashed where not, dotted for objects that were missed."""
-    canvas, scale = _canvas(picture)
+def draw_predictions(pixels: np.ndarray, image: ImageResult, names: Mapping[int, str]) -> np.ndarray:
+    """Draw predictions that found an object (solid), other predictions (dashed) and missed objects (dotted)."""
+    canvas, scale = _canvas(pixels)
     found, wrong, missed = outcome(image)
     for t in missed:
         _box(canvas, image.true_boxes[t] * scale, _MISSED, "missed", dash=(2, 4))
@@ -162,17 +156,17 @@ def draw_predictions(picture: np.ndarray, image: ImageResult, names: Mapping[int
     return canvas
 
 
-def _canvas(picture: np.ndarray, side: int = _SIDE) -> tuple[np.ndarray, float]:
-    scale = side / max(picture.shape[:2])
-    size = (max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale)))
+def _canvas(pixels: np.ndarray) -> tuple[np.ndarray, float]:
+    scale = _SIDE / max(pixels.shape[:2])
+    size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
     way = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    return np.ascontiguousarray(cv2.resize(picture, size, interpolation=way)), scale
+    return np.ascontiguousarray(cv2.resize(pixels, size, interpolation=way)), scale
 
 
 def _box(
     canvas: np.ndarray, box: np.ndarray, color: tuple[int, int, int], label: str, dash: tuple[int, int] | None = None
 ) -> None:
-    """Draw a box on a dark rim, so that it is seen on any picture, and its label inside the picture."""
+    """Draw a box with a dark outline, which stands out on any image, and its label inside the image."""
     height, width = canvas.shape[:2]
     x1, y1, x2, y2 = (int(v) for v in np.clip(box.round(), 0, [width - 1, height - 1] * 2))
     sides = (((x1, y1), (x2, y1)), ((x2, y1), (x2, y2)), ((x2, y2), (x1, y2)), ((x1, y2), (x1, y1)))
@@ -197,53 +191,3 @@ def _line(
         end = min(start + on, length)
         points = [tuple(round(p + (q - p) * at / length) for p, q in zip(a, b, strict=True)) for at in (start, end)]
         cv2.line(canvas, points[0], points[1], color, thick)
-
-
-# ------------------------------------------------------------------------------------------------ attention
-
-
-def attention(
-    checkpoint: Path, pictures: Sequence[np.ndarray], imgsz: int, trust: bool
-) -> list[list[tuple[str, str]]] | None:
-    """Show where the features that enter a model's head are strong, level by level.
-
-    The map is the mean over channels of the squared features, divided by its largest value.
-
-    Args:
-        checkpoint: The detector.
-        pictures: RGB bytes.
-        imgsz: Side of the network's input.
-        trust: Load without restriction.
-
-    Returns:
-        For each picture, name of the level and data URI; None for a model of other than three channels.
-    """
-    model = load_detector(checkpoint, trust=trust).model
-    if model.yaml.get("channels", 3) != 3:
-        return None
-    strides = strides_of(model)
-    shown = []
-    for picture in pictures:
-        small, _ = _canvas(picture, imgsz)
-        height, width = small.shape[:2]
-        coarsest = max(strides)
-        padded = np.full((-(-height // coarsest) * coarsest, -(-width // coarsest) * coarsest, 3), 114, np.uint8)
-        padded[:height, :width] = small
-        with torch.no_grad():
-            images = torch.from_numpy(padded).permute(2, 0, 1)[None].float() / 255
-            features = outputs_of(model(images), model).features
-        panels = []
-        for stride, feature in zip(strides, features, strict=True):
-            strength = feature[0].float().square().mean(0).numpy()
-            full = cv2.resize(strength, padded.shape[1::-1], interpolation=cv2.INTER_LINEAR)[:height, :width]
-            panels.append((f"stride {stride}", jpeg(_heat(picture, full / max(float(full.max()), 1e-12)))))
-        shown.append(panels)
-    return shown
-
-
-def _heat(picture: np.ndarray, strength: np.ndarray) -> np.ndarray:
-    """Lay a map over the picture in grey: dark where it is weak, bright where it is strong, also without colour."""
-    canvas, _ = _canvas(picture, _SMALL)
-    grey = cv2.cvtColor(canvas, cv2.COLOR_RGB2GRAY)[..., None].repeat(3, -1)
-    heat = mpl.colormaps["inferno"](cv2.resize(strength, canvas.shape[1::-1]))[..., :3] * 255
-    return (0.35 * grey + 0.65 * heat).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Training the runs of a comparison: where each goes on, side by side, in processes of their own."""
+"""Trains the runs of a comparison, each in a process of its own and several at a time."""
 
 from __future__ import annotations
 
@@ -18,44 +18,45 @@ import yaml
 from ultralytics.utils.torch_utils import strip_optimizer
 
 from yolo_kd.compare.arms import ALONE, UPSTREAM
+from yolo_kd.compare.records import Attempt
 from yolo_kd.compare.runs import FAILED, FINISHED, RUNNING, WAITING, Run, versions, write_text
 from yolo_kd.compare.upstream import PREVIOUS
 from yolo_kd.errors import CheckpointError
 from yolo_kd.safe_loading.checkpoint import load_checkpoint_file
 
 _LOG_LINES = 15
-_POLL = 0.3  # seconds between two looks at the trainings
+_POLL = 0.3  # seconds between two checks of the trainings
 
 
 def resume_point(run: Run) -> Path | None:
-    """Return the checkpoint from which a run can go on, None where it has to begin."""
+    """Return the checkpoint that a run can continue from, None where it has to start from scratch."""
     for file in (run.last, run.last.with_name(PREVIOUS)):
-        checkpoint = _own_checkpoint(file)
+        checkpoint = _read_checkpoint(file)
         if checkpoint and checkpoint.get("optimizer") is not None and 0 <= checkpoint["epoch"] < run.epochs - 1:
             return file
     return None
 
 
 def settle(run: Run) -> bool:
-    """Return whether a run had trained to its end although nobody noted it, and finish its files if so."""
-    checkpoint = _own_checkpoint(run.last)
+    """Return whether a run has trained to its end although its state does not show it; if so, finish its files."""
+    checkpoint = _read_checkpoint(run.last)
     if not checkpoint or not run.best.exists():
         return False
     stripped = checkpoint.get("optimizer") is None and checkpoint["epoch"] == -1
     if not stripped and checkpoint["epoch"] < run.epochs - 1:
         return False
-    if not stripped:  # stopped after the last epoch, before Ultralytics had taken the optimiser out of the files
+    if not stripped:  # stopped after the last epoch, before Ultralytics removed the optimiser from the files
         for file in (run.last, run.best):
             strip_optimizer(file)
     return True
 
 
-def _own_checkpoint(file: Path) -> dict[str, Any] | None:
-    """Read a checkpoint that a run of this comparison wrote; None if there is none or it was cut short."""
+def _read_checkpoint(file: Path) -> dict[str, Any] | None:
+    """Read a checkpoint that a run of this comparison wrote; None if it is missing or incomplete."""
     if not file.exists():
         return None
     try:
-        # trusted, since this program wrote it; Ultralytics' wrapper of teacher and student is not on the allow-list
+        # trusted, since a run wrote it; the allow-list lacks Ultralytics' wrapper of teacher and student
         return load_checkpoint_file(file, role="resume", trust=True)[0]
     except CheckpointError:
         return None
@@ -69,12 +70,12 @@ def words_of(run: Run, resume: Path | None) -> tuple[str, list[str]]:
         words = ["train", f"resume={resume}"] + ["kd=none"] * (run.arm.kind == ALONE)
     else:
         words = ["train", f"cfg={run.experiment}", f"project={run.folder.parent}"]
-    # an experiment file may neither trust checkpoints nor write outside the current folder; who called us may
+    # only the command line may trust checkpoints or write outside the current folder, an experiment file may not
     return "yolo_kd", words + ["trust_checkpoints=true"] * run.arm.options.trust_checkpoints
 
 
 def command_of(run: Run) -> str:
-    """Return the command that trains a run from its beginning."""
+    """Return the command that trains a run from scratch."""
     module, words = words_of(run, None)
     return shlex.join([*(["yolo-kd"] if module == "yolo_kd" else ["python", "-m", module]), *words])
 
@@ -90,13 +91,13 @@ class _Process:
     started: float
 
 
-def train_all(runs: Sequence[Run], jobs: int, tell: Callable[[Sequence[Run], str, Run | None], None]) -> None:
-    """Train every run that is not finished, `jobs` at a time; a run that fails leaves the others alone.
+def train_all(runs: Sequence[Run], jobs: int, report: Callable[[Sequence[Run], str, Run | None], None]) -> None:
+    """Train every run that is not finished, `jobs` at a time. A run that fails does not affect the others.
 
     Args:
         runs: All runs.
         jobs: How many at a time.
-        tell: Called with all runs, an event (`start`, `end`, or `look` in between) and the run that it is about.
+        report: Called with all runs, an event (`start`, `end`, or `look` in between), and the run that starts or ends.
     """
     for run in runs:
         if run.status != FINISHED and run.attempts and settle(run):
@@ -111,13 +112,13 @@ def train_all(runs: Sequence[Run], jobs: int, tell: Callable[[Sequence[Run], str
             while waiting and len(active) < jobs:
                 process = _start(waiting.pop(0), jobs)
                 active.append(process)
-                tell(runs, "start", process.run)
+                report(runs, "start", process.run)
             time.sleep(_POLL)
             for process in [p for p in active if p.popen.poll() is not None]:
                 active.remove(process)
                 _end(process)
-                tell(runs, "end", process.run)
-            tell(runs, "look", None)
+                report(runs, "end", process.run)
+            report(runs, "look", None)
     finally:
         for process in active:
             _stop(process)
@@ -137,14 +138,9 @@ def _start(run: Run, jobs: int) -> _Process:
     if jobs > 1:
         environment["OMP_NUM_THREADS"] = str(min(share, int(os.environ.get("OMP_NUM_THREADS") or share)))
     run.status, run.error = RUNNING, ""
+    command, now = shlex.join(["python", "-m", module, *words]), time.strftime("%Y-%m-%d %H:%M:%S")
     run.attempts.append(
-        {
-            "command": shlex.join(["python", "-m", module, *words]),
-            "resumed": resume is not None,
-            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "jobs": jobs,
-            "versions": versions(),
-        }
+        Attempt(command=command, resumed=resume is not None, started=now, jobs=jobs, versions=versions())
     )
     run.save()
     log = open(run.log, "ab" if resume else "wb")  # noqa: SIM115  closed when the process ends
@@ -154,16 +150,17 @@ def _start(run: Run, jobs: int) -> _Process:
         stdout=log,
         stderr=subprocess.STDOUT,
         env=environment,
-        start_new_session=True,  # so that it can end with everything it started
+        start_new_session=True,  # so that the whole process group can be ended
     )
     return _Process(run, popen, log, time.monotonic())
 
 
 def _end(process: _Process) -> None:
-    """Note how a training ended."""
+    """Record how a training ended."""
     run, code = process.run, process.popen.returncode
     _close(process)
-    run.attempts[-1] |= {"seconds": round(time.monotonic() - process.started, 1), "exit_code": code}
+    seconds = round(time.monotonic() - process.started, 1)
+    run.attempts[-1] = run.attempts[-1].model_copy(update={"seconds": seconds, "exit_code": code})
     if code == 0 and run.best.exists():
         run.status = FINISHED
         run.last.with_name(PREVIOUS).unlink(missing_ok=True)
@@ -173,8 +170,8 @@ def _end(process: _Process) -> None:
 
 
 def _stop(process: _Process) -> None:
-    """End a training that is under way, because the comparison ends."""
-    _close(process)  # which it notices, see child.py
+    """End a training because the comparison ends."""
+    _close(process)  # the worker ends when its standard input closes
     try:
         process.popen.wait(10)
     except subprocess.TimeoutExpired:
@@ -190,7 +187,7 @@ def _close(process: _Process) -> None:
 
 
 def _reason(log: Path, code: int) -> str:
-    """Say why a training failed: how it ended and the last lines that it printed."""
+    """Return why a training failed: how it ended and the last lines that it printed."""
     if code == 0:
         how = "It ended without a checkpoint."
     elif code < 0:

@@ -1,9 +1,9 @@
-"""The way of a comparison: check, train, evaluate, sum up, report."""
+"""The sequence of a comparison: check, train, evaluate, summarise, report."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,14 @@ from ultralytics.cfg import get_cfg
 from ultralytics.data import build_yolo_dataset
 
 from yolo_kd.compare.arms import DISTILLED, Arm, Comparison, parse_compare
-from yolo_kd.compare.evaluate import (
-    OtherClassesError,
-    Settings,
-    audit_of,
-    evaluate,
-    export_onnx,
-    onnx_latency,
-    settings_of,
-)
+from yolo_kd.compare.evaluate import OtherClassesError, Settings, audit_of, evaluate, settings_of
+from yolo_kd.compare.latency import export_onnx, onnx_latency
 from yolo_kd.compare.launcher import train_all
 from yolo_kd.compare.progress import Progress
+from yolo_kd.compare.records import AuditRow, Evaluation
 from yolo_kd.compare.report import write_report
-from yolo_kd.compare.runs import FAILED, FINISHED, Run, keys_of, locked, plan_runs
-from yolo_kd.compare.summary import summarise, teacher_of
+from yolo_kd.compare.runs import FAILED, FINISHED, Run, attempted, keys_of, locked, plan_runs
+from yolo_kd.compare.summary import Measurements, summarise, teacher_of
 from yolo_kd.engine.checks_before import check_models, check_unlabeled_images, read_dataset
 from yolo_kd.engine.plan import make_plan
 from yolo_kd.environment import check_cpu_bf16, check_torchvision
@@ -35,19 +29,19 @@ from yolo_kd.safe_loading.restricted import quiet, restricted_loading
 
 
 def compare(arguments: Sequence[str]) -> int:
-    """Train every arm with every seed, evaluate, and write the report; go on where an earlier call was stopped.
+    """Train every arm with every seed, evaluate, and write the report; continue where an earlier call was stopped.
 
     Args:
-        arguments: `key=value` words, see `arms.OWN_KEYS` and the keys of train.
+        arguments: `key=value` words: the keys of `arms.COMPARE_KEYS` and those of train.
 
     Returns:
         0 if every run finished, 1 if one failed.
 
     Raises:
-        YoloKDError: For everything that can be known before the first training.
+        YoloKDError: For every mistake that can be found before the first training.
     """
     comparison = parse_compare(arguments)
-    # before anything is made; in a folder of earlier runs only what is still to be trained has to be there
+    # before anything is written; to continue earlier runs, only the models of unfinished ones must exist
     data = None if comparison.folder.exists() else check_all(comparison, {arm.name for arm in comparison.arms})
     with locked(comparison.folder):
         runs = plan_runs(comparison)
@@ -60,11 +54,12 @@ def compare(arguments: Sequence[str]) -> int:
         if comparison.jobs > 1 and done < len(runs):
             cache_labels(data)
         train_all(runs, comparison.jobs, Progress(sys.stdout, comparison.jobs))
-        summary, parts = measure(comparison, runs, data)
-        files = write_report(comparison.folder, summary, parts)
-    for sentence in summary["verdicts"]:
+        measured = measure(comparison, runs, data)
+        summary = summarise(comparison, runs, measured)
+        files = write_report(comparison.folder, summary, measured)
+    for sentence in summary.verdicts:
         say(sentence)
-    for problem in summary["problems"]:
+    for problem in summary.problems:
         say(f"FAILED {problem.splitlines()[0]}")
     say(f"Report: {files['html']}")
     failed = [run.name for run in runs if run.status == FAILED]
@@ -74,7 +69,7 @@ def compare(arguments: Sequence[str]) -> int:
 
 
 def cache_labels(data: dict[str, Any]) -> None:
-    """Let Ultralytics write its label caches, which trainings that start together would write over each other."""
+    """Let Ultralytics write its label caches first, since trainings that start together would overwrite them."""
     with quiet():
         for split in ("train", "val", "test"):
             if data.get(split):
@@ -82,28 +77,26 @@ def cache_labels(data: dict[str, Any]) -> None:
 
 
 def say(line: str) -> None:
-    """Print a line at once, also where the output is a file."""
+    """Print a line without delay, also to a file."""
     print(line, flush=True)
 
 
 def check_all(comparison: Comparison, open_arms: Collection[str]) -> dict[str, Any]:
-    """Check everything that a training would check at its start, for all arms together.
+    """Check everything that a training checks at its start, for all arms together.
 
     Args:
-        comparison: What is compared.
-        open_arms: Arms that are still to be trained; the models of others need not be there any more.
+        comparison: The comparison.
+        open_arms: Arms with unfinished trainings; the models of the other arms need not exist any more.
 
     Returns:
-        The data set as Ultralytics reads it.
+        The data YAML as Ultralytics reads it.
 
     Raises:
         YoloKDError: With one line per mistake.
     """
     check_torchvision()
     problems: list[str] = []
-    for arm in comparison.arms:
-        if arm.name not in open_arms:
-            continue
+    for arm in (arm for arm in comparison.arms if arm.name in open_arms):
         try:
             _check(arm)
         except YoloKDError as error:
@@ -129,77 +122,51 @@ def _check(arm: Arm) -> None:
             check_unlabeled_images(plan, keys)
 
 
-def measure(comparison: Comparison, runs: Sequence[Run], data: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Evaluate whatever has finished, and sum it up.
+def measure(comparison: Comparison, runs: Sequence[Run], data: Mapping[str, Any]) -> Measurements:
+    """Evaluate all finished runs and their teachers.
 
     A checkpoint that cannot be evaluated is reported and left out, like a training that failed.
-
-    Returns:
-        The summary, and what the pictures of the report are drawn from.
     """
-    folder = comparison.folder
+    folder, cache = comparison.folder, comparison.folder / "evaluations"
     problems: list[str] = []
     notes: list[str] = []
+    attempt: Callable[..., Any] = partial(attempted, problems)
     trust = any(arm.options.trust_checkpoints for arm in comparison.arms)
     settings = settings_of(keys_of(comparison.arms[0]), data, trust)
-    evaluations: dict[str, dict[str, Any]] = {}
     say("Evaluating on " + " and ".join(settings.splits))
-    teachers = {}
+    teachers: dict[str, Evaluation] = {}
     for path in dict.fromkeys(t for arm in comparison.arms if (t := teacher_of(arm)) and t.endswith(".pt")):
-        if result := _tried(partial(_of_teacher, path, settings, folder / "evaluations", notes), path, problems):
+        if result := attempt(path, partial(_evaluate_teacher, path, settings, cache, notes), None):
             teachers[path] = result
-    finished = [run for run in runs if run.status == FINISHED]
-    for run in finished:
-        result = _tried(partial(evaluate, run.best, settings, folder / "evaluations"), run.name, problems)
-        if result:
+    evaluations: dict[str, Evaluation] = {}
+    firsts: dict[str, Path] = {}  # one checkpoint of each arm
+    for run in (run for run in runs if run.status == FINISHED):
+        firsts.setdefault(run.arm.name, run.best)
+        if result := attempt(run.name, partial(evaluate, run.best, settings, cache), None):
             evaluations[run.name] = result
-    firsts = {arm.name: next((r for r in finished if r.arm.name == arm.name), None) for arm in comparison.arms}
     say("Measuring the exported students")
-    latencies = latencies_of({n: r.best for n, r in firsts.items() if r}, teachers, folder, settings, problems)
-    audits = {}
-    for name, first in firsts.items():
-        if first and first.arm.kind == DISTILLED:
-            audits[name] = _tried(partial(audit_of, first.best, trust), f"audit of {name}", problems) or []
-    summary = summarise(comparison, runs, evaluations, teachers, latencies, audits, settings, problems, notes)
-    parts = {
-        "settings": settings,
-        "evaluations": evaluations,
-        "teachers": teachers,
-        "checkpoints": {run.name: run.best for run in finished},
-        "cache": folder / "evaluations",
-        "names": data["names"],
+    exports = {name: (checkpoint, folder / "onnx" / f"{name}.onnx") for name, checkpoint in firsts.items()}
+    exports |= {path: (Path(path), folder / "onnx" / "teachers" / f"{n}.onnx") for n, path in enumerate(teachers)}
+    files: dict[str, Path] = {}
+    for name, (checkpoint, target) in exports.items():
+        work = partial(export_onnx, checkpoint, target, settings.imgsz, trust)
+        if file := attempt(f"export of {name}", work, None):
+            files[name] = file
+    latencies = attempt("latency", partial(onnx_latency, files), None) or {}
+    audits: dict[str, tuple[AuditRow, ...]] = {
+        arm.name: attempt(f"audit of {arm.name}", partial(audit_of, firsts[arm.name], trust), None) or ()
+        for arm in comparison.arms
+        if arm.name in firsts and arm.kind == DISTILLED
     }
-    return summary, parts
+    return Measurements(
+        settings, evaluations, teachers, latencies, audits, data["names"], cache, tuple(problems), tuple(notes)
+    )
 
 
-def _of_teacher(path: str, settings: Settings, cache: Path, notes: list[str]) -> dict[str, Any] | None:
-    """Evaluate a teacher; one of other classes (class_map=) teaches, but has no metrics here, which is no failure."""
+def _evaluate_teacher(path: str, settings: Settings, cache: Path, notes: list[str]) -> Evaluation | None:
+    """Evaluate a teacher. One of other classes (class_map=) has no metrics on this data set, which is no failure."""
     try:
         return evaluate(Path(path), settings, cache)
     except OtherClassesError as error:
         notes.append(f"The teacher {Path(path).name} has no row of its own: {error}")
-        return None
-
-
-def latencies_of(
-    checkpoints: dict[str, Path], teachers: dict[str, Any], folder: Path, settings: Settings, problems: list[str]
-) -> dict[str, float]:
-    """Export one checkpoint per arm and every teacher, and time the files; what cannot be exported is reported."""
-    files: dict[str, Path] = {}
-    wanted = {name: (checkpoint, f"{name}.onnx") for name, checkpoint in checkpoints.items()}
-    wanted |= {path: (Path(path), f"teachers/{number}.onnx") for number, path in enumerate(teachers)}
-    for name, (checkpoint, target) in wanted.items():
-        work = partial(export_onnx, checkpoint, folder / "onnx" / target, settings.imgsz, settings.trust)
-        file = _tried(work, f"export of {name}", problems)
-        if file:
-            files[name] = file
-    return _tried(partial(onnx_latency, files), "latency", problems) or {}
-
-
-def _tried(work: Any, what: str, problems: list[str]) -> Any:
-    """Do something; an error becomes a line of the report instead of the end of a comparison of hours."""
-    try:
-        return work()
-    except Exception as error:
-        problems.append(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}")
         return None

@@ -1,22 +1,21 @@
-"""What a comparison says while it trains: one line per run, with the time that is left for all of them."""
+"""Progress of a comparison: one line per run, with the training time that is left for all runs."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
+from statistics import fmean
 from typing import TextIO
 
-from yolo_kd.compare.runs import FAILED, FINISHED, RUNNING, Run
+from yolo_kd.compare.runs import FAILED, FINISHED, MAP_COLUMN, RUNNING, Run
 
-METRIC = "metrics/mAP50-95(B)"
-_LINES_PER_RUN = 10  # in a log file; a terminal shows every epoch, in place
+_LINES_PER_RUN = 10  # in a log file; a terminal shows every epoch in place
 
 
 class Progress:
     """Writes lines about runs.
 
-    On a terminal the lines of the trainings that are under way are rewritten in place. Anywhere else, such as in a log
-    file, a line is added when a run starts, ends, or has done another tenth of its epochs.
+    On a terminal, the lines of running trainings are rewritten in place. Anywhere else, such as in a log file, a line
+    is added when a run starts, ends, or has finished another tenth of its epochs.
 
     Args:
         stream: Where to write.
@@ -29,14 +28,12 @@ class Progress:
         self._live = stream.isatty()
         self._shown: list[str] = []
         self._reported: dict[str, int] = {}
-        self._began: dict[str, tuple[float, int]] = {}
 
     def __call__(self, runs: Sequence[Run], event: str, run: Run | None) -> None:
-        """Report an event, see `training.train_all`."""
+        """Report an event of `launcher.train_all`."""
         if event == "start" and run is not None:
-            self._began[run.name] = (time.monotonic(), len(run.rows()))
-            verb = "continues" if run.attempts[-1]["resumed"] else "starts"
-            self._add(f"{self._place(runs, run)} {verb}, log: {run.log}")
+            verb = "continues" if run.attempts[-1].resumed else "starts"
+            self._add(f"{self._prefix(runs, run)} {verb}, log: {run.log}")
         elif event == "end" and run is not None:
             self._reported.pop(run.name, None)
             self._add(self.line(runs, run))
@@ -51,11 +48,11 @@ class Progress:
                     self._add(self.line(runs, r))
 
     def line(self, runs: Sequence[Run], run: Run) -> str:
-        """Return the line of a run: how far it is, its metric, and the time that is left for the comparison."""
+        """Return the line of a run: its progress, its metric, and the training time that is left for the comparison."""
         rows = run.rows()
-        metric = f", mAP50-95 {rows[-1][METRIC]:.3f}" if rows and METRIC in rows[-1] else ""
+        metric = f", mAP50-95 {rows[-1][MAP_COLUMN]:.3f}" if rows and MAP_COLUMN in rows[-1] else ""
         if run.status == FINISHED:
-            best = max((row[METRIC] for row in rows if METRIC in row), default=None)
+            best = max((row[MAP_COLUMN] for row in rows if MAP_COLUMN in row), default=None)
             shown = f", best mAP50-95 {best:.3f}" if best is not None else ""
             state = f"finished after {len(rows)} epochs{shown}, {_duration(run.seconds() or 0)}"
         elif run.status == FAILED:
@@ -65,7 +62,7 @@ class Progress:
             state = f"epoch {len(rows)}/{run.epochs}{metric}"
         left = self.left(runs)
         ahead = f"; about {_duration(left)} of training left" if left is not None and left > 0 else ""
-        return f"{self._place(runs, run)} {state}{ahead}"
+        return f"{self._prefix(runs, run)} {state}{ahead}"
 
     def left(self, runs: Sequence[Run]) -> float | None:
         """Return the seconds of training that are left for the whole comparison, None before the first epoch."""
@@ -74,19 +71,15 @@ class Progress:
             rows, seconds = len(run.rows()), run.seconds()
             if rows and seconds:
                 pace.setdefault(run.arm.name, []).append(seconds / rows)
-        known = [sum(found) / len(found) for found in pace.values()]
-        if not known:
+        average = [fmean(found) for found in pace.values()]
+        if not average:
             return None
-        total = 0.0
-        for run in runs:
-            if run.status in (FINISHED, FAILED):
-                continue
-            found = pace.get(run.arm.name, known)
-            total += max(run.epochs - len(run.rows()), 0) * sum(found) / len(found)
-        return total / min(self._jobs, max(sum(r.status not in (FINISHED, FAILED) for r in runs), 1))
+        ahead = [run for run in runs if run.status not in (FINISHED, FAILED)]
+        epochs = [(max(run.epochs - len(run.rows()), 0), pace.get(run.arm.name, average)) for run in ahead]
+        return sum(count * fmean(found) for count, found in epochs) / min(self._jobs, max(len(ahead), 1))
 
     @staticmethod
-    def _place(runs: Sequence[Run], run: Run) -> str:
+    def _prefix(runs: Sequence[Run], run: Run) -> str:
         return f"[{list(runs).index(run) + 1}/{len(runs)}] {run.name}:"
 
     def _add(self, line: str) -> None:
@@ -98,7 +91,7 @@ class Progress:
         if not self._live or lines == self._shown:
             return
         if self._shown:
-            self._stream.write(f"\033[{len(self._shown)}A\033[J")  # up to the first of them, clear what is below
+            self._stream.write(f"\033[{len(self._shown)}A\033[J")  # up to the first line, clear everything below
         self._stream.writelines(f"{line}\n" for line in lines)
         self._stream.flush()
         self._shown = lines

@@ -3,199 +3,92 @@
 from __future__ import annotations
 
 import base64
-import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from yolo_kd.compare import examples, plots
-from yolo_kd.compare.evaluate import METRICS, load_predictions, predictions_file
-from yolo_kd.compare.runs import write_text
-from yolo_kd.compare.statistics import GAIN, LOSS, NOISE, NOTHING, THIN, UNCERTAIN, points
-from yolo_kd.compare.summary import assigned, runs_csv
+from yolo_kd.compare.evaluate import load_predictions, predictions_file
+from yolo_kd.compare.records import GROUPS, Evaluation, Group, Summary, run_name
+from yolo_kd.compare.runs import attempted, write_text
+from yolo_kd.compare.size_metrics import ImageResult
+from yolo_kd.compare.summary import Measurements, runs_csv
+from yolo_kd.compare.tables import Table, group_table, marked, tables
 
 TEMPLATE = "report.html.j2"
-NONE = "-"
-# what a verdict's word looks like beside it, for readers who see no colour
-MARKS = {GAIN: "▲", LOSS: "▼", NOISE: "≈", UNCERTAIN: "?", THIN: "…", NOTHING: "×"}
-
-Tables = list[tuple[str, list[str], list[list[str]]]]
 
 
-def write_report(folder: Path, summary: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, Path]:
+@dataclass
+class Drawings:
+    """Everything on the page that is drawn; pictures are data URIs.
+
+    Attributes:
+        differences: Paired differences by split.
+        curves: Learning curves.
+        terms: For each arm with distillation terms its name, the plot, and the share of each term in the gradient on
+            the first batch as text.
+        groups: Differences by class and by object size, by split.
+        examples: Images in which the best arm and the reference differ most.
+        no_examples: Why there are none.
+        problems: What could not be drawn, a line each.
+    """
+
+    differences: dict[str, str] = field(default_factory=dict)
+    curves: str = ""
+    terms: list[tuple[str, str, list[str]]] = field(default_factory=list)
+    groups: dict[Group, dict[str, str]] = field(default_factory=dict)
+    examples: list[examples.Example] = field(default_factory=list)
+    no_examples: str = ""
+    problems: list[str] = field(default_factory=list)
+
+
+def write_report(folder: Path, summary: Summary, measured: Measurements) -> dict[str, Path]:
     """Write all four files.
 
     Args:
         folder: Where to write.
-        summary: What `results.summarise` returned.
-        parts: What pictures are drawn from: `settings`, `evaluations` and `checkpoints` by run, `teachers` by path,
-            `cache` and `names` of the classes.
+        summary: Result of `summarise`.
+        measured: What the summary was made from; holds the predictions that example images are drawn from.
 
     Returns:
         The files by their ending.
     """
     contents = {
-        "json": ("summary.json", json.dumps(_finite(summary), indent=1, allow_nan=False) + "\n"),
-        "csv": ("runs.csv", runs_csv(summary)),
-        "md": ("report.md", markdown(summary)),
-        "html": ("report.html", html(summary, draw(summary, parts))),
+        "summary.json": summary.to_json(),
+        "runs.csv": runs_csv(summary),
+        "report.md": markdown(summary),
+        "report.html": html(summary, draw(summary, measured)),
     }
-    for name, text in contents.values():
+    for name, text in contents.items():
         write_text(folder / name, text)
-    return {ending: folder / name for ending, (name, _) in contents.items()}
-
-
-def _finite(value: Any) -> Any:
-    """Return plain data without numbers that JSON does not know."""
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# ------------------------------------------------------------------------------------------------ tables
-
-
-def tables(summary: Mapping[str, Any]) -> Tables:
-    """Return the tables of the report: title, head and rows, all as text."""
-    made: Tables = [_arms(summary)]
-    made += [_accuracy(summary, split) for split in summary["splits"]]
-    return [*made, _cost(summary)]
-
-
-def _arms(summary: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
-    rows = []
-    for arm in summary["arms"]:
-        total = [run for run in summary["runs"] if run["arm"] == arm["name"]]
-        done = sum(run["status"] == "finished" for run in total)
-        keys = assigned(arm["differs"])
-        role = "what the others are compared with" if arm["name"] == summary["reference"] else _word(arm)
-        rows.append([arm["name"], arm["about"] + (f"; also {keys}" if keys else ""), f"{done} of {len(total)}", role])
-    return "What was trained", ["arm", "how it trains", "runs finished", "verdict"], rows
-
-
-def _word(arm: Mapping[str, Any]) -> str:
-    word = arm["verdict"]["word"]
-    return f"{MARKS.get(word, '')} {word}".strip()
-
-
-def _accuracy(summary: Mapping[str, Any], split: str) -> tuple[str, list[str], list[list[str]]]:
-    main = summary["metric"]
-    head = ["arm", main, "difference", "95 % interval", "p (t / Holm / sign flip)", "gap closed", *METRICS[1:]]
-    rows = []
-    for arm in summary["arms"]:
-        values, found = arm["metrics"][split], arm["difference"][split][main]
-        if arm["name"] == summary["reference"]:
-            compared = [NONE] * 4
-        else:
-            gap = arm["gap_closed"][split]
-            p_values = [found["p_t"], found["p_holm"], found["p_exact"]]
-            compared = [
-                _points(found["mean"], found["n"]),
-                NONE if found["low"] is None else f"{points(found['low'])} to {points(found['high'])}",
-                " / ".join(NONE if p is None else f"{p:.2g}" for p in p_values) if found["n"] > 1 else NONE,
-                NONE if gap is None else f"{gap * 100:.0f} %".replace("-", "−"),
-            ]
-        rows.append([arm["name"], _spread(values[main]), *compared, *(_spread(values[m]) for m in METRICS[1:])])
-    for teacher in summary["teachers"]:
-        values = teacher["splits"][split]["metrics"]
-        rows.append(
-            [
-                _teacher_name(summary, teacher),
-                f"{values[main] * 100:.1f}",
-                *[NONE] * 4,
-                *(f"{values[m] * 100:.1f}" for m in METRICS[1:]),
-            ]
-        )
-    return f"Accuracy on {split}", head, rows
-
-
-def _teacher_name(summary: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
-    return "teacher" if len(summary["teachers"]) == 1 else f"teacher {teacher['path']}"
-
-
-def _points(mean: float | None, n: int) -> str:
-    return NONE if mean is None else f"{points(mean)} ({n} pair{'s' if n != 1 else ''})"
-
-
-def _spread(value: Mapping[str, Any], scale: float = 100.0, digits: int = 1) -> str:
-    if value["mean"] is None:
-        return NONE
-    text = f"{value['mean'] * scale:.{digits}f}"
-    return text if value["sd"] is None else f"{text} ± {value['sd'] * scale:.{digits}f}"
-
-
-def _cost(summary: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
-    def numbers(owner: Mapping[str, Any]) -> list[str]:
-        size, work, delay = owner["parameters"], owner["gflops"], owner["latency_ms"]
-        return [
-            NONE if not size else f"{size / 1e6:.2f} M",
-            NONE if not work else f"{work:.2f}",
-            NONE if delay is None else f"{delay:.1f} ms",
-        ]
-
-    rows = []
-    for arm in summary["arms"]:
-        seconds = arm["seconds"]
-        spent = NONE if seconds["mean"] is None else _spread(seconds, 1 / 60) + " min"
-        ratio = NONE if arm["time_ratio"] is None else f"{arm['time_ratio']:.2f}x"
-        rows.append([arm["name"], spent, ratio, *numbers(arm)])
-    rows += [[_teacher_name(summary, teacher), NONE, NONE, *numbers(teacher)] for teacher in summary["teachers"]]
-    return "Cost", ["arm", "training time", f"of {summary['reference']}", "parameters", "GFLOPs", "ONNX latency"], rows
-
-
-def part_table(summary: Mapping[str, Any], kind: str, split: str) -> tuple[list[str], list[list[str]]]:
-    """Return head and rows of the table by class or by size."""
-    arms = summary["arms"]
-    reference = next(arm for arm in arms if arm["name"] == summary["reference"])
-    others = [arm for arm in arms if arm is not reference]
-    names = list(dict.fromkeys(name for arm in arms for name in arm[kind][split]))
-    rows = []
-    for name in names:
-        shown = name
-        objects = next((a[kind][split][name].get("objects") for a in arms if name in a[kind][split]), None)
-        if objects is not None:
-            shown = f"{name} ({objects} objects)"
-        cells = [_spread(reference[kind][split][name]) if name in reference[kind][split] else NONE]
-        for arm in others:
-            part = arm[kind][split].get(name)
-            mean = None if part is None else part["difference"]
-            text = NONE if mean is None else points(mean)
-            if mean is not None and part["low"] is not None:
-                text += f" ({points(part['low'])} to {points(part['high'])})"
-            cells.append(text)
-        rows.append([shown, *cells])
-    return ["", reference["name"], *(f"{arm['name']}, difference" for arm in others)], rows
+    return {name.rpartition(".")[2]: folder / name for name in contents}
 
 
 # ------------------------------------------------------------------------------------------------ Markdown
 
 
-def markdown(summary: Mapping[str, Any]) -> str:
+def markdown(summary: Summary) -> str:
     """Return the report without its pictures, for pasting into an issue."""
-    lines = [f"**{summary['verdict']}**", ""]
-    if len(summary["verdicts"]) > 1:
-        lines += [*(f"- {sentence}" for sentence in summary["verdicts"]), ""]
-    for title, head, rows in tables(summary):
-        lines += [f"### {title}", "", *_markdown_table(head, rows), ""]
-    if summary["problems"]:
+    lines = [f"**{summary.verdict}**", ""]
+    if len(summary.verdicts) > 1:
+        lines += [*(f"- {sentence}" for sentence in summary.verdicts), ""]
+    for table in tables(summary):
+        lines += [f"### {table.title}", "", *_markdown_table(table), ""]
+    if summary.problems:
         lines += ["### Failed", ""]
-        lines += [f"- {_cell(problem.splitlines()[0])}" for problem in summary["problems"]] + [""]
-    lines += ["### How to read it", "", *(f"- {note}" for note in summary["notes"]), ""]
-    lines += ["### Record", "", "```", summary["commands"]["comparison"]]
-    lines += [f"{name} {version}" for name, version in summary["versions"].items()]
-    lines += [f"teacher sha256 {teacher['sha256']}" for teacher in summary["teachers"]]
+        lines += [f"- {_cell(problem.splitlines()[0])}" for problem in summary.problems] + [""]
+    lines += ["### How to read it", "", *(f"- {note}" for note in summary.notes), ""]
+    lines += ["### Record", "", "```", summary.commands.comparison]
+    lines += [f"{name} {version}" for name, version in summary.versions.items()]
+    lines += [f"teacher sha256 {teacher.sha256}" for teacher in summary.teachers]
     return "\n".join([*lines, "```"]) + "\n"
 
 
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(map(_cell, head)) + " |", "|---" * len(head) + "|"]
-    return lines + ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
+def _markdown_table(table: Table) -> list[str]:
+    lines = ["| " + " | ".join(map(_cell, table.head)) + " |", "|---" * len(table.head) + "|"]
+    return lines + ["| " + " | ".join(map(_cell, row)) + " |" for row in table.rows]
 
 
 def _cell(text: str) -> str:
@@ -205,99 +98,66 @@ def _cell(text: str) -> str:
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-def draw(summary: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, Any]:
+def draw(summary: Summary, measured: Measurements) -> Drawings:
     """Draw everything; a picture that cannot be drawn is replaced by the reason."""
-    drawn: dict[str, Any] = {"problems": []}
-
-    def attempt(name: str, work: Callable[[], Any], empty: Any) -> None:
-        try:
-            drawn[name] = work()
-        except Exception as error:
-            drawn[name] = empty
-            drawn["problems"].append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}")
-
-    splits = summary["splits"]
-    attempt("differences", lambda: {s: svg_uri(plots.differences(summary, s)) for s in splits}, {})
-    attempt("curves", lambda: svg_uri(plots.learning_curves(summary)), None)
-    attempt("terms", lambda: _terms(summary), [])
-    for kind in ("classes", "sizes"):
-        attempt(kind, partial(_parts, summary, kind), {})
-    none = {"scenes": [], "attention": [], "why": "They could not be drawn."}
-    attempt("scenes", lambda: _scenes(summary, parts), none)
+    drawn, splits = Drawings(), summary.splits
+    attempt = partial(attempted, drawn.problems)
+    drawn.differences = attempt("differences", lambda: {s: svg_uri(plots.differences(summary, s)) for s in splits}, {})
+    drawn.curves = attempt("curves", lambda: svg_uri(plots.learning_curves(summary)), "")
+    drawn.terms = attempt("terms", lambda: _terms(summary), [])
+    drawn.groups = {kind: attempt(kind, partial(_groups, summary, kind), {}) for kind in GROUPS}
+    not_drawn: tuple[list[examples.Example], str] = ([], "They could not be drawn.")
+    drawn.examples, drawn.no_examples = attempt("examples", lambda: _examples(summary, measured), not_drawn)
     return drawn
 
 
-def _parts(summary: Mapping[str, Any], kind: str) -> dict[str, str]:
-    drawn = {split: plots.parts(summary, kind, split) for split in summary["splits"]}
-    return {split: svg_uri(picture) for split, picture in drawn.items() if picture is not None}
-
-
 def svg_uri(svg: str) -> str:
-    """Return SVG text as a data URI: as a picture of its own, so that ids of several cannot meet in one page."""
+    """Return SVG text as a data URI: an image of its own, so that its ids cannot clash with those of other plots."""
     return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
 
 
-def _terms(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    found = []
-    for arm in summary["arms"]:
-        picture = plots.loss_terms(summary, arm["name"])
-        if picture is None:
-            continue
-        rows = [
-            f"{row['term']}: {row['share'] * 100:.0f} % of the task loss's gradient"
-            for row in arm["audit"]
-            if row["share"] is not None
-        ]
-        found.append({"arm": arm["name"], "picture": svg_uri(picture), "shares": rows})
-    return found
+def _groups(summary: Summary, kind: Group) -> dict[str, str]:
+    drawn = {split: plots.groups(summary, kind, split) for split in summary.splits}
+    return {split: svg_uri(svg) for split, svg in drawn.items() if svg is not None}
 
 
-def _scenes(summary: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Draw the pictures in which the best arm and the reference differ most, and their attention."""
-    best: str = next(iter(summary["ranking"]), "")
-    reference, settings = summary["reference"], parts["settings"]
-    evaluations: Mapping[str, Any] = parts["evaluations"]
-    seeds = [
-        s for s in summary["seeds"] if f"{best} seed {s}" in evaluations and f"{reference} seed {s}" in evaluations
-    ]
+def _terms(summary: Summary) -> list[tuple[str, str, list[str]]]:
+    drawn = []
+    for arm in summary.arms:
+        svg = plots.loss_terms(summary, arm.name)
+        if svg is not None:
+            rows = [(row.term, row.share) for row in arm.audit if row.share is not None]
+            shares = [f"{term}: {share * 100:.0f} % of the task loss's gradient" for term, share in rows]
+            drawn.append((arm.name, svg_uri(svg), shares))
+    return drawn
+
+
+def _examples(summary: Summary, measured: Measurements) -> tuple[list[examples.Example], str]:
+    """Draw the images in which the best arm and the reference differ most; without any, return why."""
+    evaluations, reference = measured.evaluations, summary.reference
+    best = next(iter(summary.ranking), "")
+    seeds = [s for s in summary.seeds if {run_name(best, s), run_name(reference, s)} <= evaluations.keys()]
     if not seeds:
-        return {"scenes": [], "attention": [], "why": f"No seed was finished by both {reference} and another arm."}
+        return [], f"No seed was finished by both {reference} and another arm."
 
-    def results(evaluation: Mapping[str, Any]) -> list[Any]:
-        return load_predictions(predictions_file(parts["cache"], evaluation["key"], "val"))
+    def results(evaluation: Evaluation) -> list[ImageResult]:
+        return load_predictions(predictions_file(measured.cache, evaluation.key, "val"))
 
-    runs = {name: [results(evaluations[f"{name} seed {s}"]) for s in seeds] for name in (reference, best)}
-    chosen = examples.choose(runs[reference], runs[best])
-    teacher: str | None = next(iter(parts["teachers"]), None)
-    fixed: dict[str, Any] = {"teacher": results(parts["teachers"][teacher])} if teacher else {}
-    made = []
-    for choice in chosen:
+    runs = {name: [results(evaluations[run_name(name, seed)]) for seed in seeds] for name in (reference, best)}
+    teacher = next(iter(measured.teachers.values()), None)
+    fixed = {"teacher": results(teacher)} if teacher else {}
+    drawn = []
+    for choice in examples.choose(runs[reference], runs[best]):
         shown = {**fixed, **{name: runs[name][choice.run] for name in (reference, best)}}
-        drawn = examples.scene(choice, shown, parts["names"], seeds[choice.run])
-        made += [drawn] if drawn is not None else []
-    models: dict[str, Path] = {name: parts["checkpoints"][f"{name} seed {seeds[0]}"] for name in (reference, best)}
-    if teacher:
-        models = {"teacher": Path(teacher), **models}
-    order = sorted(chosen, key=lambda c: -abs(c.arm - c.reference)) or [examples.Choice(0, 0, 0.0, 0.0)]
-    pictures_of = runs[reference][0]
-    files = [pictures_of[c.index].name for c in order[: examples.ATTENTION]] if pictures_of else []
-    looked = [(Path(f).name, p) for f in files if (p := examples.read_picture(f)) is not None]
-    maps = {
-        name: examples.attention(path, [p for _, p in looked], settings.imgsz, settings.trust)
-        for name, path in models.items()
-    }
-    attention = [
-        {"name": name, "rows": [(model, panels[i]) for model, panels in maps.items() if panels]}
-        for i, (name, _) in enumerate(looked)
-    ]
-    why = "" if made else "There is no picture of val in which the two differ."
-    return {"scenes": made, "attention": attention, "why": why, "arm": best}
+        example = examples.draw(choice, shown, measured.names, seeds[choice.run])
+        drawn += [example] if example is not None else []
+    return drawn, "" if drawn else "There is no image of val in which the two differ."
 
 
 # ------------------------------------------------------------------------------------------------ the page
 
 
-def html(summary: Mapping[str, Any], drawn: Mapping[str, Any]) -> str:
+def html(summary: Summary, drawn: Drawings) -> str:
     """Return the page: one file that loads nothing."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -306,15 +166,14 @@ def html(summary: Mapping[str, Any], drawn: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    by_part = {
-        kind: {split: part_table(summary, kind, split) for split in summary["splits"]} for kind in ("classes", "sizes")
-    }
+    best = next(iter(summary.ranking), "")
     return environment.get_template(TEMPLATE).render(
         summary=summary,
         drawn=drawn,
         tables=tables(summary),
-        by_part=by_part,
-        mark=next((_word(a) for a in summary["arms"] if a["name"] in summary["ranking"][:1]), ""),
+        groups={kind: [group_table(summary, kind, split) for split in summary.splits] for kind in GROUPS},
+        mark=next((marked(arm) for arm in summary.arms if arm.name == best), ""),
+        best=best,
         confidence=examples.CONFIDENCE,
         iou=examples.IOU,
     )

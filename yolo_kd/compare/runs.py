@@ -1,31 +1,39 @@
-"""The runs of a comparison: which there are, what identifies each, and what earlier calls left of it."""
+"""The runs of a comparison: what identifies each of them, and its state after earlier calls."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import hashlib
 import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
 from yolo_kd._version import __version__
 from yolo_kd.compare.arms import DISTILLED, UPSTREAM, Arm, Comparison
+from yolo_kd.compare.records import Attempt, Identity, RunState, Status, run_name
 from yolo_kd.config.recipe import load_recipe
 from yolo_kd.config.unlabeled import SOURCE_KEY
+from yolo_kd.engine.run_files import write_atomically
 from yolo_kd.errors import ConfigError
 from yolo_kd.safe_loading.checkpoint import sha256
 
-FINISHED, FAILED, RUNNING, WAITING = "finished", "failed", "running", "waiting"
-DEFAULTS = {"plots": False}  # what a comparison sets where the user does not
+FINISHED: Status = "finished"
+FAILED: Status = "failed"
+RUNNING: Status = "running"
+WAITING: Status = "waiting"
+MAP_COLUMN = "metrics/mAP50-95(B)"  # of results.csv
+DEFAULTS = {"plots": False}  # keys that a comparison sets where the user does not
+T = TypeVar("T")
 _PATHS = ("teacher", "student", "data", "kd", "model", "distill_model")
 
 
@@ -36,27 +44,27 @@ class Run:
     Attributes:
         arm: The arm.
         seed: The seed.
-        folder: Where Ultralytics writes; the files beside it carry its name.
-        keys: Keys of the training, as they stand in its experiment file.
-        identity: What must be the same when a run goes on: its keys, and the content of the files they name.
+        folder: Where Ultralytics writes. The files of the run next to that folder have the same name.
+        keys: Keys of the training, as its experiment file lists them.
+        identity: What must be the same when a run continues.
         status: `waiting`, `running`, `finished` or `failed`.
-        attempts: One record for each time that it was started.
-        error: Last lines of the log of a failed run.
+        attempts: All starts so far.
+        error: For a failed run, how it ended and the last lines of its log.
     """
 
     arm: Arm
     seed: int
     folder: Path
     keys: dict[str, Any]
-    identity: dict[str, Any]
-    status: str = WAITING
-    attempts: list[dict[str, Any]] = field(default_factory=list)
+    identity: Identity
+    status: Status = WAITING
+    attempts: list[Attempt] = field(default_factory=list)
     error: str = ""
 
     @property
     def name(self) -> str:
         """Name in messages and in the report."""
-        return f"{self.arm.name} seed {self.seed}"
+        return run_name(self.arm.name, self.seed)
 
     @property
     def best(self) -> Path:
@@ -65,17 +73,22 @@ class Run:
 
     @property
     def last(self) -> Path:
-        """The checkpoint that a training goes on from."""
+        """The checkpoint that a training continues from."""
         return self.folder / "weights" / "last.pt"
 
     @property
+    def state_file(self) -> Path:
+        """The file of the run's state."""
+        return self.folder.with_suffix(".json")
+
+    @property
     def experiment(self) -> Path:
-        """File of the run's keys."""
+        """The file of the run's keys."""
         return self.folder.with_suffix(".yaml")
 
     @property
     def log(self) -> Path:
-        """What the training printed."""
+        """The file of what the training printed."""
         return self.folder.with_suffix(".log")
 
     @property
@@ -83,30 +96,27 @@ class Run:
         """Epochs that were asked for."""
         return int(self.keys.get("epochs", 100))
 
+    def state(self) -> RunState:
+        """Return the state as a record."""
+        same = {name: getattr(self, name) for name in ("seed", "status", "error", "identity")}
+        return RunState(arm=self.arm.name, attempts=tuple(self.attempts), **same)
+
     def save(self) -> None:
-        """Write the state, in one piece."""
-        state = {
-            "arm": self.arm.name,
-            "seed": self.seed,
-            "status": self.status,
-            "error": self.error,
-            "attempts": self.attempts,
-            "identity": self.identity,
-        }
-        write_text(self.folder.with_suffix(".json"), json.dumps(state, indent=1) + "\n")
+        """Write the state file, in one piece."""
+        write_text(self.state_file, self.state().to_json())
 
     def rows(self) -> list[dict[str, float]]:
         """Return the lines of results.csv, one per epoch."""
-        # a run that was stopped between this file and its checkpoint repeats an epoch: the second time counts
+        # a run that was stopped between this file and its checkpoint repeats an epoch, and the second line counts
         return [*{row["epoch"]: row for row in self._lines()}.values()]
 
     def seconds(self) -> float | None:
-        """Return the training time of all epochs; the clock of results.csv starts anew where a run was continued."""
+        """Return the training time of all epochs. The clock of results.csv restarts where a run was continued."""
         spent: dict[float, float] = {}
         epoch = clock = 0.0
         for row in self._lines():
-            went_on = row["epoch"] > epoch and row["time"] >= clock
-            spent[row["epoch"]] = row["time"] - clock if went_on else row["time"]
+            same_clock = row["epoch"] > epoch and row["time"] >= clock
+            spent[row["epoch"]] = row["time"] - clock if same_clock else row["time"]
             epoch, clock = row["epoch"], row["time"]
         return sum(spent.values()) if spent else None
 
@@ -120,11 +130,17 @@ class Run:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in one piece: it is either the old one or the new one, whatever happens."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    """Write a file in one piece: whatever happens, it has either the old content or the new."""
+    write_atomically(path, text.encode())
+
+
+def attempted(problems: list[str], what: str, work: Callable[[], T], otherwise: T) -> T:
+    """Do something after the trainings; an error becomes a line of the report and does not end the comparison."""
+    try:
+        return work()
+    except Exception as error:
+        problems.append(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}")
+        return otherwise
 
 
 def _number(text: str | None) -> float:
@@ -134,30 +150,29 @@ def _number(text: str | None) -> float:
         return float("nan")
 
 
-# ------------------------------------------------------------------------------------------------ what there is to do
+# ------------------------------------------------------------------------------------------------ planning
 
 
 def plan_runs(comparison: Comparison) -> list[Run]:
-    """Return all runs with what earlier calls of the same command left of them, seed by seed.
+    """Return all runs, seed by seed, each with its state after earlier calls of the same command.
 
     Raises:
-        ConfigError: If the folder holds runs of other settings.
+        ConfigError: If the folder holds runs of other settings, or a state file that cannot be read.
     """
-    hashes = Hashes()
-    runs = [
-        _run(arm, seed, comparison.folder, hashes) for seed in comparison.seeds for arm in comparison.arms
-    ]  # seed by seed, so that a comparison that is stopped early has pairs
+    digest = functools.cache(sha256)  # reads each file once
+    # seed by seed, so that a comparison that is stopped early has pairs
+    runs = [_run(arm, seed, comparison.folder, digest) for seed in comparison.seeds for arm in comparison.arms]
     problems = []
     for run in runs:
         state = _state(run)
         if state is None:
             continue
-        if differing := _differing(state["identity"], run.identity):
+        if differing := _differing(state.identity.model_dump(), run.identity.model_dump()):
             problems.append(
                 f"{run.folder} was trained with other settings: {'; '.join(differing)}. Add name=<another> for a "
-                "comparison of its own, or restore the settings to go on with this one."
+                "separate comparison, or restore the settings to continue this one."
             )
-        run.status, run.attempts, run.error = state["status"], state["attempts"], state["error"]
+        run.status, run.attempts, run.error = state.status, [*state.attempts], state.error
         if run.status == FINISHED and not run.best.exists():
             run.status = WAITING
     if problems:
@@ -165,69 +180,58 @@ def plan_runs(comparison: Comparison) -> list[Run]:
     return runs
 
 
-class Hashes:
-    """SHA-256 of files, each read once."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, str] = {}
-
-    def __call__(self, path: Any) -> str | None:
-        """Return the hash, None for what is no file here, such as a model that Ultralytics knows by its name."""
-        if not isinstance(path, str) or not os.path.isfile(path):
-            return None
-        if path not in self._known:
-            self._known[path] = sha256(path)
-        return self._known[path]
-
-
-def _run(arm: Arm, seed: int, folder: Path, hashes: Hashes) -> Run:
+def _run(arm: Arm, seed: int, folder: Path, digest: Callable[[str], str]) -> Run:
     keys = keys_of(arm) | {"seed": seed, "project": str(folder / "runs" / arm.name), "name": f"seed{seed}"}
     keys["exist_ok"] = True
-    identity: dict[str, Any] = {"keys": keys, "trainer": UPSTREAM if arm.kind == UPSTREAM else "yolo_kd"}
-    files = {key: hashes(keys.get(key)) for key in ("teacher", "student", "model", "distill_model", "data")}
-    identity["files"] = {key: digest for key, digest in files.items() if digest}
-    if arm.kind == DISTILLED:
-        # the name of a recipe, and that of its file, say nothing about what is in it
-        identity["recipe"] = load_recipe(keys["kd"], arm.options.kd_overrides).to_dict()
+    # a value that is no file here may be the name of a model to download
+    named = {key: keys.get(key) for key in ("teacher", "student", "model", "distill_model", "data")}
+    files = {key: digest(name) for key, name in named.items() if isinstance(name, str) and os.path.isfile(name)}
+    identity = Identity(
+        keys=keys,
+        trainer=UPSTREAM if arm.kind == UPSTREAM else "yolo_kd",
+        files=files,
+        # the content, since a recipe may change under the same name
+        recipe=load_recipe(keys["kd"], arm.options.kd_overrides).to_dict() if arm.kind == DISTILLED else None,
+    )
     # through JSON and back, so that it equals what is read from a file
-    return Run(arm, seed, folder / "runs" / arm.name / f"seed{seed}", keys, json.loads(json.dumps(identity)))
+    identity = Identity.from_json(identity.to_json())
+    return Run(arm, seed, folder / "runs" / arm.name / f"seed{seed}", keys, identity)
 
 
 def keys_of(arm: Arm) -> dict[str, Any]:
-    """Return the keys of an arm's training, without seed and folder, as they stand in an experiment file."""
+    """Return the keys of an arm's training, without seed and folder, as its experiment file lists them."""
     options = arm.options
     keys: dict[str, Any] = {**DEFAULTS, **{k: v for k, v in options.ultralytics.items() if v is not None}}
     if arm.kind == UPSTREAM:
         keys = {"model": options.student, "distill_model": options.teacher, **arm.extra, **keys}
     else:
-        keys = {"student": options.student, **options.own_keys, **_anywhere(options.pool), **keys}
+        keys = {"student": options.student, **options.own_keys, **_absolute(options.pool), **keys}
     for key in _PATHS:  # so that a comparison can be continued from another folder
         if isinstance(keys.get(key), str) and os.path.isfile(keys[key]):
             keys[key] = os.path.abspath(keys[key])
     return {k: list(v) if isinstance(v, tuple) else v for k, v in keys.items()}
 
 
-def _anywhere(pool: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of a pool with paths that do not depend on the current folder."""
-    if SOURCE_KEY not in pool:
-        return dict(pool)
-    source = pool[SOURCE_KEY] if isinstance(pool[SOURCE_KEY], list | tuple) else [pool[SOURCE_KEY]]
-    return {**pool, SOURCE_KEY: [os.path.abspath(place) for place in source]}
+def _absolute(unlabeled: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of unlabeled images with paths that do not depend on the current folder."""
+    if SOURCE_KEY not in unlabeled:
+        return dict(unlabeled)
+    source = unlabeled[SOURCE_KEY]
+    folders = source if isinstance(source, list | tuple) else [source]
+    return {**unlabeled, SOURCE_KEY: [os.path.abspath(folder) for folder in folders]}
 
 
-def _state(run: Run) -> dict[str, Any] | None:
+def _state(run: Run) -> RunState | None:
     try:
-        return json.loads(run.folder.with_suffix(".json").read_text(encoding="utf-8"))
+        return RunState.from_json(run.state_file.read_bytes())
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ConfigError(
-            f"{run.folder.with_suffix('.json')} is damaged ({error}). Delete it to train anew."
-        ) from error
+        raise ConfigError(f"{run.state_file} is damaged ({error}). Delete it to train this run again.") from error
 
 
 def _differing(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Say in which entries two identities differ."""
+    """Return in which entries two identities differ."""
     lines: list[str] = []
     for key in dict.fromkeys([*old, *new]):
         was, now = old.get(key), new.get(key)
@@ -252,24 +256,21 @@ def locked(folder: Path) -> Iterator[None]:
     """Keep every other comparison out of a folder.
 
     Raises:
-        ConfigError: If one is at work there.
+        ConfigError: If another comparison is running there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
         raise ConfigError(
-            f"another comparison is at work in {folder}. Wait for it, or add name=<another> for a folder of its own."
+            f"another comparison is at work in {folder}. Wait for it, or add name=<another> to use a separate folder."
         ) from None
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what a run depends on."""
+    """Return the versions of the packages that a run depends on."""
     found = {"yolo-kd": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
     for package in ("ultralytics", "torch", "torchvision", "numpy", "onnx", "onnxruntime", "scipy"):
         try:

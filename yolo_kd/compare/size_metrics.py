@@ -1,11 +1,11 @@
 """Average precision by object size, from predictions and labels.
 
 The rules are those of the COCO evaluation: ten IoU thresholds from 0.50 to 0.95, at most 100 predictions per image and
-class, greedy matching from the most certain prediction on, precision read at 101 recalls. Objects outside a size range
-are ignored, and so are predictions that match them or that match nothing and lie outside the range themselves.
+class, greedy matching that starts with the most certain prediction, precision read at 101 recalls. Objects outside a
+size range are ignored. So are predictions that match such an object, and predictions outside the range without a match.
 
-COCO's limits of 32² and 96² pixels are meant for pictures of 640 pixels. Boxes are therefore measured in a picture
-whose longer side is 640, whatever it is in the file: small is below 5 % of that side, large from 15 % on.
+COCO's limits of 32² and 96² pixels are meant for images of 640 pixels. Boxes are therefore scaled to an image whose
+longer side is 640: an object is small below 5 % of that side and large from 15 % on.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from yolo_kd.compare.records import SizeScore
 
 SIZES: dict[str, tuple[float, float]] = {
     "small": (0.0, 32.0**2),
@@ -28,16 +30,16 @@ _MAX_PREDICTIONS = 100
 
 @dataclass(frozen=True)
 class ImageResult:
-    """Predictions and labels of one picture, boxes as (x1, y1, x2, y2) in pixels of the file.
+    """Predictions and labels of one image, boxes as (x1, y1, x2, y2) in pixels of the file.
 
     Attributes:
-        name: Path of the picture.
-        shape: Height and width of the picture.
+        name: Path of the image.
+        shape: Height and width of the image.
         boxes: (P, 4) predicted boxes.
-        scores: (P,) their confidences.
-        classes: (P,) their classes.
-        true_boxes: (T, 4) labelled boxes.
-        true_classes: (T,) their classes.
+        scores: (P,) confidences of the predictions.
+        classes: (P,) classes of the predictions.
+        true_boxes: (T, 4) labeled boxes.
+        true_classes: (T,) classes of the labels.
     """
 
     name: str
@@ -50,7 +52,7 @@ class ImageResult:
 
 
 def areas(boxes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Return the areas of (N, 4) boxes in a picture whose longer side is 640 pixels."""
+    """Return the areas of (N, 4) boxes, scaled to an image whose longer side is 640 pixels."""
     scale = REFERENCE_SIDE / max(shape)
     return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) * scale**2
 
@@ -65,26 +67,24 @@ def overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.divide(inside, union, out=np.zeros_like(inside), where=union > 0)
 
 
-def ap_by_size(images: Sequence[ImageResult], classes: Sequence[int]) -> dict[str, dict[str, float | int | None]]:
-    """Return mAP50-95 for each size, averaged over the classes that have labelled objects of that size.
+def ap_by_size(images: Sequence[ImageResult], classes: Sequence[int]) -> dict[str, SizeScore]:
+    """Return mAP50-95 for each size, averaged over the classes that have labeled objects of that size.
 
     Args:
         images: Predictions and labels.
         classes: Indices of the classes.
-
-    Returns:
-        For each size `ap` (None where no object has that size) and `objects`, the number of labelled ones.
     """
-    result: dict[str, dict[str, float | int | None]] = {}
+    result = {}
     for size, limits in SIZES.items():
         found = [_class_ap(images, c, limits) for c in classes]
-        values = [ap for ap, _ in found if ap is not None]
-        result[size] = {"ap": float(np.mean(values)) if values else None, "objects": sum(n for _, n in found)}
+        present = [ap for ap, _ in found if ap is not None]
+        ap = float(np.mean(present)) if present else None
+        result[size] = SizeScore(ap=ap, objects=sum(n for _, n in found))
     return result
 
 
 def _class_ap(images: Sequence[ImageResult], c: int, limits: tuple[float, float]) -> tuple[float | None, int]:
-    """Return a class's AP in a range of areas, and the number of its labelled objects there."""
+    """Return a class's AP in a range of areas, and the number of its labeled objects there."""
     scores, hits, ignored, objects = [], [], [], 0
     for image in images:
         s, h, i, n = _match(image, c, limits)
@@ -102,7 +102,7 @@ def _class_ap(images: Sequence[ImageResult], c: int, limits: tuple[float, float]
 
 
 def _area_under(true: np.ndarray, false: np.ndarray, objects: int) -> float:
-    """Return the mean precision at 101 recalls, each the best that is reached at that recall or beyond."""
+    """Return the mean precision at 101 recalls, each the best at that recall or beyond."""
     recall = true / objects
     precision = true / np.maximum(true + false, np.spacing(1))
     best = np.maximum.accumulate(precision[::-1])[::-1]
@@ -131,7 +131,7 @@ def _match(image: ImageResult, c: int, limits: tuple[float, float]) -> tuple[np.
         rows = np.arange(len(IOUS))
         for p in range(len(boxes)):
             fits = free & (iou[p] >= IOUS[:, None] - 1e-10)
-            # objects inside the limits come first, however well one outside would fit
+            # an object inside the limits wins over one outside, however well that one fits
             worth = np.where(fits, iou[p] + 2.0 * ~outside_object, -1.0)
             pick = worth.argmax(1)
             taken = worth[rows, pick] >= 0

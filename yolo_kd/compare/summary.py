@@ -1,4 +1,4 @@
-"""From runs and their evaluations to one summary: plain data from which every page and table is made."""
+"""Turns runs and measurements into one `Summary`, which every page and table is made from."""
 
 from __future__ import annotations
 
@@ -7,216 +7,229 @@ import io
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from yolo_kd.compare import statistics
+from yolo_kd.compare import records, statistics
 from yolo_kd.compare.arms import ALONE, UPSTREAM, Arm, Comparison
-from yolo_kd.compare.evaluate import METRICS, Settings
+from yolo_kd.compare.evaluate import Settings
 from yolo_kd.compare.launcher import command_of
-from yolo_kd.compare.runs import FAILED, FINISHED, Run, keys_of, versions
+from yolo_kd.compare.notes import notes_on
+from yolo_kd.compare.records import MAIN, METRICS, ArmSummary, Evaluation, Group, GroupScore, Paired, Verdict
+from yolo_kd.compare.runs import FAILED, MAP_COLUMN, Run, keys_of, versions
 from yolo_kd.compare.size_metrics import SIZES
 
-MAIN = METRICS[0]
-MAP_COLUMN = "metrics/mAP50-95(B)"
-# columns of results.csv that every training has, whatever is distilled
-_NATIVE = {"train/box_loss", "train/cls_loss", "train/dfl_loss", "train/l1_loss"}
+# columns of results.csv that every training has, with or without distillation
+_TASK_LOSS = {"train/box_loss", "train/cls_loss", "train/dfl_loss", "train/l1_loss"}
 
 
-def summarise(
-    comparison: Comparison,
-    runs: Sequence[Run],
-    evaluations: Mapping[str, Mapping[str, Any]],
-    teachers: Mapping[str, Mapping[str, Any]],
-    latencies: Mapping[str, float],
-    audits: Mapping[str, Sequence[Mapping[str, Any]]],
-    settings: Settings,
-    problems: Sequence[str] = (),
-    notes: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Return everything that the report says, as plain data.
+@dataclass(frozen=True)
+class Measurements:
+    """Everything that was measured after the trainings.
 
-    Args:
-        comparison: What was asked for.
-        runs: All runs.
-        evaluations: What `evaluate` returned, by the run's name.
-        teachers: The same of the teachers, by path.
-        latencies: Milliseconds of the exported student by the arm's name, and of teachers by path.
-        audits: Audit of the first batch by the arm's name.
+    Attributes:
         settings: How checkpoints were evaluated.
-        problems: What went wrong besides trainings, a sentence each.
+        evaluations: Evaluations by the run's name.
+        teachers: Evaluations by the teacher's path.
+        latencies: Milliseconds per image of the exported model, by the arm's name or the teacher's path.
+        audits: Audit of the first batch by the arm's name.
+        names: Names of the data set's classes by index.
+        cache: Folder with the predictions of each evaluation.
+        problems: What went wrong apart from trainings, a sentence each.
         notes: What else a reader has to know, a sentence each.
     """
-    headline = "test" if "test" in settings.splits else "val"
-    found = {arm.name: [r for r in runs if r.arm.name == arm.name and r.name in evaluations] for arm in comparison.arms}
-    arms = [_arm(arm, comparison, found, evaluations, teachers, latencies, audits, settings) for arm in comparison.arms]
-    others = [arm for arm in arms if arm["name"] != comparison.reference]
-    for split in settings.splits:
-        for metric in METRICS:
-            adjusted = statistics.holm({a["name"]: a["difference"][split][metric]["p_t"] for a in others})
-            for arm in others:
-                arm["difference"][split][metric]["p_holm"] = adjusted[arm["name"]]
-    for arm in others:
-        _verdict(arm, comparison.reference, headline, settings.splits, len(others), bool(teachers))
-    ranked = sorted(others, key=_rank, reverse=True)
-    return {
-        "verdict": _headline(ranked, comparison.reference),
-        "verdicts": [arm["verdict"]["sentence"] for arm in ranked],
-        "ranking": [arm["name"] for arm in ranked],
-        "metric": MAIN,
-        "headline_split": headline,
-        "splits": list(settings.splits),
-        "reference": comparison.reference,
-        "seeds": list(comparison.seeds),
-        "jobs": comparison.jobs,
-        "evaluation": {"data": settings.data, **settings.keys, "imgsz": settings.imgsz},
-        "teachers": [_teacher(path, result, latencies) for path, result in teachers.items()],
-        "arms": arms,
-        "runs": [_run(run, evaluations.get(run.name)) for run in runs],
-        "notes": [*_notes(comparison, runs, arms, headline, settings), *notes],
-        "problems": [*problems, *(f"{run.name}: {run.error}" for run in runs if run.status == FAILED)],
-        "commands": {
-            "comparison": shlex.join(["yolo-kd", "compare", *comparison.command]),
-            "runs": {run.name: command_of(run) for run in runs},
-        },
-        "versions": versions(),
-    }
+
+    settings: Settings
+    evaluations: Mapping[str, Evaluation]
+    teachers: Mapping[str, Evaluation]
+    latencies: Mapping[str, float]
+    audits: Mapping[str, tuple[records.AuditRow, ...]]
+    names: Mapping[int, str]
+    cache: Path
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def _arm(
-    arm: Arm,
-    comparison: Comparison,
-    found: Mapping[str, Sequence[Run]],
-    evaluations: Mapping[str, Mapping[str, Any]],
-    teachers: Mapping[str, Mapping[str, Any]],
-    latencies: Mapping[str, float],
-    audits: Mapping[str, Sequence[Mapping[str, Any]]],
-    settings: Settings,
-) -> dict[str, Any]:
-    mine, reference = found[arm.name], found[comparison.reference]
-    first = evaluations[mine[0].name] if mine else {}
-    teacher = teachers.get(teacher_of(arm) or "") or (next(iter(teachers.values())) if len(teachers) == 1 else None)
-    result: dict[str, Any] = {
-        "name": arm.name,
-        "kind": arm.kind,
-        "about": about(arm),
-        "differs": {key: _shown(value) for key, value in arm.differs.items()},
-        "runs": len(mine),
-        "failed": 0,
-        "parameters": first.get("parameters"),
-        "gflops": first.get("gflops"),
-        "latency_ms": latencies.get(arm.name),
-        "audit": [dict(row) for row in audits.get(arm.name, ())],
-        "metrics": {},
-        "difference": {},
-        "gap_closed": {},
-        "classes": {},
-        "sizes": {},
-    }
-    seconds = {run.seed: run.seconds() for run in mine}
-    known = [s for s in seconds.values() if s]
-    result["seconds"] = asdict(statistics.spread(known))
-    base_seconds = {run.seed: run.seconds() for run in reference}
-    ratios = [s / b for seed, s in seconds.items() if s and (b := base_seconds.get(seed))]
-    result["time_ratio"] = statistics.spread(ratios).mean if arm.name != comparison.reference else 1.0
-    for split in settings.splits:
-        values = {m: {r.seed: evaluations[r.name]["splits"][split]["metrics"][m] for r in mine} for m in METRICS}
-        base = {m: {r.seed: evaluations[r.name]["splits"][split]["metrics"][m] for r in reference} for m in METRICS}
-        result["metrics"][split] = {m: asdict(statistics.spread([*values[m].values()])) for m in METRICS}
-        pairs = {m: statistics.paired(values[m], base[m]) for m in METRICS}
-        result["difference"][split] = {m: {**asdict(pairs[m]), "n": pairs[m].n} for m in METRICS}
-        paired_base = statistics.spread([base[MAIN][seed] for seed in pairs[MAIN].seeds]).mean
-        top = teacher["splits"][split]["metrics"][MAIN] if teacher else None
-        result["gap_closed"][split] = statistics.gap_closed(pairs[MAIN], paired_base, top)
-        for kind in ("classes", "sizes"):
-            result[kind][split] = _parts(kind, split, mine, reference, evaluations)
-    return result
+def summarise(comparison: Comparison, runs: Sequence[Run], measured: Measurements) -> records.Summary:
+    """Return everything that the report contains.
+
+    Args:
+        comparison: The comparison.
+        runs: All runs.
+        measured: What was measured after the trainings.
+    """
+    settings, reference = measured.settings, comparison.reference
+    headline = settings.headline
+    arms = tuple(_Arms(comparison, runs, measured).summaries())
+    means = {arm.name: arm.difference[headline][MAIN].mean for arm in arms}
+    ranking = sorted(arms, key=lambda arm: -math.inf if (mean := means[arm.name]) is None else mean, reverse=True)
+    verdicts = {arm.name: arm.verdict for arm in ranking if arm.verdict}
+    failed = tuple(f"{run.name}: {run.error}" for run in runs if run.status == FAILED)
+    return records.Summary(
+        verdict=_headline([*verdicts.values()], reference),
+        verdicts=tuple(verdict.sentence for verdict in verdicts.values()),
+        ranking=tuple(verdicts),
+        metric=MAIN,
+        headline_split=headline,
+        splits=settings.splits,
+        reference=reference,
+        seeds=comparison.seeds,
+        jobs=comparison.jobs,
+        evaluation={"data": settings.data, **settings.keys, "imgsz": settings.imgsz},
+        teachers=tuple(
+            records.TeacherSummary(path=path, latency_ms=measured.latencies.get(path), **dict(result))
+            for path, result in measured.teachers.items()
+        ),
+        arms=arms,
+        runs=tuple(_run(run, measured.evaluations.get(run.name)) for run in runs),
+        notes=(*notes_on(comparison, runs, arms, headline), *measured.notes),
+        problems=(*measured.problems, *failed),
+        commands=records.Commands(
+            comparison=shlex.join(["yolo-kd", "compare", *comparison.command]),
+            runs={run.name: command_of(run) for run in runs},
+        ),
+        versions=versions(),
+    )
 
 
-def _parts(
-    kind: str,
-    split: str,
-    mine: Sequence[Run],
-    reference: Sequence[Run],
-    evaluations: Mapping[str, Mapping[str, Any]],
-) -> dict[str, Any]:
-    """Return mAP50-95 by class or size with the paired difference; None where no object belongs to it."""
+class _Arms:
+    """The arms of a comparison with their evaluated runs."""
 
-    def values(runs: Sequence[Run], name: str) -> dict[int, float]:
-        found = {}
-        for run in runs:
-            part = evaluations[run.name]["splits"][split][kind].get(name)
-            value = part["ap"] if isinstance(part, dict) else part
-            if value is not None:
-                found[run.seed] = value
-        return found
+    def __init__(self, comparison: Comparison, runs: Sequence[Run], measured: Measurements):
+        self.comparison, self.runs, self.measured = comparison, runs, measured
+        self.reference, self.splits = comparison.reference, measured.settings.splits
+        self.evaluated = {
+            arm.name: [run for run in runs if run.arm.name == arm.name and run.name in measured.evaluations]
+            for arm in comparison.arms
+        }
 
-    sample = evaluations[(mine or reference)[0].name]["splits"][split][kind] if mine or reference else {}
-    parts = {}
-    for name in sample:
-        pairs = statistics.paired(values(mine, name), values(reference, name))
-        parts[name] = {**asdict(statistics.spread([*values(mine, name).values()])), "difference": pairs.mean}
-        parts[name] |= {"low": pairs.low, "high": pairs.high, "pairs": pairs.n}
-        if kind == "sizes":
-            parts[name]["objects"] = sample[name]["objects"]
-    return parts
+    def summaries(self) -> list[ArmSummary]:
+        """Summarise every arm; p values are corrected for the number of arms."""
+        names = list(self.evaluated)
+        difference: dict[str, dict[str, dict[str, Paired]]] = {name: {s: {} for s in self.splits} for name in names}
+        for split in self.splits:
+            for metric in METRICS:
+                base = self.metric(self.reference, split, metric)
+                pairs = {name: statistics.paired(self.metric(name, split, metric), base) for name in names}
+                adjusted = statistics.holm({name: pairs[name].p_t for name in names if name != self.reference})
+                for name in names:
+                    corrected = pairs[name].model_copy(update={"p_holm": adjusted.get(name)})
+                    difference[name][split][metric] = corrected
+        return [self.summary(arm, difference[arm.name]) for arm in self.comparison.arms]
 
+    def metric(self, arm: str, split: str, metric: str) -> dict[int, float]:
+        """Return a metric of an arm by seed."""
+        return {seed: result.metrics[metric] for seed, result in self.results(arm, split).items()}
 
-def _verdict(
-    arm: dict[str, Any], reference: str, headline: str, splits: Sequence[str], arms: int, teacher: bool
-) -> None:
-    """Judge an arm on every split, and say it in a sentence on the one that counts."""
-    words, sentences = {}, {}
-    for split in splits:
-        given = dict(arm["difference"][split][MAIN])
-        adjusted = given.pop("p_holm")
-        given.pop("n")
-        result = statistics.Paired(**given)
-        words[split] = statistics.judge(result, adjusted)
-        sentences[split] = statistics.sentence(
-            arm["name"],
-            reference,
-            result,
-            words[split],
-            adjusted=adjusted,
-            arms=arms,
-            gap=arm["gap_closed"][split],
-            teacher=teacher,
-            time_ratio=arm["time_ratio"],
-            metric=f"{MAIN} ({split})",
+    def summary(self, arm: Arm, difference: dict[str, dict[str, Paired]]) -> ArmSummary:
+        """Summarise one arm."""
+        runs, measured = self.evaluated[arm.name], self.measured
+        first = measured.evaluations[runs[0].name] if runs else None
+        seconds = {run.seed: spent for run in runs if (spent := run.seconds())}
+        base = {run.seed: spent for run in self.evaluated[self.reference] if (spent := run.seconds())}
+        is_reference = arm.name == self.reference
+        ratio = statistics.spread([spent / base[seed] for seed, spent in seconds.items() if seed in base]).mean
+        found = ArmSummary(
+            name=arm.name,
+            kind=arm.kind,
+            about=about(arm),
+            differs={key: _plain(value) for key, value in arm.differs.items()},
+            runs=len(runs),
+            failed=sum(run.status == FAILED for run in self.runs if run.arm.name == arm.name),
+            parameters=first.parameters if first else None,
+            gflops=first.gflops if first else None,
+            latency_ms=measured.latencies.get(arm.name),
+            audit=measured.audits.get(arm.name, ()),
+            metrics={split: self.spreads(arm.name, split) for split in self.splits},
+            difference=difference,
+            gap_closed={split: self.gap_closed(arm, split, difference[split][MAIN]) for split in self.splits},
+            classes={split: self.group(arm.name, "classes", split) for split in self.splits},
+            sizes={split: self.group(arm.name, "sizes", split) for split in self.splits},
+            seconds=statistics.spread([*seconds.values()]),
+            time_ratio=1.0 if is_reference else ratio,
         )
-    arm["verdict"] = {"word": words[headline], "words": words, "sentence": sentences[headline], "by_split": sentences}
+        return found if is_reference else found.model_copy(update={"verdict": self.verdict(found)})
+
+    def spreads(self, arm: str, split: str) -> dict[str, records.Spread]:
+        """Return mean and standard deviation of an arm by metric."""
+        return {metric: statistics.spread([*self.metric(arm, split, metric).values()]) for metric in METRICS}
+
+    def gap_closed(self, arm: Arm, split: str, difference: Paired) -> float | None:
+        """Return the share of the distance between reference and teacher that an arm covers on a split."""
+        teachers = self.measured.teachers
+        teacher = teachers.get(teacher_of(arm) or "") or (next(iter(teachers.values())) if len(teachers) == 1 else None)
+        base = self.metric(self.reference, split, MAIN)
+        mean = statistics.spread([base[seed] for seed in difference.seeds]).mean
+        return statistics.gap_closed(difference, mean, teacher.splits[split].metrics[MAIN] if teacher else None)
+
+    def group(self, arm: str, kind: Group, split: str) -> dict[str, GroupScore]:
+        """Return mAP50-95 of an arm by class or object size, with the paired differences."""
+        results, base = self.results(arm, split), self.results(self.reference, split)
+        sample = next(iter([*results.values(), *base.values()]), None)
+        if sample is None:
+            return {}
+        scores = {}
+        for name in sample.group(kind):
+            ours, theirs = (
+                {seed: ap for seed, result in side.items() if (ap := result.group(kind).get(name)) is not None}
+                for side in (results, base)
+            )
+            pairs = statistics.paired(ours, theirs)
+            objects = sample.sizes[name].objects if kind == "sizes" else None
+            spread = statistics.spread([*ours.values()])
+            scores[name] = GroupScore(
+                **dict(spread), difference=pairs.mean, low=pairs.low, high=pairs.high, pairs=pairs.n, objects=objects
+            )
+        return scores
+
+    def results(self, arm: str, split: str) -> dict[int, records.SplitResult]:
+        """Return the evaluations of an arm on a split by seed."""
+        return {run.seed: self.measured.evaluations[run.name].splits[split] for run in self.evaluated[arm]}
+
+    def verdict(self, arm: ArmSummary) -> Verdict:
+        """Judge an arm on every split."""
+        words = {split: statistics.judge(arm.difference[split][MAIN]) for split in self.splits}
+        others, teacher = len(self.evaluated) - 1, bool(self.measured.teachers)
+        sentences = {}
+        for split, word in words.items():
+            gap = arm.gap_closed[split]
+            context = statistics.Context(self.reference, f"{MAIN} ({split})", others, teacher, gap, arm.time_ratio)
+            sentences[split] = statistics.sentence(arm.name, arm.difference[split][MAIN], word, context)
+        headline = self.measured.settings.headline
+        return Verdict(word=words[headline], words=words, sentence=sentences[headline], by_split=sentences)
 
 
-def _rank(arm: Mapping[str, Any]) -> float:
-    split = next(iter(reversed(arm["difference"])))  # test where there is one
-    mean = arm["difference"][split][MAIN]["mean"]
-    return -math.inf if mean is None else mean
-
-
-def _headline(ranked: Sequence[Mapping[str, Any]], reference: str) -> str:
-    """Return the sentence at the top: the best arm's; after it, what holds for several."""
+def _headline(ranked: Sequence[Verdict], reference: str) -> str:
+    """Return the sentence at the top: the verdict on the best arm, or what holds for all arms."""
     if not ranked:
         return "There is nothing to compare."
-    order = (statistics.GAIN, statistics.UNCERTAIN, statistics.NOISE, statistics.LOSS, statistics.THIN)
-    best = min(ranked, key=lambda a: order.index(a["verdict"]["word"]) if a["verdict"]["word"] in order else 9)
-    words = {arm["verdict"]["word"] for arm in ranked}
+    order = (
+        statistics.GAIN,
+        statistics.UNCERTAIN,
+        statistics.NOISE,
+        statistics.LOSS,
+        statistics.THIN,
+        statistics.NOTHING,
+    )
+    best = min(ranked, key=lambda verdict: order.index(verdict.word))
+    words = {verdict.word for verdict in ranked}
     if len(ranked) > 1 and statistics.GAIN not in words and words & {statistics.NOISE, statistics.UNCERTAIN}:
-        return f"No arm is better than {reference} beyond doubt. The best so far: {best['verdict']['sentence']}"
+        return f"No arm is better than {reference} beyond doubt. The best so far: {best.sentence}"
     if len(ranked) > 1 and words == {statistics.LOSS}:
-        return f"Every arm is worse than {reference}. The best of them: {best['verdict']['sentence']}"
-    return best["verdict"]["sentence"]
+        return f"Every arm is worse than {reference}. The best of them: {best.sentence}"
+    return best.sentence
 
 
 def about(arm: Arm) -> str:
-    """Say in a few words how an arm trains."""
+    """Return in a few words how an arm trains."""
     if arm.kind == ALONE:
         return "the student alone (kd=none)"
     if arm.kind == UPSTREAM:
         return "Ultralytics' own trainer with distill_model="
     kd = arm.options.kd
     text = f"kd={kd}" if isinstance(kd, str) else "kd=<written in the arm>"
-    return " ".join([text, *(f"kd.{k}={_shown(v)}" for k, v in arm.options.kd_overrides.items())])
+    return " ".join([text, *(f"kd.{k}={_plain(v)}" for k, v in arm.options.kd_overrides.items())])
 
 
 def teacher_of(arm: Arm) -> str | None:
@@ -225,130 +238,39 @@ def teacher_of(arm: Arm) -> str | None:
     return keys.get("distill_model") if arm.kind == UPSTREAM else keys.get("teacher")
 
 
-def _shown(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def assigned(keys: Mapping[str, Any]) -> str:
-    """Return keys and their values as one writes them on a command line, for readers."""
-    return ", ".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in keys.items())
-
-
-def _teacher(path: str, result: Mapping[str, Any], latencies: Mapping[str, float]) -> dict[str, Any]:
-    return {
-        "path": path,
-        "sha256": result["sha256"],
-        "parameters": result["parameters"],
-        "gflops": result["gflops"],
-        "latency_ms": latencies.get(path),
-        "splits": result["splits"],
-    }
-
-
-def _run(run: Run, evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
+def _run(run: Run, evaluation: Evaluation | None) -> records.RunSummary:
     rows = run.rows()
     columns = [c for c in (rows[0] if rows else {}) if c.startswith("train/") and c.endswith("_loss")]
-    return {
-        "arm": run.arm.name,
-        "seed": run.seed,
-        "status": run.status,
-        "epochs": len(rows),
-        "seconds": run.seconds(),
-        "continued": sum(1 for a in run.attempts if a["resumed"]),
-        "attempts": run.attempts,
-        "error": run.error,
-        "keys": run.keys,
-        "files": run.identity["files"],
-        "checkpoint": str(run.best),
-        "sha256": evaluation["sha256"] if evaluation else None,
-        "splits": evaluation["splits"] if evaluation else {},
-        "curve": [[row["epoch"], row[MAP_COLUMN]] for row in rows if MAP_COLUMN in row],
-        "terms": {c.removeprefix("train/"): [row.get(c) for row in rows] for c in columns if c not in _NATIVE},
-    }
-
-
-def _notes(
-    comparison: Comparison, runs: Sequence[Run], arms: Sequence[Mapping[str, Any]], headline: str, settings: Settings
-) -> list[str]:
-    """Return what a reader must know to read the numbers rightly."""
-    others = len(arms) - 1
-    pairs = max(
-        (arm["difference"][headline][MAIN]["n"] for arm in arms if arm["name"] != comparison.reference), default=0
+    return records.RunSummary(
+        **dict(run.state()),
+        epochs=len(rows),
+        seconds=run.seconds(),
+        continued=sum(attempt.resumed for attempt in run.attempts),
+        checkpoint=str(run.best),
+        sha256=evaluation.sha256 if evaluation else None,
+        splits=evaluation.splits if evaluation else {},
+        curve=tuple((row["epoch"], row[MAP_COLUMN]) for row in rows if MAP_COLUMN in row),
+        terms={c.removeprefix("train/"): tuple(row.get(c) for row in rows) for c in columns if c not in _TASK_LOSS},
     )
-    smallest = min(1.0, 2 / 2**pairs) if pairs else 1.0
-    notes = [
-        f"Runs of one seed share initial weights, batches and budget, so arms are compared with {comparison.reference} "
-        "seed by seed. Intervals are 95 % t intervals of the mean of these differences.",
-        "The sign-flip test asks how often random signs give a mean at least as large. "
-        f"With {pairs} {'pair' if pairs == 1 else 'pairs'} its smallest possible p is {smallest:.3g}; it cannot go "
-        "below 0.05 with fewer than 6.",
-    ]
-    if "test" in settings.splits:
-        notes.append("The verdict is on test: every best.pt was chosen on val, which flatters val a little.")
-    else:
-        notes.append("The data has no test split. Every best.pt was chosen on val, which flatters all arms a little.")
-    if others > 1:
-        notes.append(
-            f"{others} arms are compared with one {comparison.reference}; intervals are each arm's own. A verdict also "
-            "asks that the paired t test holds after Holm's correction for that number. Precision, recall, classes and "
-            "sizes carry no correction: read them as hints."
-        )
-    for arm in arms:
-        dropped = arm["difference"][headline][MAIN]["dropped"]
-        if dropped and arm["name"] != comparison.reference:
-            seeds = ", ".join(map(str, dropped))
-            notes.append(f"{arm['name']}: seed {seeds} has no partner and is left out of the differences.")
-        other_keys = dict(arm["differs"])
-        if start := other_keys.pop("inherit", False):
-            apart = _without_start(comparison, arm["name"])
-            notes.append(
-                f"{arm['name']} starts from its teacher ({assigned({'inherit': start})}), so part of its difference is "
-                "that start: "
-                + (f"{apart} does the same without it." if apart else "an arm with inherit: false tells the two apart.")
-            )
-        if other_keys:
-            notes.append(
-                f"{arm['name']} also differs in {assigned(other_keys)}, so its difference is not that of its recipe "
-                "alone."
-            )
-    continued = [run.name for run in runs if any(a["resumed"] for a in run.attempts)]
-    if continued:
-        notes.append(
-            f"Interrupted and continued: {', '.join(continued)}. After a continuation batches are drawn anew, so these "
-            "runs share their seed with their partners only up to that point."
-        )
-    if comparison.jobs > 1 or any(a["jobs"] > 1 for run in runs for a in run.attempts):
-        notes.append("Trainings ran side by side, so training times carry the noise of what ran beside them.")
-    seen = {tuple(sorted(a["versions"].items())) for run in runs for a in run.attempts}
-    if len(seen) > 1:
-        notes.append("Runs were trained with different versions of their packages, see below.")
-    unequal = [run.name for run in runs if run.status == FINISHED and len(run.rows()) < run.epochs]
-    if unequal:
-        notes.append(f"Stopped before the last epoch by patience= or time=: {', '.join(unequal)}.")
-    return notes
 
 
-def _without_start(comparison: Comparison, name: str) -> str | None:
-    """Return the arm that differs from another in its start alone, None if there is none."""
-    arm = next(arm for arm in comparison.arms if arm.name == name)
-    same = replace(arm.options, inherit=False)
-    return next((other.name for other in comparison.arms if other.kind == arm.kind and other.options == same), None)
-
-
-def runs_csv(summary: Mapping[str, Any]) -> str:
-    """Return one line per run: arm, seed, status, cost and every metric of every split."""
-    splits, sizes = summary["splits"], list(SIZES)
-    columns = ["arm", "seed", "status", "epochs", "continued", "seconds"]
-    columns += [f"{split}/{metric}" for split in splits for metric in METRICS]
-    columns += [f"{split}/mAP50-95 {size}" for split in splits for size in sizes]
-    columns += ["checkpoint", "sha256"]
+def runs_csv(summary: records.Summary) -> str:
+    """Return one line per run: arm, seed, status, cost and every metric on every split."""
+    splits, sizes = summary.splits, list(SIZES)
+    plain = ["arm", "seed", "status", "epochs", "continued", "seconds", "checkpoint", "sha256"]
+    measured = [f"{split}/{metric}" for split in splits for metric in METRICS]
+    measured += [f"{split}/{MAIN} {size}" for split in splits for size in sizes]
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer = csv.DictWriter(text, [*plain[:6], *measured, *plain[6:]], lineterminator="\n")
     writer.writeheader()
-    for run in summary["runs"]:
-        row = {key: run[key] for key in columns if key in run}
-        for split, result in run["splits"].items():
-            row |= {f"{split}/{metric}": result["metrics"][metric] for metric in METRICS}
-            row |= {f"{split}/mAP50-95 {size}": result["sizes"][size]["ap"] for size in sizes}
+    for run in summary.runs:
+        row = {key: getattr(run, key) for key in plain}
+        for split, result in run.splits.items():
+            row |= {f"{split}/{metric}": result.metrics[metric] for metric in METRICS}
+            row |= {f"{split}/{MAIN} {size}": result.sizes[size].ap for size in sizes}
         writer.writerow({k: "" if v is None else v for k, v in row.items()})
     return text.getvalue()

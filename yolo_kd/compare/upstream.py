@@ -1,7 +1,7 @@
-"""Training with Ultralytics' own trainer, its own `distill_model=` included: the arm that ours are compared with.
+"""Trains with Ultralytics' own trainer and its `distill_model=`: the arm `distill_model` of a comparison.
 
-It is `yolo train` with one difference: `amp=bf16` also works on a CPU, so that all arms of a comparison train in the
-same precision. Nothing of this package touches model, loss or data.
+This is `yolo train` with one difference: `amp=bf16` also works on a CPU, so that all arms of a comparison train in the
+same precision. This package changes neither model nor loss nor data.
 
     python -m yolo_kd.compare.upstream model=yolov8n.yaml data=coco8.yaml distill_model=yolov8s.pt epochs=3
 """
@@ -13,7 +13,6 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from ultralytics.models.yolo.detect import DetectionTrainer
@@ -22,7 +21,7 @@ from yolo_kd.config.command_line import parse_assignments
 from yolo_kd.environment import check_torchvision
 from yolo_kd.upstream.cpu_bf16 import cpu_bf16_autocast
 
-PREVIOUS = "last.complete.pt"  # a copy of last.pt that was finished
+PREVIOUS = "last.complete.pt"  # a complete copy of last.pt
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -30,25 +29,15 @@ def main(words: Sequence[str] | None = None) -> None:
     keys = parse_assignments(sys.argv[1:] if words is None else words)
     if file := keys.pop("keys", None):
         keys = {**yaml.safe_load(Path(file).read_text(encoding="utf-8")), **keys}
-    train(keys)
-
-
-def train(keys: dict[str, Any]) -> DetectionTrainer:
-    """Train with Ultralytics' detection trainer.
-
-    Args:
-        keys: Ultralytics' own training keys.
-    """
     check_torchvision()
     with cpu_bf16_autocast():
         trainer = DetectionTrainer(overrides={"task": "detect", "mode": "train", **keys})
         trainer.add_callback("on_model_save", keep_complete)
         trainer.train()
-    return trainer
 
 
 def keep_complete(trainer: DetectionTrainer) -> None:
-    """Copy the checkpoint that was just written: a kill while the next one is written would leave none."""
+    """Copy the checkpoint that was just written, so that a kill during the next write leaves a complete one."""
     copy = trainer.last.with_name(PREVIOUS)
     partial = copy.with_suffix(".partial")
     shutil.copyfile(trainer.last, partial)

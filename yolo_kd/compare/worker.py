@@ -1,12 +1,12 @@
-"""The process of one training: it ends with the comparison that started it, however that one ends.
+"""The process of one training. It ends with the comparison that started it, however the comparison ends.
 
 `python -m yolo_kd.compare.worker SHARE MODULE WORD ...` runs `python -m MODULE WORD ...` and watches its standard
-input, whose other end the comparison holds. When that end closes, because the comparison was stopped or killed, the
-whole process group is ended at once: a training without its comparison would keep the machine busy and would be
-started a second time by the next call.
+input, a pipe whose other end the comparison holds. When the comparison is stopped or killed, the pipe closes and the
+whole process group is ended at once. Otherwise the training would keep the machine busy, and the next call of the
+comparison would start it a second time.
 
-SHARE is the number of processors that this training may count on. Ultralytics takes its numbers of threads and of
-loader processes from the processors it finds, which is too many for each of several trainings side by side.
+SHARE is the number of processors for this training. Ultralytics derives the numbers of threads and of loader processes
+from the number of processors, which is too many for each of several trainings at the same time.
 """
 
 from __future__ import annotations
