@@ -27,12 +27,11 @@ import xml.etree.ElementTree as ElementTree
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """Where a data set is published and how its files are laid out, relative to the repository's root."""
 
     url: str
@@ -90,7 +89,8 @@ def convert(source: Source, root: Path, out: Path) -> dict[str, int]:
             shutil.copyfile(image, images / image.name)
             (labels / f"{stem}.txt").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
         counts[split] = len(stems)
-    lines = [f"path: {out.resolve()}", *(f"{split}: images/{split}" for split in source.splits), "names:"]
+    # without `path`, the folder can be copied and moved
+    lines = [*(f"{split}: images/{split}" for split in source.splits), "names:"]
     lines += [f"  {index}: {name}" for index, name in enumerate(source.names)]
     (out / "data.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return counts
