@@ -193,9 +193,10 @@ def test_shell_block_up_to_the_training(block: Block, here: Path, monkeypatch: p
     write_files(block, here)
     stop_before_training(monkeypatch)
     for words in commands(block.text):
-        if words[:2] not in (["yolo-kd", "check"], ["yolo-kd", "export"]) and not any(
-            name in " ".join(words[:2]) for name in SLOW_SCRIPTS
-        ):
+        line = " ".join(words)
+        if words[:2] in (["yolo-kd", "check"], ["yolo-kd", "export"]) or "runs/detect/train/" in line:
+            continue  # these run in full in the test above
+        if not any(name in line for name in SLOW_SCRIPTS):
             run_command(words, monkeypatch)
 
 
