@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-fast check clean
+.PHONY: help install demo docs test test-all test-fast check clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ install: $(VENV)/.installed  ## the package and what it needs, in $(VENV)
 demo: $(VENV)/.installed  ## train a teacher, a student alone and a distilled student on drawn images (minutes, no download)
 	$(BIN)/python scripts/demo.py
 
+docs: $(VENV)/.installed-test  ## build the documentation in site/, strictly and without a network
+	$(BIN)/python -m mkdocs build --strict
+
 test: $(VENV)/.installed-test  ## the tests, those that train included, without the longest
 	VENV=$(VENV) scripts/test -m "not long"
 
@@ -44,5 +47,5 @@ check: $(VENV)/.installed-test  ## style, format and types
 	VENV=$(VENV) scripts/check
 
 clean:  ## remove caches, builds and the demonstration's files; keeps $(VENV) and your runs
-	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage runs/demo *.egg-info
+	rm -rf build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage runs/demo *.egg-info
 	find yolo_kd scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +

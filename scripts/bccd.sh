@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# The real run: distil YOLOv8s into YOLOv8n on blood cells (BCCD) and compare with the student alone and with
-# Ultralytics' own distillation, all on the same budget and seed. About two hours on two CPU cores.
+# The first run of docs/results/experiments.md: YOLOv8s teaches YOLOv8n on blood cells, against the student alone and
+# Ultralytics' own distillation, all with the same budget and seed. Takes about two hours on two CPU cores.
 #
 #   scripts/bccd.sh DATA WEIGHTS [arm ...]
 #
-#   DATA      folder of the BCCD set in YOLO format: data.yaml, images/, labels/ with train, val and test
-#   WEIGHTS   folder that holds yolov8s.pt and yolov8n.pt
-#   arm       any of: teacher baseline distill_model ultralytics objectness (all of them by default)
+#   DATA      folder of the data set (python scripts/get_data.py bccd DATA)
+#   WEIGHTS   folder with yolov8s.pt and yolov8n.pt
+#   arm       any of: teacher baseline distill_model ultralytics objectness (default: all)
 #
-#   SEED=1 STUDENTS="scratch coco" OUT=runs/bccd JOBS=2 may be set in the environment. A finished run is not repeated.
+# The environment can set SEED=1 STUDENTS="scratch coco" OUT=runs/bccd JOBS=2 EPOCHS=30 IMGSZ=320 AMP=bf16.
+# A finished run is not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/_environment.sh
@@ -24,7 +25,7 @@ mkdir -p "$out"
 # Ultralytics writes label caches beside the labels, so the set is copied
 [ -e "$out/data/data.yaml" ] || { cp -r "$(realpath "$data")" "$out/data" && chmod -R u+w "$out/data"; }
 
-common=(data="$out/data/data.yaml" epochs=30 imgsz=320 batch=16 nbs=16 seed="$seed" amp="${AMP:-bf16}" cache=ram
+common=(data="$out/data/data.yaml" epochs="${EPOCHS:-30}" imgsz="${IMGSZ:-320}" batch=16 nbs=16 seed="$seed" amp="${AMP:-bf16}" cache=ram
     plots=False exist_ok=True project="$out")
 
 run() { # name, command...
@@ -60,4 +61,4 @@ for student in $students; do
     done
 done
 wait
-"$python" scripts/evaluate.py --data "$out/data/data.yaml" --imgsz 320 --out "$out/results.json" "$out"/*/weights/best.pt
+"$python" scripts/evaluate.py --data "$out/data/data.yaml" --imgsz "${IMGSZ:-320}" --out "$out/results.json" "$out"/*/weights/best.pt
