@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -160,3 +161,64 @@ def test_a_thinned_start_in_a_file(tmp_path: Path) -> None:
     missing = run(*words, "--teacher", "no.pt")
     assert missing.returncode == 2
     assert missing.stderr.strip() == "teacher=no.pt does not exist."
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script that records training steps; it imports its neighbours, as it does when it is run."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    return load_script("record_steps")
+
+
+def test_the_first_difference_of_two_records_is_named(recorder: ModuleType) -> None:
+    steps = [{"loss": (1.5).hex(), "weights": "a"}, {"loss": (1.25).hex(), "weights": "b"}]
+    one = {"steps": steps, "saved": [], "finished": "c"}
+    assert recorder.first_difference(one, one) is None
+    other = {**one, "steps": [steps[0], {**steps[1], "loss": float(np.nextafter(1.25, 2)).hex()}]}
+    assert recorder.first_difference(one, other).startswith("step 2: loss (0x1.4")
+    assert recorder.first_difference(one, {**one, "steps": steps[:1]}) == "2 steps against 1"
+    assert recorder.first_difference(one, {**one, "finished": "d"}) == "after the steps, 'finished': c against d"
+    assert recorder.compare({"fgd": one, "mgd": one}, {"fgd": one}) == 1
+
+
+def test_a_digest_knows_every_bit_and_no_order(recorder: ModuleType) -> None:
+    a, b = torch.rand(3, 4), torch.arange(5)
+    assert recorder.digest(iter([a, b])) == recorder.digest(iter([b.clone(), a.clone()]))
+    changed = a.clone()
+    changed[1, 2] = torch.nextafter(a[1, 2], torch.tensor(2.0))
+    assert recorder.digest(iter([a, b])) != recorder.digest(iter([changed, b]))
+    assert [*recorder.tensors_in({"x": [a, {"y": (b, 3)}], "z": "text"})] == [a, b]
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_recorded_steps_repeat_and_go_on(recorder: ModuleType, tmp_path: Path) -> None:
+    recorder.make_material(tmp_path)
+    keys = {**recorder.keys_of("ultralytics", tmp_path), "project": str(tmp_path / "runs")}
+    whole = recorder.train({**keys, "name": "whole"})
+    assert len(whole["steps"]) == recorder.STEPS
+    assert {"loss", "box_loss", "dis_loss", "weights"} <= whole["steps"][0].keys()
+    stopped = recorder.train({**keys, "name": "stopped"}, "inside")
+    assert stopped["steps"] == whole["steps"][:7]
+    resumed = recorder.train({"resume": str(tmp_path / "runs" / "stopped" / "weights" / "last.pt")})
+    assert len(resumed["steps"]) == recorder.STEPS - 7
+
+
+def test_interval_of_a_ratio(recorder: ModuleType) -> None:
+    script = load_script("compare_checkouts")
+    ratios = np.exp(np.random.default_rng(0).normal(0.01, 0.02, 20))
+    logs = np.log(ratios)
+    half = 2.0930 * logs.std(ddof=1) / np.sqrt(20)  # Student's t of 19 degrees of freedom
+    expected = np.exp([logs.mean(), logs.mean() - half, logs.mean() + half])
+    assert script.interval(ratios.tolist()) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.e2e
+@pytest.mark.long
+def test_a_checkout_costs_what_it_costs(tmp_path: Path) -> None:
+    words = ["--material", str(tmp_path / "material"), "--imgsz", "64", "--pairs", "2", "--rounds", "1"]
+    found = run("compare_checkouts.py", str(ROOT), str(ROOT), *words, "--json", str(tmp_path / "ratios.json"))
+    assert found.returncode == 0, found.stderr
+    ratios = json.loads((tmp_path / "ratios.json").read_text())["ratios"]
+    assert len(ratios) == 2
+    assert all(0.5 < ratio < 2 for ratio in ratios)
