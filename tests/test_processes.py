@@ -172,8 +172,3 @@ def test_no_term_is_silently_zero_in_training(trained: list[dict]) -> None:
 def test_a_bad_batch_of_one_process_parts_nothing(trained: list[dict]) -> None:
     """The second process skips one batch; the steps compared above include that one."""
     assert [t["skipped"] for t in trained] == [0, 1]
-
-
-def test_no_step_searches_for_unused_parameters(trained: list[dict]) -> None:
-    """Not even where one process has a batch without objects, whose box outputs the native loss leaves out."""
-    assert [run["searches"] for run in trained] == [False, False]

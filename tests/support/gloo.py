@@ -189,7 +189,6 @@ class OnCPU(nn.parallel.DistributedDataParallel):
 
     def __init__(self, module: nn.Module, device_ids: Any = None, **keys: Any):
         super().__init__(module, **keys)
-        self.searches = keys["find_unused_parameters"]
 
 
 class GlooTrainer(DistillationTrainer):
@@ -262,7 +261,6 @@ def train(rank: int, file: str, data: str, student: str, teacher: str) -> None:
         }
     )
     trainer.add_callback("on_train_start", lambda t: seen.update(start=total(t.distillation.distiller.state_dict())))
-    trainer.add_callback("on_train_start", lambda t: seen.update(searches=t.model.searches))
 
     def without_objects(t: Any) -> None:
         preprocess, calls = t.preprocess_batch, [0]

@@ -10,18 +10,58 @@ import torch
 from torch import nn
 from ultralytics.utils.torch_utils import unwrap_model
 
+from yolo_kd.errors import did_you_mean
 from yolo_kd.upstream.heads import OptimizerScope
 
 Base: Any = object
 """The trainer that `Hosted` is mixed into, for the type checker."""
 
+HOOKS = frozenset(
+    [
+        "construct",
+        "get_dataset",
+        "get_model",
+        "set_model_attributes",
+        "build_dataset",
+        "get_dataloader",
+        "auto_batch",
+        "build_optimizer",
+        "build_pipeline",
+        "setup_train",
+        "resume_training",
+        "load_checkpoint_state",
+        "train",
+        "do_train",
+        "run_callbacks",
+        "preprocess_batch",
+        "optimizer_step",
+        "validate",
+        "recover_from_nan",
+        "get_validator",
+        "label_loss_items",
+        "save_model",
+        "save_metrics",
+        "final_eval",
+        "finish_checkpoint",
+        "provenance",
+    ]
+)
+"""Names of the methods of a component that wrap a method of the trainer."""
+
 
 class Component:
     """One concern of a training.
 
-    Each method wraps the trainer's method of the same name. It receives `proceed`, which continues with the next
-    component and finally with Ultralytics' own method, and does its work before, after, around or in place of that.
-    Methods that a component does not override only proceed.
+    A method named in `HOOKS` wraps the trainer's method of that name, see `Hosted`. It receives `proceed`, which
+    continues with the next component and finally with Ultralytics' own method, then the arguments of that method, and
+    does its work before, after, around or in place of that. Every method is optional::
+
+        class Stopwatch(Component):
+            def validate(self, proceed):
+                began = time.perf_counter()
+                result = proceed()
+                LOGGER.info(f"validated in {time.perf_counter() - began:.1f} s")
+                return result
 
     A component reads its trainer's public attributes and calls no method of another component.
 
@@ -29,136 +69,26 @@ class Component:
         trainer: The host. It is not initialised yet: components exist before Ultralytics' constructor runs.
 
     Attributes:
-        state_key: Key of the component's state inside the optimiser's state dict, None for no state.
+        state_key: Key of the component's state inside the optimiser's state dict, None for no state. A component with a
+            key has `state_dict`, which returns plain types and tensors on the CPU, and `load_state_dict`.
     """
 
     state_key: str | None = None
+    state_dict: Callable[[], Any]
+    load_state_dict: Callable[[Any], None]
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
 
-    # ------------------------------------------------------------------------------------------------ set-up
-
-    def construct(self, proceed: Callable[[], None]) -> None:
-        """Wrap Ultralytics' constructor, which resolves arguments, creates the run's folder and reads the data set."""
-        proceed()
-
-    def get_dataset(self, proceed: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return the data set's dictionary."""
-        return proceed()
-
-    def get_model(self, proceed: Callable[..., nn.Module], cfg: Any, weights: Any, verbose: bool) -> nn.Module:
-        """Return the student, built from its YAML and loaded with weights."""
-        return proceed(cfg, weights, verbose)
-
-    def set_model_attributes(self, proceed: Callable[[], None]) -> None:
-        """Prepare the student, which has just moved to its device."""
-        proceed()
-
-    def build_dataset(self, proceed: Callable[..., Any], path: Any, mode: str, batch: int | None) -> Any:
-        """Return the data set of one split."""
-        return proceed(path, mode, batch)
-
-    def get_dataloader(self, proceed: Callable[..., Any], path: Any, batch_size: int, rank: int, mode: str) -> Any:
-        """Return the loader of one split."""
-        return proceed(path, batch_size, rank, mode)
-
-    def auto_batch(self, proceed: Callable[[], int]) -> int:
-        """Return the batch size that fits into memory."""
-        return proceed()
+    def __init_subclass__(cls) -> None:
+        for name, function in vars(cls).items():
+            code = getattr(function, "__code__", None)
+            if code is not None and "proceed" in code.co_varnames[:2] and name not in HOOKS:
+                raise TypeError(f"{cls.__name__}.{name} wraps no method of a trainer.{did_you_mean(name, HOOKS)}")
 
     def trained_module(self) -> nn.Module | None:
         """Return a module that the student's optimiser trains besides the student."""
         return None
-
-    def build_optimizer(self, proceed: Callable[[], torch.optim.Optimizer]) -> torch.optim.Optimizer:
-        """Return the optimiser."""
-        return proceed()
-
-    def build_pipeline(self, proceed: Callable[[], None]) -> None:
-        """Build loaders and optimiser; Ultralytics does it again with half the batch when memory runs out."""
-        proceed()
-
-    def setup_train(self, proceed: Callable[[], None]) -> None:
-        """Set up everything before the first epoch."""
-        proceed()
-
-    def resume_training(self, proceed: Callable[[dict | None], None], checkpoint: dict | None) -> None:
-        """Continue from a checkpoint, None for a new run."""
-        proceed(checkpoint)
-
-    def load_checkpoint_state(self, proceed: Callable[[dict], None], checkpoint: dict) -> None:
-        """Restore the state of a training, on resume or in the recovery from NaN."""
-        proceed(checkpoint)
-
-    # ------------------------------------------------------------------------------------------------ training
-
-    def train(self, proceed: Callable[[], Any]) -> Any:
-        """Run the training, or launch its processes."""
-        return proceed()
-
-    def do_train(self, proceed: Callable[[], None]) -> None:
-        """Run the training in this process."""
-        proceed()
-
-    def run_callbacks(self, proceed: Callable[[str], None], event: str) -> None:
-        """Run the callbacks of an event of Ultralytics, such as `on_train_epoch_start`."""
-        proceed(event)
-
-    def preprocess_batch(self, proceed: Callable[[dict], dict], batch: dict) -> dict:
-        """Return a batch as the student gets it: on the device, after multi-scale."""
-        return proceed(batch)
-
-    def optimizer_step(self, proceed: Callable[[], None]) -> None:
-        """Step the optimiser."""
-        proceed()
-
-    def validate(self, proceed: Callable[[], Any]) -> Any:
-        """Return metrics and fitness of the EMA."""
-        return proceed()
-
-    def recover_from_nan(self, proceed: Callable[[int], bool], epoch: int) -> bool:
-        """End an epoch, and return whether it must be repeated from the last checkpoint."""
-        return proceed(epoch)
-
-    # ------------------------------------------------------------------------------------------------ results
-
-    def get_validator(self, proceed: Callable[[], Any]) -> Any:
-        """Return the validator."""
-        return proceed()
-
-    def label_loss_items(self, proceed: Callable[..., Any], loss_items: Any, prefix: str) -> Any:
-        """Return the logged losses by column, or the columns where there are no losses."""
-        return proceed(loss_items, prefix)
-
-    def save_model(self, proceed: Callable[[], bool]) -> bool:
-        """Write the checkpoints of an epoch."""
-        return proceed()
-
-    def save_metrics(self, proceed: Callable[[dict], None], metrics: dict) -> None:
-        """Append a row to `results.csv`."""
-        proceed(metrics)
-
-    def final_eval(self, proceed: Callable[[], None]) -> None:
-        """Strip and evaluate the finished checkpoints."""
-        proceed()
-
-    def finish_checkpoint(self, proceed: Callable[[dict], None], checkpoint: dict[str, Any]) -> None:
-        """Change a checkpoint in place before it is stripped and evaluated."""
-        proceed(checkpoint)
-
-    def provenance(self, proceed: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return plain entries for the finished checkpoints."""
-        return proceed()
-
-    # ------------------------------------------------------------------------------------------------ state
-
-    def state_dict(self) -> Any:
-        """Return the component's state, in plain types and tensors on the CPU."""
-        return None
-
-    def load_state_dict(self, state: Any) -> None:
-        """Restore what `state_dict` returned."""
 
 
 class Hosted(Base):
@@ -176,12 +106,14 @@ class Hosted(Base):
     train_loader: Any
 
     def __init__(self, cfg: Any, overrides: dict | None = None, _callbacks: dict | None = None):
+        # Ultralytics' constructor resolves arguments, creates the run's folder and reads the data set.
         self.through("construct", partial(super().__init__, cfg, overrides, _callbacks))()
 
     def through(self, hook: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a call that passes through that method of every component."""
+        """Return a call that passes through the method of that name of every component that has one."""
         for component in reversed(self.components):
-            call = partial(getattr(component, hook), call)
+            if (wrap := getattr(component, hook, None)) is not None:
+                call = partial(wrap, call)
         return call
 
     @property
@@ -190,31 +122,31 @@ class Hosted(Base):
         return True
 
     def get_dataset(self) -> dict[str, Any]:
-        """See `Component.get_dataset`."""
+        """Return the data set's dictionary."""
         return self.through("get_dataset", super().get_dataset)()
 
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
-        """See `Component.get_model`."""
+        """Return the student, built from its YAML and loaded with weights."""
         return self.through("get_model", super().get_model)(cfg, weights, verbose)
 
     def set_model_attributes(self) -> None:
-        """See `Component.set_model_attributes`."""
+        """Prepare the student, which has just moved to its device."""
         self.through("set_model_attributes", super().set_model_attributes)()
 
     def build_dataset(self, img_path: Any, mode: str = "train", batch: int | None = None) -> Any:
-        """See `Component.build_dataset`."""
+        """Return the data set of one split."""
         return self.through("build_dataset", super().build_dataset)(img_path, mode, batch)
 
     def get_dataloader(self, dataset_path: Any, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
-        """See `Component.get_dataloader`."""
+        """Return the loader of one split."""
         return self.through("get_dataloader", super().get_dataloader)(dataset_path, batch_size, rank, mode)
 
     def auto_batch(self) -> int:
-        """See `Component.auto_batch`."""
+        """Return the batch size that fits into memory."""
         return self.through("auto_batch", super().auto_batch)()
 
     def build_optimizer(self, model: Any, *args: Any, **keys: Any) -> torch.optim.Optimizer:
-        """See `Component.build_optimizer`; the components' state travels in the optimiser's state dict."""
+        """Return the optimiser; the components' state travels in its state dict."""
         modules = [m for component in self.components if (m := component.trained_module()) is not None]
         scope = OptimizerScope(unwrap_model(model), *modules) if modules else model
         optimizer = self.through("build_optimizer", partial(super().build_optimizer, scope, *args, **keys))()
@@ -222,16 +154,19 @@ class Hosted(Base):
         return optimizer
 
     def _build_train_pipeline(self) -> None:
+        # Build loaders and optimiser; Ultralytics does it again with half the batch when memory runs out.
         self.through("build_pipeline", super()._build_train_pipeline)()
 
     def _setup_train(self) -> None:
+        # Set up everything before the first epoch.
         self.through("setup_train", super()._setup_train)()
 
     def resume_training(self, ckpt: dict | None) -> None:
-        """See `Component.resume_training`."""
+        """Continue from a checkpoint; it is None for a new run."""
         self.through("resume_training", super().resume_training)(ckpt)
 
     def _load_checkpoint_state(self, ckpt: dict) -> None:
+        # Restore the state of a training, on resume or in the recovery from NaN.
         self.through("load_checkpoint_state", super()._load_checkpoint_state)(ckpt)
 
     def restore(self, checkpoint: dict) -> None:
@@ -239,57 +174,59 @@ class Hosted(Base):
         self._load_checkpoint_state(checkpoint)
 
     def train(self) -> Any:
-        """See `Component.train`."""
+        """Run the training, or launch its processes."""
         return self.through("train", super().train)()
 
     def _do_train(self) -> None:
+        # Run the training in this process.
         self.through("do_train", super()._do_train)()
 
     def run_callbacks(self, event: str) -> None:
-        """See `Component.run_callbacks`."""
+        """Run the callbacks of an event of Ultralytics, such as `on_train_epoch_start`."""
         self.through("run_callbacks", super().run_callbacks)(event)
 
     def preprocess_batch(self, batch: dict) -> dict:
-        """See `Component.preprocess_batch`."""
+        """Return a batch as the student gets it: on the device, after multi-scale."""
         return self.through("preprocess_batch", super().preprocess_batch)(batch)
 
     def optimizer_step(self) -> None:
-        """See `Component.optimizer_step`."""
+        """Step the optimiser."""
         self.through("optimizer_step", super().optimizer_step)()
 
     def validate(self) -> Any:
-        """See `Component.validate`."""
+        """Return metrics and fitness of the EMA."""
         return self.through("validate", super().validate)()
 
     def _handle_nan_recovery(self, epoch: int) -> bool:
+        # End an epoch, and return whether it must be repeated from the last checkpoint.
         return self.through("recover_from_nan", super()._handle_nan_recovery)(epoch)
 
     def get_validator(self) -> Any:
-        """See `Component.get_validator`."""
+        """Return the validator."""
         return self.through("get_validator", super().get_validator)()
 
     def label_loss_items(self, loss_items: Any = None, prefix: str = "train") -> Any:
-        """See `Component.label_loss_items`."""
+        """Return the logged losses by column, or the columns where there are no losses."""
         return self.through("label_loss_items", super().label_loss_items)(loss_items, prefix)
 
     def save_model(self) -> bool:
-        """See `Component.save_model`."""
+        """Write the checkpoints of an epoch."""
         return self.through("save_model", super().save_model)()
 
     def save_metrics(self, metrics: dict) -> None:
-        """See `Component.save_metrics`."""
+        """Append a row to `results.csv`."""
         self.through("save_metrics", super().save_metrics)(metrics)
 
     def final_eval(self) -> None:
-        """See `Component.final_eval`."""
+        """Strip and evaluate the finished checkpoints."""
         self.through("final_eval", super().final_eval)()
 
     def finish_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See `Component.finish_checkpoint`."""
+        """Change a checkpoint in place before it is stripped and evaluated."""
         self.through("finish_checkpoint", lambda _: None)(checkpoint)
 
     def provenance(self) -> dict[str, Any]:
-        """See `Component.provenance`."""
+        """Return plain entries for the finished checkpoints."""
         return self.through("provenance", dict)()
 
 
