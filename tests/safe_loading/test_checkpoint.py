@@ -221,7 +221,7 @@ def test_an_instruction_reaches_only_the_step_of_the_table() -> None:
     walk = pickle_scan._Walk({})
     names = {name.strip("_") for name in dir(walk)} | {name.strip("_").lower() for name in vars(pickle_scan)}
     alike = {opcode.name for opcode in pickletools.opcodes if opcode.name.lower() in names}
-    assert {"APPEND", "BUILD", "MARK", "REDUCE"} <= alike, "the test would prove nothing"
+    assert {"BUILD", "MARK", "REDUCE"} <= alike, "the test would prove nothing"
     assert pickle_scan._STEPS.keys() == WRITTEN
     assert {f"instruction {name}" for name in alike - WRITTEN} <= INSTRUCTIONS.keys()
     assert "instruction POP_MARK" in INSTRUCTIONS
