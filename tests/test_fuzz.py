@@ -16,7 +16,7 @@ import yaml
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from tests.support.loss_contract import evaluate, leaves, make_loss, make_pair, make_step
+from tests.support.loss_contract import evaluate, leaves, make_inputs, make_loss, make_pair
 from tests.support.models import narrow_checkpoint
 from yolo_kd.config.command_line import parse_assignments
 from yolo_kd.config.recipe import load_recipe, read_recipe, shipped_recipes
@@ -281,7 +281,7 @@ def test_losses_are_finite_or_name_what_is_wrong(name: str, **drawn: Any) -> Non
         student, teacher, nc=drawn["nc"], student_reg_max=drawn["bins"][0], teacher_reg_max=drawn["bins"][1]
     )
     shape = {"boxes": drawn["boxes"], "image": drawn["image"], "dtype": drawn["dtype"]}
-    step = make_step(pair, spread=drawn["spread"], progress=drawn["progress"], seed=drawn["seed"], **shape)
+    step = make_inputs(pair, spread=drawn["spread"], progress=drawn["progress"], seed=drawn["seed"], **shape)
     try:
         loss = make_loss(registered()[name], pair)
         columns = evaluate(loss, step, drawn["seed"])

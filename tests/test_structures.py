@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from tests.support.loss_contract import make_pair, make_step
+from tests.support.loss_contract import make_inputs, make_pair
 from yolo_kd.structures import DetectorOutputs, LossInputs, PairSpec
 
 
@@ -106,7 +106,7 @@ def test_aligned_asks_once_for_each_kind_and_level(view):
 
 
 def test_teacher_features_are_float32_detached_and_shared():
-    step = make_step(dtype=torch.bfloat16, teacher_grad=True)
+    step = make_inputs(dtype=torch.bfloat16, teacher_grad=True)
     feature = step.teacher_feature(1)
     assert feature.dtype == torch.float32
     assert not feature.requires_grad
@@ -130,6 +130,6 @@ def test_float32_maps_lie_as_the_students_do(own: torch.memory_format, other: to
 
 
 def test_aligned_keeps_the_gradient():
-    step = make_step(dtype=torch.float16)
+    step = make_inputs(dtype=torch.float16)
     step.aligned("conv1x1", 0).sum().backward()
     assert step.student.features[0].grad.abs().sum() > 0

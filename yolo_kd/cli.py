@@ -173,7 +173,7 @@ def _export(arguments: list[str]) -> int:
 def _losses(arguments: list[str]) -> int:
     import yolo_kd.losses  # noqa: F401  (registers them)
     from yolo_kd.losses.base import find, registered
-    from yolo_kd.losses.costs import measured_costs
+    from yolo_kd.losses.costs import format_cost, measured_costs
 
     _at_most_one(arguments, "losses")
     if arguments:
@@ -186,7 +186,7 @@ def _losses(arguments: list[str]) -> int:
         )
         print(f"\n{EVERY_LOSS_TAKES}")
         return 0
-    costs = measured_costs()
+    setting, costs = measured_costs()
     rows = [("name", "reads", "trains", "boxes", "heads", "cost", "columns", "paper")]
     for name, loss in registered().items():
         reads = [*sorted(loss.reads), *(["head layers"] if loss.head_split else [])]
@@ -199,7 +199,7 @@ def _losses(arguments: list[str]) -> int:
                 _modules(loss),
                 boxes,
                 heads,
-                costs.text(name),
+                format_cost(costs.get(name)),
                 " ".join(loss.columns),
                 loss.paper,
             )
@@ -207,7 +207,7 @@ def _losses(arguments: list[str]) -> int:
     _print_table(rows)
     print(
         "\ntrains: modules in addition to the student's; cost: time added to a step of student and teacher, "
-        f"measured with {costs.setting}"
+        f"measured with {setting}"
     )
     return 0
 

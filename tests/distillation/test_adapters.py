@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.loss_contract import make_pair, make_step
+from tests.support.loss_contract import make_inputs, make_pair
 from yolo_kd.distillation.adapters import ADAPTERS, build_adapters
 
 every_kind = pytest.mark.parametrize("kind", ADAPTERS)
@@ -15,7 +15,7 @@ every_kind = pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("equal", [False, True], ids=["other widths", "equal widths"])
 def test_shapes(kind, equal):
     pair = make_pair(equal=equal)
-    step = make_step(pair, image=(64, 96))
+    step = make_inputs(pair, image=(64, 96))
     adapters = build_adapters(kind, pair)
     assert len(adapters) == 3
     for adapter, s, t in zip(adapters, step.student.features, step.teacher.features, strict=True):
@@ -30,7 +30,7 @@ def test_equal_widths_get_an_adapter_all_the_same(kind):
 @every_kind
 def test_gradient_reaches_the_student_and_every_parameter(kind):
     pair = make_pair()
-    step = make_step(pair)
+    step = make_inputs(pair)
     adapters = build_adapters(kind, pair)
     for adapter, feature in zip(adapters, step.student.features, strict=True):
         adapter(feature).square().sum().backward()
@@ -41,7 +41,7 @@ def test_gradient_reaches_the_student_and_every_parameter(kind):
 @every_kind
 def test_the_student_is_not_written_to(kind):
     pair = make_pair()
-    feature = make_step(pair).student.features[0].detach()
+    feature = make_inputs(pair).student.features[0].detach()
     before = feature.clone()
     build_adapters(kind, pair)[0](feature)
     assert torch.equal(feature, before)

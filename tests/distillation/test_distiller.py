@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.support.loss_contract import make_pair, make_step
+from tests.support.loss_contract import make_inputs, make_pair
 from yolo_kd.config.recipe import load_recipe, shipped_recipes
 from yolo_kd.distillation.distiller import Distiller
 from yolo_kd.errors import PairError
@@ -19,7 +19,7 @@ from yolo_kd.losses.kernels import boxes
 def distil(losses: dict, **pair: object) -> tuple[Distiller, dict]:
     facts = make_pair(**pair)
     distiller = Distiller(load_recipe({"losses": losses}), facts)
-    step = make_step(facts)
+    step = make_inputs(facts)
     return distiller, distiller.inputs(step.student, step.teacher, step.targets)
 
 
@@ -90,7 +90,7 @@ def test_close_mosaic_stops_a_term() -> None:
 
 def test_arithmetic_is_float32_under_autocast_and_adapters_are_not() -> None:
     distiller, _ = distil({"cwd": {}})
-    step = make_step(distiller.pair)
+    step = make_inputs(distiller.pair)
     seen: list[torch.dtype] = []
     distiller.adapters["conv1x1@neck"][0].register_forward_hook(lambda m, i, o: seen.append(o.dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -117,7 +117,7 @@ def test_terms_on_layers_see_the_strides_of_these_layers(loss: str) -> None:
     """Box masks are painted at the layer's stride, not at that of the head's first level."""
     torch.manual_seed(0)
     facts = make_pair()
-    step = make_step(facts)
+    step = make_inputs(facts)
     layered = replace(
         facts,
         student_layer_channels={"model.6": facts.student_channels[1]},

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.support.loss_contract import make_loss, make_pair, make_step
-from yolo_kd.losses.at import AT, STRENGTH, attention_map, attention_transfer
+from tests.support.loss_contract import make_inputs, make_loss, make_pair
+from yolo_kd.losses.at import AT, attention_map, attention_transfer
 
 
 @pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 4.0])
@@ -67,10 +67,12 @@ def test_strength_does_not_grow_with_the_image():
 
 def test_loss_adds_up_its_levels():
     pair = make_pair()
-    step = make_step(pair)
-    maps = [(step.student.features[i], step.teacher.features[i]) for i in (0, 2)]
-    expected = STRENGTH * sum(attention_transfer(s, t, 3.0).item() for s, t in maps)
-    assert make_loss(AT, pair, levels=["p3", "p5"], p=3.0)(step)["at_loss"].item() == pytest.approx(expected, rel=1e-6)
+    inputs = make_inputs(pair)
+    maps = [(inputs.student.features[i], inputs.teacher.features[i]) for i in (0, 2)]
+    expected = AT.strength * sum(attention_transfer(s, t, 3.0).item() for s, t in maps)
+    assert make_loss(AT, pair, levels=["p3", "p5"], p=3.0)(inputs)["at_loss"].item() == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 def test_refuses_other_sizes_and_exponents():

@@ -8,10 +8,20 @@ import pytest
 import torch
 
 import yolo_kd.losses
-from tests.support.loss_contract import make_pair
+from tests.support.loss_contract import make_inputs, make_loss, make_pair
 from yolo_kd.errors import ConfigError, PairError
 from yolo_kd.losses import base
-from yolo_kd.losses.base import READABLE, Loss, check_levels, check_range, find, parameters, registered
+from yolo_kd.losses.base import (
+    READABLE,
+    FeatureLoss,
+    Loss,
+    check_choice,
+    check_levels,
+    check_range,
+    find,
+    parameters,
+    registered,
+)
 from yolo_kd.losses.objectness import Objectness
 
 
@@ -21,8 +31,8 @@ def registry(monkeypatch):
     monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
 
 
-def define(**attributes):
-    return type("Mine", (Loss,), {"name": "mine", "columns": ("mine_loss",), "__module__": __name__, **attributes})
+def define(base=Loss, **attributes):
+    return type("Mine", (base,), {"name": "mine", "columns": ("mine_loss",), "__module__": __name__, **attributes})
 
 
 @pytest.mark.usefixtures("registry")
@@ -127,25 +137,62 @@ def test_a_loss_must_say_what_it_computes(registry):
 @pytest.mark.parametrize(
     ("levels", "indices"), [(None, (0, 1, 2)), (["p4"], (1,)), (["p5", "p3"], (0, 2)), (("p3", "p3"), (0,))]
 )
-def test_level_indices_are_in_stride_order(registry, levels, indices):
-    loss = define()()
-    loss.level_names = check_levels(levels)
-    assert loss.level_indices(make_pair()) == indices
+def test_levels_are_in_stride_order(registry, levels, indices):
+    loss = define(FeatureLoss)(levels=levels)
+    loss.build(make_pair())
+    assert loss.levels == indices
 
 
 def test_a_level_that_the_pair_lacks(registry):
-    loss = define()()
-    loss.level_names = ("p33",)
+    loss = define(FeatureLoss)(levels=["p33"])
     sentence = r"^loss 'mine' names level 'p33', but this pair has p3, p4 or p5\. Did you mean 'p3'\?$"
     with pytest.raises(PairError, match=sentence):
-        loss.level_indices(make_pair())
+        loss.build(make_pair())
 
 
 def test_levels_of_other_strides(registry):
-    loss = define()()
-    loss.level_names = ("p6",)
-    pair = make_pair(student_channels=(8,) * 4, teacher_channels=(8,) * 4, strides=(8, 16, 32, 64))
-    assert loss.level_indices(pair) == (3,)
+    loss = define(FeatureLoss)(levels=["p6"])
+    loss.build(make_pair(student_channels=(8,) * 4, teacher_channels=(8,) * 4, strides=(8, 16, 32, 64)))
+    assert loss.levels == (3,)
+
+
+@pytest.mark.parametrize("adapter", [None, "conv1x1"])
+@pytest.mark.parametrize("levels", [None, ["p3", "p5"]])
+def test_a_feature_loss_adds_up_its_levels(registry, adapter, levels):
+    def level_loss(self, inputs, level):
+        student, teacher = self.maps(inputs, level)
+        return torch.stack([student.mean() ** 2, teacher.mean()])
+
+    pair = make_pair()
+    loss = make_loss(define(FeatureLoss, adapter=adapter, level_loss=level_loss, strength=0.5), pair, levels=levels)
+    inputs = make_inputs(pair)
+    expected = 0.0
+    for i in loss.levels:
+        student = inputs.student.features[i] if adapter is None else inputs.aligned(adapter, i)
+        expected += student.mean().item() ** 2 + inputs.teacher.features[i].mean().item()
+    assert loss(inputs)["mine_loss"].item() == pytest.approx(0.5 * expected, rel=1e-5)
+
+
+def test_a_feature_loss_must_implement_level_loss(registry):
+    pair = make_pair()
+    with pytest.raises(NotImplementedError):
+        make_loss(define(FeatureLoss), pair)(make_inputs(pair))
+
+
+def test_maps_in_float32_have_the_students_memory_format(registry):
+    pair = make_pair()
+    loss = make_loss(define(FeatureLoss, adapter="conv1x1"), pair)
+    inputs = make_inputs(pair, dtype=torch.bfloat16)
+    assert [x.dtype for x in loss.maps(inputs, 0)][1] == torch.bfloat16
+    student, teacher = loss.maps(inputs, 0, as_is=False)
+    assert student.dtype == teacher.dtype == torch.float32
+    assert student.stride() == teacher.stride()
+
+
+def test_a_choice_that_is_not_there():
+    assert check_choice("mask", "boxes", ("none", "boxes")) == "boxes"
+    with pytest.raises(ValueError, match=r"^mask must be none or boxes, received 'box'\. Did you mean 'boxes'\?$"):
+        check_choice("mask", "box", ("none", "boxes"))
 
 
 @pytest.mark.parametrize("levels", ["p3", [], [3], ["p3", None]])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.support.golden_vectors import Golden, assert_gradient, cases
-from tests.support.loss_contract import BOXES, Facts, make_loss, make_pair, make_step
+from tests.support.loss_contract import BOXES, Facts, make_inputs, make_loss, make_pair
 from yolo_kd.losses.bckd import BCKD, CLS_STRENGTH, LOC_STRENGTH, probability_gap
 from yolo_kd.losses.kernels.ops import (
     box_giou,
@@ -111,37 +111,37 @@ def test_gradients_are_those_of_the_values() -> None:
 
 def test_equals_a_slow_reading_of_the_definition() -> None:
     pair = make_pair(student_reg_max=1, teacher_reg_max=8)
-    step = make_step(pair, seed=5)
-    assert step.targets is not None
-    assert step.targets.assignment is not None
-    boxes = [expected_distance(v.boxes, v.reg_max).tolist() for v in (step.student, step.teacher)]
-    probabilities = [v.scores.double().sigmoid().tolist() for v in (step.student, step.teacher)]
+    inputs = make_inputs(pair, seed=5)
+    assert inputs.targets is not None
+    assert inputs.targets.assignment is not None
+    boxes = [expected_distance(v.boxes, v.reg_max).tolist() for v in (inputs.student, inputs.teacher)]
+    probabilities = [v.scores.double().sigmoid().tolist() for v in (inputs.student, inputs.teacher)]
     cls = loc = 0.0
     for b in range(2):
-        for a in range(step.student.scores.shape[1]):
+        for a in range(inputs.student.scores.shape[1]):
             gap = 0.0
             for s, t in zip(probabilities[0][b][a], probabilities[1][b][a], strict=True):
                 cls -= abs(t - s) ** 2 * (t * math.log(s) + (1 - t) * math.log(1 - s))
                 gap = max(gap, abs(t - s))
             (sl, st, sr, sb), (tl, tt, tr, tb) = boxes[0][b][a], boxes[1][b][a]
             loc += gap * (1 - slow_giou([-sl, -st, sr, sb], [-tl, -tt, tr, tb]))
-    divisor = step.targets.assignment.scores.sum().item()
+    divisor = inputs.targets.assignment.scores.sum().item()
     assert divisor > 2
-    columns = make_loss(BCKD, pair, lam_cls=0.5, lam_loc=3.0, beta=2.0)(step)
+    columns = make_loss(BCKD, pair, lam_cls=0.5, lam_loc=3.0, beta=2.0)(inputs)
     assert columns["kbcls_loss"].item() == pytest.approx(CLS_STRENGTH * 0.5 * cls / divisor, rel=1e-4)
     assert columns["kbloc_loss"].item() == pytest.approx(LOC_STRENGTH * 3.0 * loc / divisor, rel=1e-4)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_an_image_without_objects_counts_as_one(batch: int) -> None:
-    assert target_score_sum(make_step(boxes=((),) * batch)).item() == batch
+    assert target_score_sum(make_inputs(boxes=((),) * batch)).item() == batch
 
 
 def test_strength_stays_when_a_batch_without_objects_grows() -> None:
     pair = make_pair()
     loss = make_loss(BCKD, pair)
-    step = make_step(pair, boxes=BOXES["none"])
-    columns = loss(step)
-    single = loss(make_step(pair, boxes=BOXES["none"][:1]))
+    inputs = make_inputs(pair, boxes=BOXES["none"])
+    columns = loss(inputs)
+    single = loss(make_inputs(pair, boxes=BOXES["none"][:1]))
     for name, value in columns.items():
         assert value.item() == pytest.approx(single[name].item(), rel=0.3), name

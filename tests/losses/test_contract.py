@@ -1,4 +1,4 @@
-"""Every registered loss keeps the contract of `tests/loss_contract.py`."""
+"""Every registered loss keeps the contract of `tests/support/loss_contract.py`."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def test_key(name, key):
 
 @every_loss
 def test_facts_speak_of_existing_checks_and_keys(name):
-    """A renamed check or key must not leave a forgotten exemption behind."""
+    """A renamed check or key leaves no stale exemption."""
     declared = contract.facts(LOSSES[name])
     assert {f"check_{check}" for check in declared.exempt} <= set(dir(contract))
     assert declared.values.keys() | declared.context.keys() <= parameters(LOSSES[name]).keys()
 
 
 class Sound(Loss):
-    """A loss that keeps the contract; without a name it does not register. The classes below break it in one way."""
+    """A loss that keeps the contract; without a name it is not registered. Each class below breaks it in one way."""
 
     columns = ("sound_loss",)
     reads = frozenset({"features", "scores"})
@@ -87,12 +87,12 @@ class Sound(Loss):
         super().__init__()
         self.gain = gain
 
-    def forward(self, step):
-        s, t = step.student.scores.float(), step.teacher.scores.detach().float()
+    def forward(self, inputs):
+        s, t = inputs.student.scores.float(), inputs.teacher.scores.detach().float()
         same_shape(student=s, teacher=t)
         terms = [self.reduce(s, t)]
-        for i in range(len(step.student.features)):
-            terms.append(self.reduce(step.aligned("conv1x1", i), step.teacher_feature(i)))
+        for i in range(len(inputs.student.features)):
+            terms.append(self.reduce(inputs.aligned("conv1x1", i), inputs.teacher_feature(i)))
         return {"sound_loss": self.gain * torch.stack(terms).sum()}
 
     def reduce(self, s, t):
@@ -110,30 +110,30 @@ class Broadcasts(Sound):
 
 
 class IgnoresKey(Sound):
-    def forward(self, step):
+    def forward(self, inputs):
         self.gain = 1.0
-        return super().forward(step)
+        return super().forward(inputs)
 
 
 class TrainsTeacher(Sound):
-    def forward(self, step):
-        return {"sound_loss": super().forward(step)["sound_loss"] + 1e-3 * step.teacher.boxes.square().mean()}
+    def forward(self, inputs):
+        return {"sound_loss": super().forward(inputs)["sound_loss"] + 1e-3 * inputs.teacher.boxes.square().mean()}
 
 
 class DividesByObjects(Sound):
-    def forward(self, step):
-        return {"sound_loss": super().forward(step)["sound_loss"] / step.targets.assignment.foreground.sum()}
+    def forward(self, inputs):
+        return {"sound_loss": super().forward(inputs)["sound_loss"] / inputs.targets.assignment.foreground.sum()}
 
 
 class SoftmaxOverClasses(Sound):
-    def forward(self, step):
-        kl = categorical_kl(step.student.scores.float(), step.teacher.scores.float()).mean()
+    def forward(self, inputs):
+        kl = categorical_kl(inputs.student.scores.float(), inputs.teacher.scores.float()).mean()
         return {"sound_loss": kl}
 
 
 class HalfPrecision(Sound):
-    def forward(self, step):
-        error = (step.student.scores - step.teacher.scores.detach()).square().mean()
+    def forward(self, inputs):
+        error = (inputs.student.scores - inputs.teacher.scores.detach()).square().mean()
         return {"sound_loss": error.float()}
 
 
@@ -143,15 +143,15 @@ class WrongGradient(Sound):
 
 
 class OutOfGraph(Sound):
-    def forward(self, step):
-        if not len(step.targets.boxes):
+    def forward(self, inputs):
+        if not len(inputs.targets.boxes):
             return {"sound_loss": torch.tensor(0.0)}
-        return super().forward(step)
+        return super().forward(inputs)
 
 
 class SkipsLevel(Sound):
-    def forward(self, step):
-        return {"sound_loss": self.reduce(step.aligned("conv1x1", 0), step.teacher_feature(0))}
+    def forward(self, inputs):
+        return {"sound_loss": self.reduce(inputs.aligned("conv1x1", 0), inputs.teacher_feature(0))}
 
 
 class NeverZero(Sound):
@@ -160,9 +160,9 @@ class NeverZero(Sound):
 
 
 class Drifts(Sound):
-    def forward(self, step):
+    def forward(self, inputs):
         self.gain *= 1.1
-        return super().forward(step)
+        return super().forward(inputs)
 
 
 class UndeclaredRead(Sound):
@@ -188,8 +188,8 @@ class FixedPrecision(Sound):
 
 
 class UndeclaredTeacher(Sound):
-    def forward(self, step):
-        return {"sound_loss": super().forward(step)["sound_loss"] * (1 + step.teacher.boxes.mean())}
+    def forward(self, inputs):
+        return {"sound_loss": super().forward(inputs)["sound_loss"] * (1 + inputs.teacher.boxes.mean())}
 
 
 class UntrainedModule(Sound):

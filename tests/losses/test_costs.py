@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 import yolo_kd.losses  # noqa: F401  (registers the losses that ship with the package)
+from yolo_kd.cli import main
 from yolo_kd.config.recipe import load_recipe, shipped_recipes
+from yolo_kd.losses import base
+from yolo_kd.losses.at import AT
 from yolo_kd.losses.base import registered
-from yolo_kd.losses.costs import Costs, measured_costs
+from yolo_kd.losses.costs import format_cost, measured_costs
 
 PACKAGE = Path(__file__).resolve().parents[2] / "yolo_kd"
 STORED = json.loads(files("yolo_kd.losses").joinpath("costs.json").read_text(encoding="utf-8"))
@@ -23,7 +26,7 @@ def shipped() -> list[str]:
 
 
 def test_every_loss_has_an_entry_and_nothing_else_does():
-    assert list(measured_costs().losses) == shipped()
+    assert list(measured_costs()[1]) == shipped()
 
 
 def test_an_entry_is_the_row_of_a_recipe_that_contains_the_loss():
@@ -37,7 +40,7 @@ def test_an_entry_is_the_row_of_a_recipe_that_contains_the_loss():
 
 
 def test_the_setting_of_the_measurement_is_stored():
-    assert re.match(r"yolov8s \(trained\) -> yolov8n, \d+ px, batch \d+, .*, \d+ rounds$", measured_costs().setting)
+    assert re.match(r"yolov8s \(trained\) -> yolov8n, \d+ px, batch \d+, .*, \d+ rounds$", measured_costs()[0])
 
 
 @pytest.mark.parametrize("cls", registered().values(), ids=lambda c: c.name)
@@ -51,11 +54,17 @@ def test_no_source_file_holds_a_percentage_of_a_step():
 
 
 @pytest.mark.parametrize(
-    ("cost", "text"), [(0.076, "8 %"), (1.626, "163 %"), (0.01, "1 %"), (0.009, "under 1 %"), (-0.02, "under 1 %")]
+    ("cost", "text"),
+    [(0.076, "8 %"), (1.626, "163 %"), (0.01, "1 %"), (0.009, "under 1 %"), (-0.02, "under 1 %"), (None, "-")],
 )
-def test_text(cost, text):
-    assert Costs("", {"mine": cost}).text("mine") == text
+def test_format(cost, text):
+    assert format_cost(cost) == text
 
 
-def test_a_plugins_loss_without_an_entry_shows_a_dash():
-    assert measured_costs().text("a_plugins_loss") == "-"
+def test_the_command_shows_a_dash_for_a_plugins_loss(monkeypatch, capsys):
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    type("Mine", (AT,), {"name": "mine", "columns": ("mine_loss",)})
+    assert main(["losses"]) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert re.search(r"  all +-  +mine_loss", rows["mine"])
+    assert re.search(r"  all +8 %  +fgd_loss", rows["fgd"])

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.support.golden_vectors import Golden, assert_gradient, cases
-from tests.support.loss_contract import Facts, make_loss, make_pair, make_step, make_tails
+from tests.support.loss_contract import Facts, make_inputs, make_loss, make_pair, make_tails
 from yolo_kd.errors import PairError
 from yolo_kd.losses.crosskd import BOX_STRENGTH, CLS_STRENGTH, CrossKD, align_scale, crosskd_box, crosskd_cls
 from yolo_kd.losses.kernels import chunked
@@ -72,12 +72,12 @@ def test_scale_alignment_equals_the_published_code(case: Golden) -> None:
     assert_gradient(student.grad, case["align_grad_s"])
 
 
-@pytest.mark.parametrize("part", [1, 2**18])
+@pytest.mark.parametrize("chunk", [1, 2**18])
 @pytest.mark.parametrize("shape", [(2, 5, 3, 4), (1, 3, 1, 2)])
 def test_scale_and_its_gradient_are_autograds(
-    part: int, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    chunk: int, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunked, "PART", part)
+    monkeypatch.setattr(chunked, "CHUNK", chunk)
     torch.manual_seed(0)
     student, teacher, cotangent = (torch.randn(shape, dtype=torch.float64) + 2 for _ in range(3))
     student.requires_grad_()
@@ -124,15 +124,15 @@ def test_no_weight_at_all_is_zero_and_not_nan() -> None:
 @pytest.mark.parametrize(("student_reg_max", "teacher_reg_max"), [(8, 8), (1, 8), (8, 1)])
 def test_equals_a_slow_reading_of_the_definition(student_reg_max: int, teacher_reg_max: int) -> None:
     pair = make_pair(student_reg_max=student_reg_max, teacher_reg_max=teacher_reg_max)
-    loss, step, tails = make_loss(CrossKD, pair), make_step(pair, seed=8), make_tails(pair)
+    loss, inputs, tails = make_loss(CrossKD, pair), make_inputs(pair, seed=8), make_tails(pair)
     assert isinstance(loss, CrossKD)
-    assert step.targets is not None
-    assert step.targets.assignment is not None
-    t = step.teacher
+    assert inputs.targets is not None
+    assert inputs.targets.assignment is not None
+    t = inputs.teacher
     scores, boxes = [], []
     for i in range(3):
         for name, tail, into in ((f"cls{i}", tails[i][0], scores), (f"box{i}", tails[i][1], boxes)):
-            feature = step.student.layers[name]
+            feature = inputs.student.layers[name]
             if name in loss.adapters:
                 feature = loss.adapters[name](feature)
             channels = []
@@ -141,14 +141,14 @@ def test_equals_a_slow_reading_of_the_definition(student_reg_max: int, teacher_r
             into.append(rows(tail(torch.stack(channels, 1))))
     r, q = torch.cat(scores, 1).sigmoid(), t.scores.sigmoid()
     entropy = -(q * r.log() + (1 - q) * (1 - r).log())
-    cls = (entropy * (r - q).abs()).sum() / step.targets.assignment.scores.sum()
+    cls = (entropy * (r - q).abs()).sum() / inputs.targets.assignment.scores.sum()
     weight, reused = q.amax(-1), torch.cat(boxes, 1)
     if teacher_reg_max == 1:
         each = giou_distance(corners(reused, 1), corners(t.boxes, 1))
     else:
         p = t.boxes.unflatten(-1, (4, 8)).softmax(-1)
         each = (p * (p.log() - reused.unflatten(-1, (4, 8)).log_softmax(-1))).sum(-1).mean(-1)
-    columns = loss(step)
+    columns = loss(inputs)
     torch.testing.assert_close(columns["xcls_loss"], CLS_STRENGTH * cls, rtol=1e-4, atol=0)
     torch.testing.assert_close(
         columns["xbox_loss"], BOX_STRENGTH * 4 * (each * weight).sum() / weight.sum(), rtol=1e-4, atol=0
@@ -158,20 +158,20 @@ def test_equals_a_slow_reading_of_the_definition(student_reg_max: int, teacher_r
 def test_a_student_that_equals_its_teacher_loses_nothing() -> None:
     pair = make_pair(equal=True)
     loss = make_loss(CrossKD, pair)
-    for name, value in loss(make_step(pair, equal=True)).items():
+    for name, value in loss(make_inputs(pair, equal=True)).items():
         assert value.item() == pytest.approx(0, abs=1e-5), name
 
 
 def test_gradients_reach_the_students_head_and_not_the_teachers() -> None:
     pair = make_pair()
-    loss, step = make_loss(CrossKD, pair), make_step(pair)
+    loss, inputs = make_loss(CrossKD, pair), make_inputs(pair)
     assert isinstance(loss, CrossKD)
-    torch.stack(list(loss(step).values())).sum().backward()
-    for name, layer in step.student.layers.items():
+    torch.stack(list(loss(inputs).values())).sum().backward()
+    for name, layer in inputs.student.layers.items():
         assert layer.grad is not None, name
         assert layer.grad.any(), name
-    assert step.student.scores.grad is None  # the student's own predictions meet the labels only
-    assert step.student.boxes.grad is None
+    assert inputs.student.scores.grad is None  # the student's own predictions meet the labels only
+    assert inputs.student.boxes.grad is None
     assert all(p.grad is None for pair_ in loss.tails for tail in pair_ for p in tail.parameters())
 
 
@@ -195,8 +195,8 @@ def test_a_teacher_in_half_precision_is_served() -> None:
     pair = make_pair()
     loss, half = make_loss(CrossKD, pair), make_loss(CrossKD, pair)
     half.attach_teacher_head([(cls.bfloat16(), box.bfloat16()) for cls, box in make_tails(pair)])
-    exact = loss(make_step(pair))
-    for name, value in half(make_step(pair)).items():
+    exact = loss(make_inputs(pair))
+    for name, value in half(make_inputs(pair)).items():
         assert value.dtype == torch.float32
         assert value.item() == pytest.approx(exact[name].item(), rel=0.02)
 
@@ -207,11 +207,11 @@ def test_says_what_is_missing() -> None:
         CrossKD().build(replace(pair, student_layer_channels={}))
     loss = CrossKD()
     loss.build(pair)
-    step = make_step(pair)
+    inputs = make_inputs(pair)
     with pytest.raises(PairError, match="for 3 levels, but 0 were attached"):
-        loss(step)
+        loss(inputs)
     loss.attach_teacher_head(make_tails(pair))
-    blind = LossInputs(replace(step.student, layers={}), step.teacher, step.targets)
+    blind = LossInputs(replace(inputs.student, layers={}), inputs.teacher, inputs.targets)
     with pytest.raises(PairError, match="'cls0' among the student's layers"):
         loss(blind)
 
@@ -220,5 +220,5 @@ def test_a_head_that_could_be_trained_is_refused() -> None:
     loss = CrossKD()
     loose = nn.Conv2d(4, 4, 1)
     frozen = nn.Conv2d(4, 4, 1).requires_grad_(False).eval()
-    with pytest.raises(PairError, match="'box0' must be frozen"):
+    with pytest.raises(PairError, match="'box0' of the teacher's head must be frozen"):
         loss.attach_teacher_head([(frozen, loose)])

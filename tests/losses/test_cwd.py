@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.support.golden_vectors import Golden, assert_gradient, cases
-from tests.support.loss_contract import make_loss, make_pair, make_step
-from yolo_kd.losses.cwd import CWD, STRENGTH, cwd
+from tests.support.loss_contract import make_inputs, make_loss, make_pair
+from yolo_kd.losses.cwd import CWD, cwd
 from yolo_kd.losses.kernels.channel_stats import standardise
 from yolo_kd.losses.kernels.ops import categorical_kl
 
@@ -101,25 +101,25 @@ def test_strength_does_not_grow_with_the_image():
 @pytest.mark.parametrize("standard", [True, False])
 def test_loss_adds_up_its_levels(standard):
     pair = make_pair()
-    step = make_step(pair)
+    inputs = make_inputs(pair)
     loss = make_loss(CWD, pair, levels=["p3", "p5"], temperature=2.0, standardise=standard)
     expected = 0.0
     for i in (0, 2):
-        s, t = step.aligned("conv1x1", i), step.teacher_feature(i)
+        s, t = inputs.aligned("conv1x1", i), inputs.teacher_feature(i)
         if standard:
             s, t = standardise(s), standardise(t)
-        expected += STRENGTH * cwd(s, t, 2.0).item()
-    assert loss(step)["cwd_loss"].item() == pytest.approx(expected, rel=1e-6)
+        expected += CWD.strength * cwd(s, t, 2.0).item()
+    assert loss(inputs)["cwd_loss"].item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_standardised_loss_ignores_the_scale_of_the_teacher():
     pair = make_pair()
     loss = make_loss(CWD, pair)
-    step, scaled = make_step(pair), make_step(pair)
+    inputs, scaled = make_inputs(pair), make_inputs(pair)
     with torch.no_grad():
         for feature in scaled.teacher.features:
             feature.mul_(50).add_(3)
-    assert loss(scaled)["cwd_loss"].item() == pytest.approx(loss(step)["cwd_loss"].item(), rel=1e-3)
+    assert loss(scaled)["cwd_loss"].item() == pytest.approx(loss(inputs)["cwd_loss"].item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("keys", [{"temperature": 0}, {"temperature": -1.0}, {"temperature": "hot"}, {"levels": "p3"}])

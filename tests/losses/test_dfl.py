@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.golden_vectors import Golden, assert_gradient, cases
-from tests.support.loss_contract import BOXES, make_loss, make_pair, make_step
+from tests.support.loss_contract import BOXES, make_inputs, make_loss, make_pair
 from yolo_kd.config.schedule import Schedule
 from yolo_kd.losses.dfl import DFL, STRENGTH, distribution_kl
 from yolo_kd.losses.kernels.ops import weighted_mean
@@ -48,23 +48,23 @@ def test_the_recipes_schedule_is_the_published_decay(case: Golden) -> None:
 
 def test_equals_a_slow_reading_of_the_definition() -> None:
     pair = make_pair()
-    step = make_step(pair, seed=6)
-    assert step.targets is not None
-    assert step.targets.assignment is not None
+    inputs = make_inputs(pair, seed=6)
+    assert inputs.targets is not None
+    assert inputs.targets.assignment is not None
     total, count = 0.0, 0
-    for b, a in step.targets.assignment.foreground.nonzero().tolist():
+    for b, a in inputs.targets.assignment.foreground.nonzero().tolist():
         for side in range(4):
-            s, t = (v.boxes[b, a, side * 8 : side * 8 + 8].double() / 5 for v in (step.student, step.teacher))
+            s, t = (v.boxes[b, a, side * 8 : side * 8 + 8].double() / 5 for v in (inputs.student, inputs.teacher))
             p, q = t.softmax(0), s.softmax(0)
             total += 25 * (p * (p / q).log()).sum().item()
             count += 1
-    loss = make_loss(DFL, pair, temperature=5.0)(step)["kdfl_loss"]
+    loss = make_loss(DFL, pair, temperature=5.0)(inputs)["kdfl_loss"]
     assert loss.item() == pytest.approx(STRENGTH * total / count, rel=1e-4)
 
 
 def test_without_objects_it_is_zero() -> None:
     pair = make_pair()
-    assert make_loss(DFL, pair)(make_step(pair, boxes=BOXES["none"]))["kdfl_loss"].item() == 0
+    assert make_loss(DFL, pair)(make_inputs(pair, boxes=BOXES["none"]))["kdfl_loss"].item() == 0
 
 
 def test_wrong_shapes_are_named() -> None:

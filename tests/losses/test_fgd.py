@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 from tests.losses.kernels.test_boxes import flat, slow_weights
 from tests.support.golden_vectors import assert_gradient, cases
-from tests.support.loss_contract import BOXES, IMAGE, make_loss, make_pair, make_step
+from tests.support.loss_contract import BOXES, IMAGE, make_inputs, make_loss, make_pair
 from yolo_kd.errors import PairError
-from yolo_kd.losses.fgd import CELLS, CHANNELS, FGD, OBJECTS, STRENGTH, ContextBlock, fgd_sums, focal_masks, normalise
+from yolo_kd.losses.fgd import CELLS, CHANNELS, FGD, OBJECTS, ContextBlock, fgd_sums, focal_masks, normalise
 from yolo_kd.losses.kernels import chunked
 from yolo_kd.losses.kernels.ops import attention
 from yolo_kd.structures import LossInputs
@@ -53,7 +53,7 @@ def test_masks_are_the_authors(golden, level):
 
 @GOLDEN
 @pytest.mark.parametrize("level", range(3))
-def test_parts_are_the_authors(golden, level):
+def test_terms_are_the_authors(golden, level):
     h, student = golden.hyper, golden[f"s_feat_{level}"].requires_grad_()
     sums = sums_of(golden, level, student)
     ours = {"fg": sums.fg, "bg": sums.bg, "mask": sums.channel + sums.spatial, "rela": sums.rela}
@@ -174,7 +174,7 @@ def test_the_context_block_starts_as_the_identity_and_sees_the_whole_map():
 
 
 def test_the_published_sum_is_kept_at_the_reference_setting():
-    """At 256 channels, 2800 cells and 7 separate objects, the loss is STRENGTH times the published sum."""
+    """At 256 channels, 2800 cells and 7 separate objects, the loss is its strength times the published sum."""
     shape = (40, 70)
     boxes = torch.tensor([[8.0 + 80 * i, 8, 40 + 80 * i, 60] for i in range(OBJECTS)])
     assert math.prod(shape) == CELLS
@@ -186,12 +186,12 @@ def test_the_published_sum_is_kept_at_the_reference_setting():
     sums = fgd_sums(student, teacher, fg, bg, *blocks)
     published = 1e-3 * sums.fg + 5e-4 * sums.bg + 5e-4 * (sums.channel + sums.spatial) + 5e-6 * sums.rela
     pair = make_pair((CHANNELS,), (CHANNELS,), (8,), equal=True)
-    step = make_step(pair, equal=True, image=(320, 560), batch=1)
-    targets = replace(step.targets, boxes=boxes, image_index=torch.zeros(OBJECTS, dtype=torch.int64))
-    views = replace(step.student, features=(student,)), replace(step.teacher, features=(teacher,))
+    inputs = make_inputs(pair, equal=True, image=(320, 560), batch=1)
+    targets = replace(inputs.targets, boxes=boxes, image_index=torch.zeros(OBJECTS, dtype=torch.int64))
+    outputs = replace(inputs.student, features=(student,)), replace(inputs.teacher, features=(teacher,))
     loss.build(pair)
-    ours = loss(LossInputs(*views, targets))["fgd_loss"]
-    assert ours.item() == pytest.approx(STRENGTH * published.item(), rel=1e-4)
+    ours = loss(LossInputs(*outputs, targets))["fgd_loss"]
+    assert ours.item() == pytest.approx(FGD.strength * published.item(), rel=1e-4)
 
 
 def test_strength_does_not_depend_on_size_width_or_number_of_boxes():
@@ -223,13 +223,13 @@ def test_an_image_without_boxes_has_background_only():
 
 def test_masks_are_made_once_per_step():
     pair, made = make_pair(), []
-    step = make_step(pair)
+    inputs = make_inputs(pair)
     loss = make_loss(FGD, pair)
-    first = loss(step)
-    step.once, once = lambda key, make: made.append(key) or once(key, make), step.once
-    assert loss(step) == first
+    first = loss(inputs)
+    inputs.once, once = lambda key, make: made.append(key) or once(key, make), inputs.once
+    assert loss(inputs) == first
     assert ("focal_masks", 0) in made
-    assert step._memo[("focal_masks", 0)][0].shape == (2, 16, 20)
+    assert inputs._memo[("focal_masks", 0)][0].shape == (2, 16, 20)
 
 
 def test_levels_that_are_not_there_are_refused():
@@ -251,8 +251,8 @@ def test_masks_of_another_shape_are_refused():
         fgd_sums(*maps, torch.zeros(1, 4, 5), torch.zeros(1, 4, 5), ContextBlock(2), ContextBlock(2))
 
 
-def test_a_step_without_targets_is_refused():
+def test_inputs_without_targets_are_refused():
     pair = make_pair()
-    step = make_step(pair)
+    inputs = make_inputs(pair)
     with pytest.raises(ValueError, match="targets"):
-        make_loss(FGD, pair)(LossInputs(step.student, step.teacher, None, 0.0, step._align))
+        make_loss(FGD, pair)(LossInputs(inputs.student, inputs.teacher, None, 0.0, inputs._align))

@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.support.golden_vectors import Golden, assert_gradient, cases
-from tests.support.loss_contract import BOXES, Facts, make_loss, make_pair, make_step
+from tests.support.loss_contract import BOXES, Facts, make_inputs, make_loss, make_pair
 from yolo_kd.errors import PairError
 from yolo_kd.losses.fgfi import (
     FGFI,
-    STRENGTH,
     Anchors,
     anchor_overlaps,
     grid_anchors,
@@ -93,11 +92,11 @@ UNEVEN = (((10.3, 12.1, 70.7, 91.2), (-20.2, 88.4, 30.9, 140.1)), ((33.3, 5.2, 4
 
 
 def test_masks_equal_loops():
-    step, psi = make_step(boxes=UNEVEN), 0.6
-    masks = make_loss(FGFI, make_pair(), psi=psi)._masks(step)
-    t = step.targets
+    inputs, psi = make_inputs(boxes=UNEVEN), 0.6
+    masks = make_loss(FGFI, make_pair(), psi=psi)._masks(inputs)
+    t = inputs.targets
     expected = slow_masks(
-        step.teacher.shapes, (8, 16, 32), t.boxes, t.image_index, 2, t.image_size, psi, 4.0, (0.5, 1.0, 2.0)
+        inputs.teacher.shapes, (8, 16, 32), t.boxes, t.image_index, 2, t.image_size, psi, 4.0, (0.5, 1.0, 2.0)
     )
     for mask, slow in zip(masks, expected, strict=True):
         np.testing.assert_array_equal(mask.numpy(), slow)
@@ -106,34 +105,34 @@ def test_masks_equal_loops():
 
 def test_loss_is_the_published_one_over_channels():
     """On one level the relation that the docstring states holds."""
-    pair, step = make_pair(), make_step()
+    pair, inputs = make_pair(), make_inputs()
     loss = make_loss(FGFI, pair, levels=["p4"])
-    mask = loss._masks(step)[1]
-    published = imitation_loss(loss.adapters[0](step.student.features[1]), step.teacher.features[1], mask)
-    assert loss(step)["fgfi_loss"].item() == pytest.approx(STRENGTH * published.item() / 24, rel=1e-5)
+    mask = loss._masks(inputs)[1]
+    published = imitation_loss(loss.adapters[0](inputs.student.features[1]), inputs.teacher.features[1], mask)
+    assert loss(inputs)["fgfi_loss"].item() == pytest.approx(FGFI.strength * published.item() / 24, rel=1e-5)
 
 
 def test_a_box_is_imitated_on_levels_of_its_scale():
     loss = make_loss(FGFI, make_pair())
-    small = loss._masks(make_step(boxes=(((40, 40, 56, 56),),)))
-    large = loss._masks(make_step(boxes=(((0, 0, 128, 128),),)))
+    small = loss._masks(make_inputs(boxes=(((40, 40, 56, 56),),)))
+    large = loss._masks(make_inputs(boxes=(((0, 0, 128, 128),),)))
     assert [bool(m.any()) for m in small] == [True, False, False]
     assert [bool(m.any()) for m in large] == [False, False, True]
 
 
 @pytest.mark.parametrize("boxes", ["none", "wholly outside", "no area"])
 def test_without_objects_value_and_gradient_are_zero(boxes):
-    loss, step = make_loss(FGFI, make_pair()), make_step(boxes=BOXES[boxes])
-    value = loss(step)["fgfi_loss"]
+    loss, inputs = make_loss(FGFI, make_pair()), make_inputs(boxes=BOXES[boxes])
+    value = loss(inputs)["fgfi_loss"]
     value.backward()
     assert value.item() == 0
-    assert all(not f.grad.any() for f in step.student.features)
+    assert all(not f.grad.any() for f in inputs.student.features)
 
 
 def test_boxes_are_clipped_to_the_image():
     loss = make_loss(FGFI, make_pair())
-    outside = loss._masks(make_step(boxes=(((-40, -30, 50, 60), (120, 90, 220, 190)),)))
-    clipped = loss._masks(make_step(boxes=(((0, 0, 50, 60), (120, 90, 160, 128)),)))
+    outside = loss._masks(make_inputs(boxes=(((-40, -30, 50, 60), (120, 90, 220, 190)),)))
+    clipped = loss._masks(make_inputs(boxes=(((0, 0, 50, 60), (120, 90, 160, 128)),)))
     assert all(torch.equal(a, b) for a, b in zip(outside, clipped, strict=True))
 
 
@@ -158,10 +157,10 @@ def test_anchors_have_the_area_and_ratio_asked_for():
 
 
 def test_masks_are_shared_between_terms():
-    step, pair = make_step(), make_pair()
-    make_loss(FGFI, pair)(step)
-    make_loss(FGFI, pair, levels=["p3"])(step)
-    assert sum(key[0] == "imitation" for key in step._memo) == 1
+    inputs, pair = make_inputs(), make_pair()
+    make_loss(FGFI, pair)(inputs)
+    make_loss(FGFI, pair, levels=["p3"])(inputs)
+    assert sum(key[0] == "imitation" for key in inputs._memo) == 1
 
 
 def test_adapters_exist_for_the_levels_in_use_only():

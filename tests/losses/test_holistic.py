@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.support.golden_vectors import cases
-from tests.support.loss_contract import Facts, evaluate, make_loss, make_pair, make_step
+from tests.support.loss_contract import Facts, evaluate, make_inputs, make_loss, make_pair
 from yolo_kd.losses.holistic import (
     STRENGTH,
     Critic,
@@ -75,46 +75,46 @@ def test_critic_gives_one_answer_to_each_map():
 
 
 def test_maps_are_pooled_level_by_level():
-    step = make_step()
+    inputs = make_inputs()
     pooled = [
         F.adaptive_avg_pool2d(scores.transpose(1, 2).unflatten(-1, shape), 64)
-        for scores, shape in zip(step.teacher.per_level(step.teacher.scores), step.teacher.shapes, strict=True)
+        for scores, shape in zip(inputs.teacher.per_level(inputs.teacher.scores), inputs.teacher.shapes, strict=True)
     ]
-    torch.testing.assert_close(score_maps(step.teacher, (0, 1, 2)), torch.cat(pooled, 1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(score_maps(inputs.teacher, (0, 1, 2)), torch.cat(pooled, 1), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("image", [(128, 160), (64, 288), (640, 640)])
 def test_maps_of_any_size_are_judged(image):
-    step = make_step(image=image, batch=1)
-    maps = score_maps(step.teacher, (0, 2))
+    inputs = make_inputs(image=image, batch=1)
+    maps = score_maps(inputs.teacher, (0, 2))
     assert maps.shape == (1, 6, 64, 64)
-    fine = step.teacher.scores[:, : image[0] * image[1] // 64]
+    fine = inputs.teacher.scores[:, : image[0] * image[1] // 64]
     torch.testing.assert_close(maps[:, :3].mean((2, 3)), fine.mean(1), rtol=0.1, atol=0.0)
 
 
 def test_equal_models_are_worth_zero():
     pair = make_pair(equal=True)
-    assert make_loss(Holistic, pair)(make_step(pair, equal=True))["kholi_loss"].item() == 0
+    assert make_loss(Holistic, pair)(make_inputs(pair, equal=True))["kholi_loss"].item() == 0
 
 
 @pytest.mark.parametrize("form", ["wgan-gp", "hinge"])
 def test_critic_learns_to_tell_them_apart(form):
     """A student that stays as it is becomes ever easier to recognise."""
-    pair, step = make_pair(), make_step()
+    pair, inputs = make_pair(), make_inputs()
     loss = make_loss(Holistic, pair, critic_lr=0.05, form=form)
-    before = loss(step)["kholi_loss"].item()
+    before = loss(inputs)["kholi_loss"].item()
     for _ in range(6):
-        loss(step)
+        loss(inputs)
         loss.after_step()
-    assert loss(step)["kholi_loss"].item() > before + 0.1 * STRENGTH
+    assert loss(inputs)["kholi_loss"].item() > before + 0.1 * STRENGTH
 
 
 def test_student_follows_the_critic_and_the_critic_gets_no_gradient_from_it():
-    pair, step = make_pair(), make_step(teacher_grad=True)
+    pair, inputs = make_pair(), make_inputs(teacher_grad=True)
     loss = make_loss(Holistic, pair)
-    loss(step)["kholi_loss"].backward()
-    assert step.student.scores.grad.abs().max() > 0
-    assert step.teacher.scores.grad is None
+    loss(inputs)["kholi_loss"].backward()
+    assert inputs.student.scores.grad.abs().max() > 0
+    assert inputs.teacher.scores.grad is None
     assert all(p.grad is None and p.requires_grad for p in loss.self_trained())
 
 
@@ -128,24 +128,24 @@ def test_critic_steps_once_for_each_batch_with_gradient():
     loss.after_step()
     assert torch.equal(weights(), first), "nothing has been seen yet"
     with torch.no_grad():
-        loss(make_step())
+        loss(make_inputs())
     loss.after_step()
     assert torch.equal(weights(), first), "validation is not training"
-    loss(make_step())
+    loss(make_inputs())
     loss.after_step()
     second = weights()
     assert not torch.equal(second, first)
     loss.after_step()
     assert torch.equal(weights(), second), "a batch counts once"
-    loss(make_step(progress=1.0))
+    loss(make_inputs(progress=1.0))
     loss.after_step()
     assert torch.equal(weights(), second), "the learning rate ends at zero"
 
 
 def test_overflowed_logits_do_not_poison_the_critic():
-    loss, step = make_loss(Holistic, make_pair()), make_step()
-    step.student.scores.data[0, 0, 0] = torch.inf
-    loss(step)
+    loss, inputs = make_loss(Holistic, make_pair()), make_inputs()
+    inputs.student.scores.data[0, 0, 0] = torch.inf
+    loss(inputs)
     loss.after_step()
     assert all(p.isfinite().all() for p in loss.self_trained())
 
@@ -157,7 +157,7 @@ def test_resume_continues_bit_for_bit():
 
     def train(loss, seeds):
         for seed in seeds:
-            evaluate(loss, make_step(pair, seed=seed), seed)
+            evaluate(loss, make_inputs(pair, seed=seed), seed)
             loss.after_step()
 
     train(straight, range(1))
@@ -183,7 +183,7 @@ def test_momentum_is_that_of_sgd():
     plain.adversary._optimiser = torch.optim.SGD(plain.self_trained(), 0.01, momentum=0.9, weight_decay=1e-4)
     for loss in (ours, plain):
         for seed in range(2):
-            evaluate(loss, make_step(pair, seed=seed), seed)
+            evaluate(loss, make_inputs(pair, seed=seed), seed)
             loss.after_step()
     for a, b in zip(ours.self_trained(), plain.self_trained(), strict=True):
         assert torch.equal(a, b)
@@ -195,9 +195,9 @@ def test_every_key_changes_what_the_student_gets(key):
     for keys in ({}, key):
         loss = make_loss(Holistic, pair, **keys)
         for seed in range(2):
-            evaluate(loss, make_step(pair, seed=seed), seed)
+            evaluate(loss, make_inputs(pair, seed=seed), seed)
             loss.after_step()
-        values.append(loss(make_step(pair))["kholi_loss"].item())
+        values.append(loss(make_inputs(pair))["kholi_loss"].item())
     assert values[0] != pytest.approx(values[1], rel=1e-5)
 
 

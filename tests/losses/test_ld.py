@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.support.golden_vectors import Golden, assert_gradient, cases
-from tests.support.loss_contract import BOXES, make_loss, make_pair, make_step
+from tests.support.loss_contract import BOXES, make_inputs, make_loss, make_pair
 from yolo_kd.losses.kernels.ops import categorical_kl
 from yolo_kd.losses.ld import LD, MAIN_STRENGTH, VLR_STRENGTH, localisation_kl, reference_boxes, valuable_region
 from yolo_kd.structures import LossInputs
@@ -89,30 +89,30 @@ def slow_region(anchors: list[list[float]], sizes: tuple[int, ...], boxes: list[
     return weights
 
 
-def slow_loss(loss: LD, step: LossInputs) -> tuple[float, float]:
+def slow_loss(loss: LD, inputs: LossInputs) -> tuple[float, float]:
     """Both terms, one point, side and bin at a time."""
-    t, targets = loss.temperature, step.targets
+    t, targets = loss.temperature, inputs.targets
     assert targets is not None
     assert targets.assignment is not None
     anchors = [
         [(x + 0.5) * s - 4 * s, (y + 0.5) * s - 4 * s, (x + 0.5) * s + 4 * s, (y + 0.5) * s + 4 * s]
-        for (h, w), s in zip(step.student.shapes, step.student.strides, strict=True)
+        for (h, w), s in zip(inputs.student.shapes, inputs.student.strides, strict=True)
         for y in range(h)
         for x in range(w)
     ]
     sums = [[0.0, 0.0], [0.0, 0.0]]
     for b in range(targets.batch_size):
         boxes = targets.boxes[targets.image_index == b].double().tolist()
-        region = slow_region(anchors, step.student.level_sizes, boxes)
+        region = slow_region(anchors, inputs.student.level_sizes, boxes)
         for a in range(len(anchors)):
             weights = targets.assignment.scores[b, a].max().item(), region[a]
             if not any(weights):
                 continue
             divergence = 0.0
             for side in range(4):
-                n = step.student.reg_max
-                p = (step.teacher.boxes[b, a, side * n : (side + 1) * n].double() / t).softmax(0).tolist()
-                q = (step.student.boxes[b, a, side * n : (side + 1) * n].double() / t).softmax(0).tolist()
+                n = inputs.student.reg_max
+                p = (inputs.teacher.boxes[b, a, side * n : (side + 1) * n].double() / t).softmax(0).tolist()
+                q = (inputs.student.boxes[b, a, side * n : (side + 1) * n].double() / t).softmax(0).tolist()
                 divergence += t * t * sum(u * math.log(u / v) for u, v in zip(p, q, strict=True)) / 4
             for total, weight in zip(sums, weights, strict=True):
                 total[0] += weight * divergence
@@ -124,11 +124,11 @@ def slow_loss(loss: LD, step: LossInputs) -> tuple[float, float]:
 @pytest.mark.parametrize("temperature", [10.0, 1.0])
 def test_equals_a_slow_reading_of_the_definition(temperature: float) -> None:
     pair = make_pair()
-    step = make_step(pair, boxes=BOXES["typical"], seed=4)
+    inputs = make_inputs(pair, boxes=BOXES["typical"], seed=4)
     loss = make_loss(LD, pair, temperature=temperature, lam_main=0.5, lam_vlr=0.75)
     assert isinstance(loss, LD)
-    main, vlr = slow_loss(loss, step)
-    columns = loss(step)
+    main, vlr = slow_loss(loss, inputs)
+    columns = loss(inputs)
     assert columns["kld_loss"].item() == pytest.approx(main, rel=1e-4)
     assert columns["kvlr_loss"].item() == pytest.approx(vlr, rel=1e-4)
 
@@ -142,7 +142,7 @@ def test_reference_boxes_lie_around_the_points_in_reading_order() -> None:
 
 def test_without_objects_both_terms_are_zero() -> None:
     pair = make_pair()
-    columns = make_loss(LD, pair)(make_step(pair, boxes=BOXES["none"]))
+    columns = make_loss(LD, pair)(make_inputs(pair, boxes=BOXES["none"]))
     assert [v.item() for v in columns.values()] == [0, 0]
 
 
@@ -150,9 +150,9 @@ def test_more_objects_of_the_same_kind_do_not_change_the_strength() -> None:
     """Every object twice: the weights double, and so does what they are divided by."""
     pair = make_pair()
     boxes = ((10, 12, 70, 90),), ((60, 40, 150, 120),)
-    once = make_step(pair, boxes=boxes)
+    once = make_inputs(pair, boxes=boxes)
     columns = make_loss(LD, pair)(once)
-    twice = make_loss(LD, pair)(make_step(pair, boxes=tuple(b * 2 for b in boxes)))
+    twice = make_loss(LD, pair)(make_inputs(pair, boxes=tuple(b * 2 for b in boxes)))
     assert twice["kvlr_loss"].item() == pytest.approx(columns["kvlr_loss"].item(), rel=1e-6)
     assert twice["kld_loss"].item() == pytest.approx(columns["kld_loss"].item(), rel=0.3)  # other positives, same size
 
@@ -163,6 +163,6 @@ def test_says_what_does_not_fit() -> None:
         valuable_region(anchors, (6, 2), boxes, torch.zeros(2, dtype=torch.int64), 1)
     with pytest.raises(ValueError, match=r"image_index \(3,\), boxes \(2,\)"):
         valuable_region(anchors, (6, 1), boxes, torch.zeros(3, dtype=torch.int64), 1)
-    step = make_step()
+    inputs = make_inputs()
     with pytest.raises(ValueError, match="assignment"):
-        LD()(LossInputs(step.student, step.teacher))
+        LD()(LossInputs(inputs.student, inputs.teacher))

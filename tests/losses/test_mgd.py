@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from tests.support.golden_vectors import assert_gradient, cases
-from tests.support.loss_contract import Facts, evaluate, make_loss, make_pair, make_step
+from tests.support.loss_contract import Facts, evaluate, make_inputs, make_loss, make_pair
 from yolo_kd.losses.kernels.channel_stats import standardise
-from yolo_kd.losses.mgd import MGD, STRENGTH, generator, keep_mask, mgd_sum
+from yolo_kd.losses.mgd import MGD, generator, keep_mask, mgd_sum
 
 FACTS = {
     "mgd": Facts(
@@ -107,28 +107,28 @@ def test_the_ratio_is_what_is_hidden(mask):
 def test_draws_differ_by_step_and_stop_in_eval_mode():
     pair = make_pair()
     loss = make_loss(MGD, pair)
-    assert evaluate(loss, make_step(pair), 1) != evaluate(loss, make_step(pair), 2)
+    assert evaluate(loss, make_inputs(pair), 1) != evaluate(loss, make_inputs(pair), 2)
     loss.eval()
-    assert evaluate(loss, make_step(pair), 1) == evaluate(loss, make_step(pair), 2)
+    assert evaluate(loss, make_inputs(pair), 1) == evaluate(loss, make_inputs(pair), 2)
 
 
 def test_the_strength_is_a_mean_per_level():
     """Without standardisation the loss is the published sum without alpha, over channels and cells."""
     pair = make_pair()
-    loss, step = make_loss(MGD, pair, standardise=False).eval(), make_step(pair)
+    loss, inputs = make_loss(MGD, pair, standardise=False).eval(), make_inputs(pair)
     expected = 0.0
     for i, generate in enumerate(loss.generators):
-        teacher = step.teacher_feature(i)
-        value = mgd_sum(step.aligned("conv1x1", i), teacher, torch.ones(1), generate)
+        teacher = inputs.teacher_feature(i)
+        value = mgd_sum(inputs.aligned("conv1x1", i), teacher, torch.ones(1), generate)
         expected += value.item() / (teacher.shape[1] * teacher.shape[2] * teacher.shape[3])
-    assert loss(step)["mgd_loss"].item() == pytest.approx(STRENGTH * expected, rel=1e-5)
+    assert loss(inputs)["mgd_loss"].item() == pytest.approx(MGD.strength * expected, rel=1e-5)
 
 
 def test_standardised_maps_make_the_scale_of_the_teacher_irrelevant():
     pair = make_pair()
-    loss, step = make_loss(MGD, pair).eval(), make_step(pair)
-    before = loss(step)["mgd_loss"].item()
-    scaled = make_step(pair)
+    loss, inputs = make_loss(MGD, pair).eval(), make_inputs(pair)
+    before = loss(inputs)["mgd_loss"].item()
+    scaled = make_inputs(pair)
     for feature in scaled.teacher.features:
         feature.mul_(100)
     assert loss(scaled)["mgd_loss"].item() == pytest.approx(before, rel=1e-2)

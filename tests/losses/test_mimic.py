@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from tests.support.golden_vectors import assert_gradient, cases
-from tests.support.loss_contract import BOXES, IMAGE, Facts, make_loss, make_pair, make_step
+from tests.support.loss_contract import BOXES, IMAGE, Facts, make_inputs, make_loss, make_pair
 from yolo_kd.losses.kernels.channel_stats import standardise
-from yolo_kd.losses.mimic import STRENGTH, Mimic, box_mask, mimic
+from yolo_kd.losses.mimic import Mimic, box_mask, mimic
 from yolo_kd.structures import Targets
 
 FACTS = {"mimic": Facts(values={"mask": "boxes"})}
@@ -47,7 +47,7 @@ def test_equals_the_published_standardised_form(case):
 @pytest.mark.parametrize("boxes", BOXES.values(), ids=BOXES)
 @pytest.mark.parametrize("shape", [(16, 20), (8, 10), (4, 5)])
 def test_mask_equals_loops(shape, boxes):
-    targets = make_step(boxes=boxes).targets
+    targets = make_inputs(boxes=boxes).targets
     assert targets.image_size == IMAGE
     np.testing.assert_array_equal(box_mask(targets, shape).numpy(), slow_mask(targets, shape))
 
@@ -63,7 +63,7 @@ def test_mask_of_random_boxes_equals_loops():
 
 
 def test_a_box_on_the_grid_marks_exactly_its_cells():
-    targets = make_step(boxes=(((8, 16, 24, 24),),)).targets
+    targets = make_inputs(boxes=(((8, 16, 24, 24),),)).targets
     mask = box_mask(targets, (16, 20))[0]
     assert mask[2, 1:3].tolist() == [1, 1]
     assert mask.sum() == 2
@@ -90,10 +90,10 @@ def test_a_full_mask_is_no_mask():
 
 def test_cells_outside_the_mask_get_no_gradient():
     pair = make_pair()
-    step = make_step(pair)
-    make_loss(Mimic, pair, mask="boxes", standardise=False)(step)["mimic_loss"].backward()
-    for feature in step.student.features:
-        outside = box_mask(step.targets, feature.shape[-2:]) == 0
+    inputs = make_inputs(pair)
+    make_loss(Mimic, pair, mask="boxes", standardise=False)(inputs)["mimic_loss"].backward()
+    for feature in inputs.student.features:
+        outside = box_mask(inputs.targets, feature.shape[-2:]) == 0
         moved = feature.grad.abs().sum(1)
         assert not moved[outside].any()
         assert moved[~outside].all()
@@ -102,26 +102,28 @@ def test_cells_outside_the_mask_get_no_gradient():
 @pytest.mark.parametrize("standard", [True, False])
 def test_without_boxes_the_masked_loss_is_zero(standard):
     pair = make_pair()
-    step = make_step(pair, boxes=BOXES["none"])
-    value = make_loss(Mimic, pair, mask="boxes", standardise=standard)(step)["mimic_loss"]
+    inputs = make_inputs(pair, boxes=BOXES["none"])
+    value = make_loss(Mimic, pair, mask="boxes", standardise=standard)(inputs)["mimic_loss"]
     value.backward()
     assert value.item() == 0
-    assert not any(f.grad.any() for f in step.student.features)
+    assert not any(f.grad.any() for f in inputs.student.features)
 
 
 @pytest.mark.parametrize("standard", [True, False])
 @pytest.mark.parametrize("mask", ["none", "boxes"])
 def test_loss_adds_up_its_levels(standard, mask):
     pair = make_pair()
-    step = make_step(pair)
+    inputs = make_inputs(pair)
     expected = 0.0
     for i in (0, 2):
-        s, t = step.aligned("conv1x1", i), step.teacher_feature(i)
+        s, t = inputs.aligned("conv1x1", i), inputs.teacher_feature(i)
         if standard:
             s, t = standardise(s), standardise(t)
-        expected += STRENGTH * mimic(s, t, box_mask(step.targets, t.shape[-2:]) if mask == "boxes" else None).item()
+        expected += (
+            Mimic.strength * mimic(s, t, box_mask(inputs.targets, t.shape[-2:]) if mask == "boxes" else None).item()
+        )
     loss = make_loss(Mimic, pair, levels=["p3", "p5"], mask=mask, standardise=standard)
-    assert loss(step)["mimic_loss"].item() == pytest.approx(expected, rel=1e-6)
+    assert loss(inputs)["mimic_loss"].item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_refuses_an_unknown_mask():

@@ -12,7 +12,7 @@ import torch
 from scipy.special import expit, softmax
 
 from tests.losses.kernels.test_ops import slow_nms
-from tests.support.loss_contract import make_loss, make_pair, make_step
+from tests.support.loss_contract import make_inputs, make_loss, make_pair
 from yolo_kd.losses.kernels.ops import feature_map_nms
 from yolo_kd.losses.objectness import BOX_GAIN, CLS_GAIN, Objectness, objectness_box, objectness_class
 from yolo_kd.structures import LossInputs
@@ -35,9 +35,9 @@ def slow_box(raw, reg_max, x, y, stride):
     return x - left, y - top, x + right, y + bottom
 
 
-def slow_objectness(step, fm_nms):
+def slow_objectness(inputs, fm_nms):
     """Class and box term as the docstrings state them, point by point."""
-    s, t = step.student, step.teacher
+    s, t = inputs.student, inputs.teacher
     shapes = [(f.shape[2], f.shape[3]) for f in t.features]
     points = [
         ((u + 0.5) * stride, (v + 0.5) * stride, stride)
@@ -71,32 +71,32 @@ def slow_objectness(step, fm_nms):
 @pytest.mark.parametrize("bins", [(8, 8), (8, 4), (1, 8), (8, 1), (1, 1)])
 def test_equals_loops_over_points(bins, fm_nms):
     pair = make_pair(student_reg_max=bins[0], teacher_reg_max=bins[1])
-    step = make_step(pair, image=(64, 96), seed=4)
-    out = make_loss(Objectness, pair, fm_nms=fm_nms)(step)
-    cls, box = slow_objectness(step, fm_nms)
+    inputs = make_inputs(pair, image=(64, 96), seed=4)
+    out = make_loss(Objectness, pair, fm_nms=fm_nms)(inputs)
+    cls, box = slow_objectness(inputs, fm_nms)
     assert out["kcls_loss"].item() == pytest.approx(CLS_GAIN * cls, rel=1e-4)
     assert out["kbox_loss"].item() == pytest.approx(BOX_GAIN * box, rel=1e-4)
 
 
 def test_strengths_are_factors():
-    pair, step = make_pair(), make_step()
-    one = make_loss(Objectness, pair)(step)
-    three = make_loss(Objectness, pair, lam_cls=3.0, lam_box=0.5)(step)
+    pair, inputs = make_pair(), make_inputs()
+    one = make_loss(Objectness, pair)(inputs)
+    three = make_loss(Objectness, pair, lam_cls=3.0, lam_box=0.5)(inputs)
     assert three["kcls_loss"].item() == pytest.approx(3 * one["kcls_loss"].item())
     assert three["kbox_loss"].item() == pytest.approx(0.5 * one["kbox_loss"].item())
-    assert all(v.item() == 0 for v in make_loss(Objectness, pair, lam_cls=0, lam_box=0)(step).values())
+    assert all(v.item() == 0 for v in make_loss(Objectness, pair, lam_cls=0, lam_box=0)(inputs).values())
 
 
 def test_points_that_the_teacher_calls_background_have_no_say():
-    pair, step = make_pair(), make_step()
-    scores = step.teacher.scores.clone()
+    pair, inputs = make_pair(), make_inputs()
+    scores = inputs.teacher.scores.clone()
     scores[:, 20:] = -80.0
-    teacher = replace(step.teacher, scores=scores)
-    moved = step.student.scores.detach().clone()
+    teacher = replace(inputs.teacher, scores=scores)
+    moved = inputs.student.scores.detach().clone()
     moved[:, 20:] += 5.0
     loss = make_loss(Objectness, pair)
-    before = loss(LossInputs(step.student, teacher))
-    after = loss(LossInputs(replace(step.student, scores=moved), teacher))
+    before = loss(LossInputs(inputs.student, teacher))
+    after = loss(LossInputs(replace(inputs.student, scores=moved), teacher))
     for name, value in before.items():
         assert after[name].item() == pytest.approx(value.item(), rel=1e-6)
 
@@ -104,18 +104,18 @@ def test_points_that_the_teacher_calls_background_have_no_say():
 def test_strength_does_not_grow_with_the_image():
     pair = make_pair()
     loss = make_loss(Objectness, pair)
-    small, large = loss(make_step(pair, image=(320, 320))), loss(make_step(pair, image=(640, 640)))
+    small, large = loss(make_inputs(pair, image=(320, 320))), loss(make_inputs(pair, image=(640, 640)))
     for name, value in small.items():
         assert large[name].item() == pytest.approx(value.item(), rel=0.1)
 
 
 def test_suppression_is_computed_once_in_a_step():
-    pair, step = make_pair(), make_step()
+    pair, inputs = make_pair(), make_inputs()
     with patch("yolo_kd.losses.objectness.feature_map_nms", wraps=feature_map_nms) as spy:
-        make_loss(Objectness, pair)(step)
-        make_loss(Objectness, pair, lam_cls=2.0)(step)
+        make_loss(Objectness, pair)(inputs)
+        make_loss(Objectness, pair, lam_cls=2.0)(inputs)
         assert spy.call_count == 1
-        make_loss(Objectness, pair, fm_nms=False)(step)
+        make_loss(Objectness, pair, fm_nms=False)(inputs)
         assert spy.call_count == 1
 
 

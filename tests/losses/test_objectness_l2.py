@@ -8,7 +8,7 @@ import torch
 from scipy.special import expit, softmax
 
 from tests.support.golden_vectors import assert_gradient, cases
-from tests.support.loss_contract import make_loss, make_pair, make_step
+from tests.support.loss_contract import make_inputs, make_loss, make_pair
 from yolo_kd.losses.objectness_l2 import STRENGTH, ObjectnessL2, objectness_logit_l2
 
 every_case = pytest.mark.parametrize("case", cases("objscaled_seed"), ids=lambda c: c.case)
@@ -35,16 +35,16 @@ def test_equals_the_published_form(case):
         assert_gradient(maps[i].grad, case[f"grad_s_out_{i}"])
 
 
-def slow(step):
+def slow(inputs):
     """Sum over levels of three means, entry by entry; boxes as bins, or decoded where their numbers differ."""
-    s, t = step.student, step.teacher
+    s, t = inputs.student, inputs.teacher
 
-    def boxes(view):
-        raw = view.boxes.detach().double().numpy()
-        if s.reg_max == t.reg_max or view.reg_max == 1:
+    def boxes(outputs):
+        raw = outputs.boxes.detach().double().numpy()
+        if s.reg_max == t.reg_max or outputs.reg_max == 1:
             return raw
-        bins = softmax(raw.reshape(*raw.shape[:2], 4, view.reg_max), axis=-1)
-        return (bins * np.arange(view.reg_max)).sum(-1)
+        bins = softmax(raw.reshape(*raw.shape[:2], 4, outputs.reg_max), axis=-1)
+        return (bins * np.arange(outputs.reg_max)).sum(-1)
 
     s_scores, t_scores = (v.scores.detach().double().numpy() for v in (s, t))
     s_boxes, t_boxes = boxes(s), boxes(t)
@@ -71,15 +71,15 @@ def slow(step):
 @pytest.mark.parametrize("bins", [(8, 8), (8, 4), (1, 8), (8, 1), (1, 1)])
 def test_equals_loops_over_points(bins):
     pair = make_pair(student_reg_max=bins[0], teacher_reg_max=bins[1])
-    step = make_step(pair, image=(64, 96), seed=4)
-    value = make_loss(ObjectnessL2, pair, lam=2.5)(step)["kobj2_loss"] / STRENGTH
-    assert value.item() == pytest.approx(2.5 * slow(step), rel=1e-4)
+    inputs = make_inputs(pair, image=(64, 96), seed=4)
+    value = make_loss(ObjectnessL2, pair, lam=2.5)(inputs)["kobj2_loss"] / STRENGTH
+    assert value.item() == pytest.approx(2.5 * slow(inputs), rel=1e-4)
 
 
 def test_default_is_the_published_lambda():
     pair = make_pair()
-    value = make_loss(ObjectnessL2, pair)(make_step(pair))["kobj2_loss"] / STRENGTH
-    assert value.item() == pytest.approx(10 * slow(make_step(pair)), rel=1e-4)
+    value = make_loss(ObjectnessL2, pair)(make_inputs(pair))["kobj2_loss"] / STRENGTH
+    assert value.item() == pytest.approx(10 * slow(make_inputs(pair)), rel=1e-4)
 
 
 def test_teacher_that_sees_nothing_teaches_nothing():

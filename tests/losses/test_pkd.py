@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from scipy.stats import pearsonr
 
 from tests.support.golden_vectors import assert_gradient, cases
-from tests.support.loss_contract import make_loss, make_pair, make_step
-from yolo_kd.losses.pkd import PKD, STRENGTH, pkd
+from tests.support.loss_contract import make_inputs, make_loss, make_pair
+from yolo_kd.losses.pkd import PKD, pkd
 
 every_case = pytest.mark.parametrize("case", cases("pkd"), ids=lambda c: c.case)
 
@@ -74,12 +74,12 @@ def test_constant_channels_are_finite():
 
 def test_single_value_per_channel_is_zero_not_nan():
     pair = make_pair()
-    step = make_step(pair, batch=1, image=(32, 32))
-    assert step.student.shapes[-1] == (1, 1)
-    value = make_loss(PKD, pair, levels=["p5"])(step)["pkd_loss"]
+    inputs = make_inputs(pair, batch=1, image=(32, 32))
+    assert inputs.student.shapes[-1] == (1, 1)
+    value = make_loss(PKD, pair, levels=["p5"])(inputs)["pkd_loss"]
     value.backward()
     assert value.item() == 0
-    assert step.student.features[-1].grad.isfinite().all()
+    assert inputs.student.features[-1].grad.isfinite().all()
 
 
 def test_strength_does_not_grow_with_the_image():
@@ -90,7 +90,7 @@ def test_strength_does_not_grow_with_the_image():
 
 def test_loss_adds_up_its_levels():
     pair = make_pair()
-    step = make_step(pair)
-    maps = [(step.aligned("conv1x1", i), step.teacher_feature(i)) for i in (0, 2)]
-    expected = STRENGTH * sum(pkd(s, t, unbiased=False).item() for s, t in maps)
-    assert make_loss(PKD, pair, levels=["p3", "p5"])(step)["pkd_loss"].item() == pytest.approx(expected, rel=1e-6)
+    inputs = make_inputs(pair)
+    maps = [(inputs.aligned("conv1x1", i), inputs.teacher_feature(i)) for i in (0, 2)]
+    expected = PKD.strength * sum(pkd(s, t, unbiased=False).item() for s, t in maps)
+    assert make_loss(PKD, pair, levels=["p3", "p5"])(inputs)["pkd_loss"].item() == pytest.approx(expected, rel=1e-6)

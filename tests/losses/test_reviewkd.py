@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from tests.support.golden_vectors import Golden, assert_gradient, cases
-from tests.support.loss_contract import Facts, make_loss, make_pair, make_step
+from tests.support.loss_contract import Facts, make_inputs, make_loss, make_pair
 from yolo_kd.errors import PairError
-from yolo_kd.losses.reviewkd import STRENGTH, Fusion, ReviewKD, hcl, review
+from yolo_kd.losses.reviewkd import Fusion, ReviewKD, hcl, review
 
 FACTS = {
     "reviewkd": Facts(
@@ -99,18 +99,18 @@ def test_deeper_levels_reach_finer_ones_and_not_the_other_way():
     pair = make_pair()
     loss = make_loss(ReviewKD, pair)
     for finest, deepest in ((True, False), (False, True)):
-        step = make_step(pair)
-        outputs = review(loss.fusions, step.student.features)
+        inputs = make_inputs(pair)
+        outputs = review(loss.fusions, inputs.student.features)
         outputs[0 if finest else 2].square().sum().backward()
-        assert (step.student.features[2].grad is not None) == (finest or deepest)
-        assert (step.student.features[0].grad is not None) == finest
+        assert (inputs.student.features[2].grad is not None) == (finest or deepest)
+        assert (inputs.student.features[0].grad is not None) == finest
 
 
 def test_fusion_ignores_train_and_eval_mode():
     pair = make_pair()
     loss = make_loss(ReviewKD, pair)
-    value = loss.train()(make_step(pair))["rev_loss"].item()
-    assert loss.eval()(make_step(pair))["rev_loss"].item() == value
+    value = loss.train()(make_inputs(pair))["rev_loss"].item()
+    assert loss.eval()(make_inputs(pair))["rev_loss"].item() == value
     assert not list(loss.buffers())
 
 
@@ -126,13 +126,15 @@ def test_gate_weighs_the_level_against_the_deeper_one():
 
 def test_loss_adds_up_its_levels():
     pair = make_pair()
-    step = make_step(pair)
+    inputs = make_inputs(pair)
     loss = make_loss(ReviewKD, pair, levels=["p5", "p3"], mid_channels=6)
     assert [f.reduce.in_channels for f in loss.fusions] == [16, 8], "deepest first, whatever the order in the recipe"
     assert [f.gate is None for f in loss.fusions] == [True, False]
-    outputs = review(loss.fusions, [step.student.features[i] for i in (0, 2)])
-    expected = STRENGTH * sum(hcl(f, step.teacher.features[i]).item() for f, i in zip(outputs, (0, 2), strict=True))
-    assert loss(step)["rev_loss"].item() == pytest.approx(expected, rel=1e-6)
+    outputs = review(loss.fusions, [inputs.student.features[i] for i in (0, 2)])
+    expected = ReviewKD.strength * sum(
+        hcl(f, inputs.teacher.features[i]).item() for f, i in zip(outputs, (0, 2), strict=True)
+    )
+    assert loss(inputs)["rev_loss"].item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("mid", [0, -3, 2.5, True, "128"])

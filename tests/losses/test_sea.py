@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.support import loss_contract
-from tests.support.loss_contract import BOXES, Facts, duplicated, make_loss, make_pair, make_step
+from tests.support.loss_contract import BOXES, Facts, duplicated, make_inputs, make_loss, make_pair
 from yolo_kd.losses import sea
 from yolo_kd.losses.kernels.sea_alignment import cell_alignment
 from yolo_kd.losses.sea import (
@@ -63,12 +63,12 @@ def log_softmax(x, axis):
     return x - np.log(np.exp(x).sum(axis, keepdims=True))
 
 
-def slow_sea(step: LossInputs, strides, tau1, tau2, shrink):
+def slow_sea(inputs: LossInputs, strides, tau1, tau2, shrink):
     """Return the three terms, unweighted, in float64."""
-    t = step.targets
+    t = inputs.targets
     cad, tdd, lda = [], [], []
     for i, stride in enumerate(strides):
-        s_map, t_map = (f.detach().double().numpy() for f in (step.aligned("conv1x1", i), step.teacher_feature(i)))
+        s_map, t_map = (f.detach().double().numpy() for f in (inputs.aligned("conv1x1", i), inputs.teacher_feature(i)))
         b, c, h, w = t_map.shape
         categories = slow_categories(
             t.boxes.tolist(), t.labels.tolist(), t.image_index.tolist(), t.image_size, (h, w), stride, shrink, b
@@ -97,9 +97,9 @@ def slow_sea(step: LossInputs, strides, tau1, tau2, shrink):
 @pytest.mark.parametrize("boxes", ["typical", "overlapping", "none", "partly outside", "tiny", "no area", "everything"])
 def test_equals_loops(boxes):
     keys = {"tau1": 0.3, "tau2": 2.0, "shrink": 0.4}
-    pair, step = make_pair(), make_step(boxes=BOXES[boxes], seed=3)
-    columns = make_loss(SEA, pair, alpha=2.0, beta=3.0, gamma=5.0, **keys)(step)
-    cad, tdd, lda = slow_sea(step, pair.strides, **keys)
+    pair, inputs = make_pair(), make_inputs(boxes=BOXES[boxes], seed=3)
+    columns = make_loss(SEA, pair, alpha=2.0, beta=3.0, gamma=5.0, **keys)(inputs)
+    cad, tdd, lda = slow_sea(inputs, pair.strides, **keys)
     assert columns["kcad_loss"].item() == pytest.approx(2 * CAD_GAIN * cad, rel=1e-4)
     assert columns["ktdd_loss"].item() == pytest.approx(3 * TDD_GAIN * tdd, rel=1e-3, abs=1e-7)
     assert columns["klda_loss"].item() == pytest.approx(5 * LDA_GAIN * lda, rel=1e-4)
@@ -162,16 +162,16 @@ def test_absent_categories_change_nothing():
 
 def test_duplicating_the_batch_is_exact():
     pair = make_pair()
-    loss, step = make_loss(SEA, pair), make_step(pair)
-    for once, twice in zip(loss(step).values(), loss(duplicated(step, pair)).values(), strict=True):
+    loss, inputs = make_loss(SEA, pair), make_inputs(pair)
+    for once, twice in zip(loss(inputs).values(), loss(duplicated(inputs, pair)).values(), strict=True):
         assert twice.item() == pytest.approx(once.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("tau", [0.01, 0.1, 1.0, 5.0])
 def test_temperatures_of_the_papers_range(tau):
     """The strength stays within two orders of magnitude where the paper finds its result unchanged."""
-    pair, step = make_pair(), make_step()
-    columns = make_loss(SEA, pair, tau1=tau, tau2=max(tau, 0.1))(step)
+    pair, inputs = make_pair(), make_inputs()
+    columns = make_loss(SEA, pair, tau1=tau, tau2=max(tau, 0.1))(inputs)
     assert all(1e-4 < v.item() < 1e2 for v in columns.values()), columns
 
 
@@ -185,10 +185,10 @@ def test_cells_of_zeros_have_bounded_gradients():
 
 
 def test_masks_are_shared_between_terms():
-    step, pair = make_step(), make_pair()
-    make_loss(SEA, pair)(step)
-    make_loss(SEA, pair, levels=["p3"])(step)
-    assert sum(key[0] == "semantic masks" for key in step._memo) == 1
+    inputs, pair = make_inputs(), make_pair()
+    make_loss(SEA, pair)(inputs)
+    make_loss(SEA, pair, levels=["p3"])(inputs)
+    assert sum(key[0] == "semantic masks" for key in inputs._memo) == 1
 
 
 @pytest.mark.parametrize(
@@ -219,10 +219,10 @@ def test_taking_all_classes_changes_nothing(boxes, monkeypatch):
     found = []
     for all_classes in (False, True):
         monkeypatch.setattr(sea, "_takes_all", lambda device, classes, taken=all_classes: taken)
-        step = make_step(pair, boxes=BOXES[boxes], seed=3)
-        columns = make_loss(SEA, pair)(step)
+        inputs = make_inputs(pair, boxes=BOXES[boxes], seed=3)
+        columns = make_loss(SEA, pair)(inputs)
         torch.stack(list(columns.values())).sum().backward()
-        found.append((columns, [f.grad for f in step.student.features]))
+        found.append((columns, [f.grad for f in inputs.student.features]))
     for name, value in found[0][0].items():
         assert value.item() == pytest.approx(found[1][0][name].item(), rel=1e-5, abs=1e-7)
     for compact, whole in zip(found[0][1], found[1][1], strict=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.support.golden_vectors import assert_gradient, cases
-from tests.support.loss_contract import make_loss, make_pair, make_step
+from tests.support.loss_contract import make_inputs, make_loss, make_pair
 from yolo_kd.losses.structured import (
     PAIR_GAIN,
     PIXEL_GAIN,
@@ -79,9 +79,9 @@ def test_a_window_has_at_least_one_cell():
 
 
 def test_class_equals_loops():
-    pair, step = make_pair(), make_step(seed=4)
-    columns = make_loss(Structured, pair, lam_pi=2.0, lam_pa=3.0, nodes=4)(step)
-    s, t = (v.scores.detach().double().sigmoid().numpy() for v in (step.student, step.teacher))
+    pair, inputs = make_pair(), make_inputs(seed=4)
+    columns = make_loss(Structured, pair, lam_pi=2.0, lam_pa=3.0, nodes=4)(inputs)
+    s, t = (v.scores.detach().double().sigmoid().numpy() for v in (inputs.student, inputs.teacher))
     divergence = positives = 0.0
     for image in range(s.shape[0]):
         for point in range(s.shape[1]):
@@ -92,7 +92,7 @@ def test_class_equals_loops():
     assert columns["kpix_loss"].item() == pytest.approx(2 * PIXEL_GAIN * divergence / positives, rel=1e-4)
 
     levels = []
-    for s_map, t_map in zip(step.student.features, step.teacher.features, strict=True):
+    for s_map, t_map in zip(inputs.student.features, inputs.teacher.features, strict=True):
         sims = []
         for feature in (s_map.detach().double().numpy(), t_map.double().numpy()):
             _, _, h, w = feature.shape
@@ -106,24 +106,24 @@ def test_class_equals_loops():
 
 
 def test_a_teacher_that_sees_nothing_does_not_blow_up_the_pixel_term():
-    step = make_step()
-    scores = torch.full_like(step.teacher.scores, -12.0)
-    step = LossInputs(step.student, replace(step.teacher, scores=scores), step.targets)
-    value = pixel_wise_sigmoid(step.student.scores, scores)
-    divergence = -(1 - step.student.scores.detach().sigmoid()).log().sum()
+    inputs = make_inputs()
+    scores = torch.full_like(inputs.teacher.scores, -12.0)
+    inputs = LossInputs(inputs.student, replace(inputs.teacher, scores=scores), inputs.targets)
+    value = pixel_wise_sigmoid(inputs.student.scores, scores)
+    divergence = -(1 - inputs.student.scores.detach().sigmoid()).log().sum()
     assert value.item() == pytest.approx(divergence.item() / 2, rel=1e-2)
 
 
 def test_levels_choose_points_and_maps():
     """What happens on other levels is of no account."""
-    pair, step = make_pair(), make_step()
+    pair, inputs = make_pair(), make_inputs()
     loss = make_loss(Structured, pair, levels=["p4"])
-    before = loss(step)
-    scores = step.student.scores.detach().clone()
+    before = loss(inputs)
+    scores = inputs.student.scores.detach().clone()
     scores[:, : 16 * 20] += 5
     scores[:, -20:] += 5
-    features = (step.student.features[0] + 1, step.student.features[1], -step.student.features[2])
-    after = loss(LossInputs(replace(step.student, scores=scores, features=features), step.teacher, step.targets))
+    features = (inputs.student.features[0] + 1, inputs.student.features[1], -inputs.student.features[2])
+    after = loss(LossInputs(replace(inputs.student, scores=scores, features=features), inputs.teacher, inputs.targets))
     assert {k: v.item() for k, v in before.items()} == {k: v.item() for k, v in after.items()}
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.support.golden_vectors import assert_gradient, cases
-from tests.support.loss_contract import make_loss, make_pair, make_step
+from tests.support.loss_contract import make_inputs, make_loss, make_pair
 from yolo_kd.distillation.adapters import build_adapters
 from yolo_kd.errors import PairError
 from yolo_kd.losses.ultralytics import Ultralytics, score_weighted_l2
@@ -19,7 +19,7 @@ every_case = pytest.mark.parametrize("case", cases("ultralytics"), ids=lambda c:
 
 
 def golden_step(case):
-    """Return the pair and the step of a stored case, with its projectors as adapters."""
+    """Return the pair and the inputs of a stored case, with its projectors as adapters."""
     features = {who: tuple(case[f"{who}_feat_{i}"] for i in range(3)) for who in "st"}
     logits = [case[f"t_cls_logits_{i}"] for i in range(3)]  # (N, nc, H * W)
     scores = torch.cat(logits, -1).transpose(1, 2)
@@ -38,21 +38,21 @@ def golden_step(case):
 
 @every_case
 def test_equals_the_published_implementation(case):
-    pair, step = golden_step(case)
-    value = make_loss(Ultralytics, pair)(step)["dis_loss"]
+    pair, inputs = golden_step(case)
+    value = make_loss(Ultralytics, pair)(inputs)["dis_loss"]
     assert case.hyper["dis"] == 6.0
     assert value.item() == pytest.approx(case["out_total_dis6"].item(), rel=1e-5)
     value.backward()
     for i in range(3):
         if f"grad_s_feat_{i}" in case:  # the trimmed copy leaves out the largest map's
-            assert_gradient(step.student.features[i].grad, case[f"grad_s_feat_{i}"])
+            assert_gradient(inputs.student.features[i].grad, case[f"grad_s_feat_{i}"])
 
 
 @every_case
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_each_level_equals_the_published_implementation(case, level):
-    pair, step = golden_step(case)
-    value = make_loss(Ultralytics, pair, dis=1.0, levels=[f"p{level + 3}"])(step)["dis_loss"]
+    pair, inputs = golden_step(case)
+    value = make_loss(Ultralytics, pair, dis=1.0, levels=[f"p{level + 3}"])(inputs)["dis_loss"]
     assert value.item() == pytest.approx(case[f"out_sl2_{level}"].item(), rel=1e-5)
 
 
@@ -77,13 +77,13 @@ def test_equals_loops_over_cells():
 
 def test_weights_of_an_end_to_end_head_come_from_the_mean_of_both_logits():
     pair = make_pair()
-    step = make_step(pair, one2one=True)
-    t = step.teacher
+    inputs = make_inputs(pair, one2one=True)
+    t = inputs.teacher
     mean = replace(t, scores=(t.scores + t.one2one_scores) / 2, one2one_scores=None)
     loss = make_loss(Ultralytics, pair)
-    merged = LossInputs(step.student, mean, align=step._align)
-    alone = LossInputs(step.student, replace(t, one2one_scores=None), align=step._align)
-    value = loss(step)["dis_loss"].item()
+    merged = LossInputs(inputs.student, mean, align=inputs._align)
+    alone = LossInputs(inputs.student, replace(t, one2one_scores=None), align=inputs._align)
+    value = loss(inputs)["dis_loss"].item()
     assert value == pytest.approx(loss(merged)["dis_loss"].item(), rel=1e-6)
     assert value != pytest.approx(loss(alone)["dis_loss"].item(), rel=1e-4)
 
@@ -91,15 +91,17 @@ def test_weights_of_an_end_to_end_head_come_from_the_mean_of_both_logits():
 def test_cells_are_weighted_row_by_row():
     """A weight at one point of the flat scores must meet the feature of the very same cell."""
     pair = make_pair(student_channels=(4, 4, 4), teacher_channels=(4, 4, 4), equal=True)
-    step = make_step(pair, equal=True)
-    w = step.teacher.shapes[0][1]
-    scores = torch.full_like(step.teacher.scores, -200.0)
+    inputs = make_inputs(pair, equal=True)
+    w = inputs.teacher.shapes[0][1]
+    scores = torch.full_like(inputs.teacher.scores, -200.0)
     scores[0, 2 * w + 3, 1] = 200.0
-    features = [f.detach().clone() for f in step.student.features]
+    features = [f.detach().clone() for f in inputs.student.features]
     features[0][0, :, 2, 3] += 2.0
     features[0][0, :, 3, 2] += 100.0
-    teacher = replace(step.teacher, scores=scores)
-    value = make_loss(Ultralytics, pair, dis=1.0)(LossInputs(replace(step.student, features=tuple(features)), teacher))
+    teacher = replace(inputs.teacher, scores=scores)
+    value = make_loss(Ultralytics, pair, dis=1.0)(
+        LossInputs(replace(inputs.student, features=tuple(features)), teacher)
+    )
     assert value["dis_loss"].item() == pytest.approx(4.0, rel=1e-5)
 
 

@@ -20,7 +20,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 import tests.conftest  # noqa: F401  (isolates Ultralytics before it is imported)
 import yolo_kd.losses  # noqa: F401  (registers the losses that ship with the package)
-from tests.support.loss_contract import BOXES, Align, duplicated, in_float64, leaves, make_loss, make_pair, make_step
+from tests.support.loss_contract import BOXES, Align, duplicated, in_float64, leaves, make_inputs, make_loss, make_pair
 from yolo_kd.engine.trainer import DistillationTrainer
 from yolo_kd.losses.base import Loss, parameters, registered
 from yolo_kd.structures import Assignment, DetectorOutputs, LossInputs, PairSpec, Targets
@@ -113,7 +113,7 @@ def gradients_of(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return columns and gradients that a training over `world` processes ends up with, averaged over them."""
     pair = make_pair()
-    step = duplicated(make_step(pair, seed=4), pair) if twins else make_step(pair, boxes=BATCH, seed=4)
+    step = duplicated(make_inputs(pair, seed=4), pair) if twins else make_inputs(pair, boxes=BATCH, seed=4)
     model = Student(step.student, pair, make_loss(cls, pair, **keys).train())
     student, teacher, targets = part_of(step, images)
     given = (replace_detached(student), teacher, targets)

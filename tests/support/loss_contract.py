@@ -1,7 +1,7 @@
-"""What every registered loss must do, and realistic inputs to try it on.
+"""The contract of every registered loss, and realistic inputs to test it with.
 
-`tests/losses/test_contract.py` runs every check below on every registered loss; there is no list to maintain. A new
-loss that is an exception says so in its own test module, `tests/losses/test_<file of the loss>.py`:
+`tests/losses/test_contract.py` runs every check below on every registered loss; there is no list to maintain. A loss
+with exceptions declares them in its test module, `tests/losses/test_<file of the loss>.py`:
 
     from tests.support.loss_contract import Facts
 
@@ -9,18 +9,18 @@ loss that is an exception says so in its own test module, `tests/losses/test_<fi
         "mgd": Facts(
             exempt={"minimum": "the generation block is trained, so its output is not the teacher's at the start"},
             duplication=0.2,                  # relative tolerance: masks are drawn per image
-            values={"mode": "channel"},       # another valid value for a key that is neither number, flag nor levels
-            context={"ratio": {"fm": True}},  # keys that must be set for `ratio` to matter
+            values={"mode": "channel"},       # another valid setting of a key that is neither number, flag nor levels
+            context={"ratio": {"fm": True}},  # keys that must be set for `ratio` to have an effect
         )
     }
 
-The name in `exempt` is the check's name without `check_`, its value the reason that pytest prints.
+The name in `exempt` is the name of the check without `check_`; the text is the reason that pytest prints.
 
-In a loss's own test, `make_pair`, `make_step` and `make_loss` give inputs of the right kind:
+The test of a loss gets its inputs from `make_pair`, `make_inputs` and `make_loss`:
 
     pair = make_pair(teacher_channels=(8, 8, 8))
     loss = make_loss(FGD, pair, temperature=0.5)
-    columns = loss(make_step(pair, boxes=BOXES["overlapping"], seed=3))
+    columns = loss(make_inputs(pair, boxes=BOXES["overlapping"], seed=3))
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def make_pair(
     teacher_reg_max: int = 8,
     equal: bool = False,
 ) -> PairSpec:
-    """Return a pair of detectors, small but of the usual proportions; with `equal` the student is as the teacher."""
+    """Return a small pair of detectors with the usual proportions; with `equal` the student is like the teacher."""
     if equal:
         student_channels, student_reg_max = teacher_channels, teacher_reg_max
     widths = tuple(student_channels), tuple(teacher_channels)
@@ -86,9 +86,9 @@ def make_pair(
 
 
 def make_tails(pair: PairSpec) -> list[tuple[nn.Module, nn.Module]]:
-    """Return the end of the teacher's head: per level its class branch and its box branch, frozen.
+    """Return the tails of the teacher's head: for each level its class branch and its box branch, frozen.
 
-    The teacher's scores and boxes in `make_view` are what they make of its `layers`.
+    In `make_outputs` they turn the teacher's `layers` into its scores and boxes.
     """
     tails = []
     with torch.random.fork_rng(devices=[]):
@@ -105,7 +105,7 @@ def make_tails(pair: PairSpec) -> list[tuple[nn.Module, nn.Module]]:
     return tails
 
 
-def make_view(
+def make_outputs(
     pair: PairSpec, who: str, batch: int, image: tuple[int, int], rng: torch.Generator, spread: float = 1.0
 ) -> DetectorOutputs:
     """Return one model's outputs: SiLU features, class logits about -3, plausible distances."""
@@ -130,7 +130,7 @@ def make_view(
             torch.cat([tail(layers[f"{kind}{i}"].clone()).flatten(2) for i, tail in enumerate(tails)], -1)
             for kind, tails in ends.items()
         )
-    # as the taps make them: turned, not contiguous
+    # transposed and not contiguous, like the recorders' outputs
     scores, boxes = scores.transpose(1, 2) * spread, boxes.transpose(1, 2)
     return DetectorOutputs(features, scores, boxes * spread if bins > 1 else boxes, pair.strides, bins, layers=layers)
 
@@ -138,7 +138,7 @@ def make_view(
 def make_targets(
     pair: PairSpec, boxes: Sequence[ImageBoxes], image: tuple[int, int], rng: torch.Generator, per_box: int = 10
 ) -> Targets:
-    """Return ground truth with an assignment: the `per_box` points inside a box that lie nearest to its centre."""
+    """Return ground truth, assigned to the `per_box` points inside each box that are nearest to its centre."""
     index = torch.tensor([i for i, image_boxes in enumerate(boxes) for _ in image_boxes], dtype=torch.int64)
     xyxy = torch.tensor([b for image_boxes in boxes for b in image_boxes]).view(-1, 4).to(torch.get_default_dtype())
     labels = torch.randint(pair.nc, (len(index),), generator=rng)
@@ -157,7 +157,7 @@ def make_targets(
     return Targets(xyxy, labels, index, image, len(boxes), Assignment(foreground, scores, target))
 
 
-def make_step(
+def make_inputs(
     pair: PairSpec | None = None,
     *,
     seed: int = 0,
@@ -171,27 +171,27 @@ def make_step(
     one2one: bool = False,
     teacher_grad: bool = False,
 ) -> LossInputs:
-    """Return one training step. The student's tensors are leaves with gradient.
+    """Return the inputs of the losses for one batch. The student's tensors are leaves with gradient.
 
     Args:
-        pair: From `make_pair`; that function's own default when absent.
-        seed: Of every number drawn.
-        boxes: Per image, xyxy pixels; their number is the batch size. `BOXES["typical"]`, repeated or cut to `batch`
-            images, when absent.
-        batch: Number of images when `boxes` is absent.
+        pair: From `make_pair`; its default pair if absent.
+        seed: Seed of all random numbers.
+        boxes: Boxes of each image, xyxy pixels; their number is the batch size. `BOXES["typical"]`, repeated or cut to
+            `batch` images, if absent.
+        batch: Number of images if `boxes` is absent.
         image: Height and width in pixels.
-        dtype: Of both models' outputs, as mixed precision yields them; ground truth keeps the default.
-        progress: Fraction of the training that has passed.
-        equal: The student outputs what the teacher outputs and is aligned by doing nothing; `pair` must be equal too.
-        spread: Factor on logits, to saturate them.
+        dtype: Dtype of both models' outputs, as under mixed precision; ground truth keeps the default.
+        progress: Fraction of the training that is over.
+        equal: Give the student the teacher's outputs, without adapters; `pair` must be equal too.
+        spread: Factor of the logits, to saturate them.
         one2one: Give the teacher a second branch of class logits.
         teacher_grad: Let the teacher's tensors require a gradient, to prove that they get none.
     """
     pair = pair or make_pair(equal=equal)
     boxes = [BOXES["typical"][i % 2] for i in range(batch)] if boxes is None else boxes
     rng = torch.Generator().manual_seed(seed)
-    teacher = make_view(pair, "teacher", len(boxes), image, rng, spread)
-    student = teacher if equal else make_view(pair, "student", len(boxes), image, rng, spread)
+    teacher = make_outputs(pair, "teacher", len(boxes), image, rng, spread)
+    student = teacher if equal else make_outputs(pair, "student", len(boxes), image, rng, spread)
     second = teacher.scores + torch.randn(teacher.scores.shape, generator=rng) if one2one else None
     targets = make_targets(pair, boxes, image, rng)
     student = _leaves(student, dtype, True)
@@ -200,7 +200,7 @@ def make_step(
 
 
 class Align:
-    """Real adapters of every kind that is asked for, in `adapters` by kind; same numbers for the same pair."""
+    """Real adapters, made on demand and kept in `adapters` by kind; the same pair gets the same weights."""
 
     def __init__(self, pair: PairSpec, student: DetectorOutputs):
         self.pair, self.student = pair, student
@@ -214,26 +214,26 @@ class Align:
         return self.adapters[kind][level](self.student.features[level].float())
 
 
-def with_student(step: LossInputs, student: DetectorOutputs, pair: PairSpec) -> LossInputs:
-    """Return the step with another student and an empty memo."""
-    return LossInputs(student, step.teacher, step.targets, step.progress, step._align and Align(pair, student))
+def with_student(inputs: LossInputs, student: DetectorOutputs, pair: PairSpec) -> LossInputs:
+    """Return the inputs with another student and an empty memo."""
+    return LossInputs(student, inputs.teacher, inputs.targets, inputs.progress, inputs._align and Align(pair, student))
 
 
-def duplicated(step: LossInputs, pair: PairSpec) -> LossInputs:
-    """Return the step with every image twice."""
+def duplicated(inputs: LossInputs, pair: PairSpec) -> LossInputs:
+    """Return the inputs with every image twice."""
 
-    def twice(view: DetectorOutputs) -> DetectorOutputs:
-        second = view.one2one_scores
+    def twice(outputs: DetectorOutputs) -> DetectorOutputs:
+        second = outputs.one2one_scores
         return replace(
-            view,
-            features=tuple(_twice(f) for f in view.features),
-            scores=_twice(view.scores),
-            boxes=_twice(view.boxes),
+            outputs,
+            features=tuple(_twice(f) for f in outputs.features),
+            scores=_twice(outputs.scores),
+            boxes=_twice(outputs.boxes),
             one2one_scores=None if second is None else _twice(second),
-            layers={name: _twice(layer) for name, layer in view.layers.items()},
+            layers={name: _twice(layer) for name, layer in outputs.layers.items()},
         )
 
-    t = step.targets
+    t = inputs.targets
     assert t is not None
     assert t.assignment is not None
     a = t.assignment
@@ -245,12 +245,12 @@ def duplicated(step: LossInputs, pair: PairSpec) -> LossInputs:
         2 * t.batch_size,
         Assignment(_twice(a.foreground), _twice(a.scores), _twice(a.boxes)),
     )
-    student = _leaves(twice(step.student), None, True)
-    return LossInputs(student, twice(step.teacher), targets, step.progress, step._align and Align(pair, student))
+    student = _leaves(twice(inputs.student), None, True)
+    return LossInputs(student, twice(inputs.teacher), targets, inputs.progress, inputs._align and Align(pair, student))
 
 
 def make_loss(cls: type[Loss], pair: PairSpec, **keys: Any) -> Loss:
-    """Return the loss, built for the pair with the same random parameters each time."""
+    """Return the loss, built for the pair, with the same random parameters each time."""
     torch.manual_seed(0)
     loss = cls(**keys)
     loss.build(pair)
@@ -259,22 +259,22 @@ def make_loss(cls: type[Loss], pair: PairSpec, **keys: Any) -> Loss:
     return loss
 
 
-def evaluate(loss: Loss, step: LossInputs, seed: int = 0) -> dict[str, Tensor]:
-    """Return the loss's columns, with the random numbers it draws fixed."""
+def evaluate(loss: Loss, inputs: LossInputs, seed: int = 0) -> dict[str, Tensor]:
+    """Return the columns of the loss with fixed random numbers."""
     torch.manual_seed(seed)
-    return loss(step)
+    return loss(inputs)
 
 
-def leaves(view: DetectorOutputs) -> dict[str, Tensor]:
-    """Return the tensors of a view by name."""
-    named = {f"features of level {i}": f for i, f in enumerate(view.features)}
-    named |= {"scores": view.scores, "boxes": view.boxes, **view.layers}
-    return named if view.one2one_scores is None else named | {"one2one_scores": view.one2one_scores}
+def leaves(outputs: DetectorOutputs) -> dict[str, Tensor]:
+    """Return the tensors of a model's outputs by name."""
+    named = {f"features of level {i}": f for i, f in enumerate(outputs.features)}
+    named |= {"scores": outputs.scores, "boxes": outputs.boxes, **outputs.layers}
+    return named if outputs.one2one_scores is None else named | {"one2one_scores": outputs.one2one_scores}
 
 
 @contextmanager
 def in_float64() -> Iterator[None]:
-    """Compute everything in float64, also where the code under test says `.float()`."""
+    """Compute everything in float64, even where the tested code calls `.float()`."""
     torch.set_default_dtype(torch.float64)
     try:
         with patch.object(torch.Tensor, "float", lambda tensor: tensor.double()):
@@ -283,13 +283,15 @@ def in_float64() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
-def _leaves(view: DetectorOutputs, dtype: torch.dtype | None, grad: bool) -> DetectorOutputs:
+def _leaves(outputs: DetectorOutputs, dtype: torch.dtype | None, grad: bool) -> DetectorOutputs:
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().to(dtype or tensor.dtype, copy=True).requires_grad_(grad)
 
-    second = None if view.one2one_scores is None else leaf(view.one2one_scores)
-    features, layers = tuple(leaf(f) for f in view.features), {name: leaf(v) for name, v in view.layers.items()}
-    return DetectorOutputs(features, leaf(view.scores), leaf(view.boxes), view.strides, view.reg_max, second, layers)
+    second = None if outputs.one2one_scores is None else leaf(outputs.one2one_scores)
+    features, layers = tuple(leaf(f) for f in outputs.features), {name: leaf(v) for name, v in outputs.layers.items()}
+    return DetectorOutputs(
+        features, leaf(outputs.scores), leaf(outputs.boxes), outputs.strides, outputs.reg_max, second, layers
+    )
 
 
 def _twice(tensor: Tensor) -> Tensor:
@@ -304,14 +306,14 @@ def _centres(h: int, w: int, stride: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- facts
 @dataclass(frozen=True)
 class Facts:
-    """What is special about a loss; see the top of this file.
+    """Exceptions of a loss; see the top of this file.
 
     Attributes:
         exempt: Checks that do not apply, by name, with the reason.
-        minimum: Value of each column when the student equals the teacher.
-        duplication: Relative change allowed when every image is in the batch twice.
-        values: Another valid value of a constructor key, where doubling, halving or negating is not one.
-        context: Keys that must be set too for a key to matter, by key.
+        minimum: Each column for a student that equals its teacher.
+        duplication: Relative change allowed if every image is in the batch twice.
+        values: Another valid setting of a constructor key, where doubling, halving and negating are invalid.
+        context: For a key, other keys that must be set for it to have an effect.
     """
 
     exempt: dict[str, str] = field(default_factory=dict)
@@ -322,7 +324,7 @@ class Facts:
 
 
 def facts(cls: type[Loss]) -> Facts:
-    """Return what the test module of the loss declares in `FACTS`, or the default."""
+    """Return the entry of the loss in `FACTS` of its test module, or the default."""
     module = f"tests.losses.test_{cls.__module__.rsplit('.', 1)[-1]}"
     declared = getattr(import_module(module), "FACTS", {}) if find_spec(module) else {}
     return declared.get(cls.name, Facts())
@@ -330,9 +332,9 @@ def facts(cls: type[Loss]) -> Facts:
 
 # --------------------------------------------------------------------------------------------------------- checks
 def check_columns(cls: type[Loss]) -> None:
-    """It returns its columns, each a finite float32 scalar in the graph."""
+    """The loss returns its columns, each a finite float32 scalar in the graph."""
     pair = make_pair()
-    columns = evaluate(make_loss(cls, pair), make_step(pair))
+    columns = evaluate(make_loss(cls, pair), make_inputs(pair))
     assert tuple(columns) == cls.columns
     for name, value in columns.items():
         assert value.shape == (), name
@@ -342,19 +344,19 @@ def check_columns(cls: type[Loss]) -> None:
 
 
 def check_minimum(cls: type[Loss]) -> None:
-    """A student that equals its teacher has the smallest loss there is, and no reason to move."""
+    """A student that equals its teacher has the smallest possible loss and no gradient."""
     minimum = facts(cls).minimum
     pair = make_pair(equal=True)
-    loss, step = make_loss(cls, pair), make_step(pair, equal=True)
-    columns = evaluate(loss, step)
+    loss, inputs = make_loss(cls, pair), make_inputs(pair, equal=True)
+    columns = evaluate(loss, inputs)
     for name, value in columns.items():
         assert value.item() == pytest.approx(minimum, abs=1e-5), name
     _backward(columns)
-    far = make_step(pair, seed=1)
-    apart = LossInputs(far.student, step.teacher, step.targets, step.progress)
+    far = make_inputs(pair, seed=1)
+    apart = LossInputs(far.student, inputs.teacher, inputs.targets, inputs.progress)
     other = evaluate(loss, apart)
     _backward(other)
-    for (name, here), there in zip(leaves(step.student).items(), leaves(apart.student).values(), strict=True):
+    for (name, here), there in zip(leaves(inputs.student).items(), leaves(apart.student).values(), strict=True):
         if here.grad is not None and there.grad is not None:
             assert here.grad.abs().max() <= 1e-2 * there.grad.abs().max() + 1e-7, f"gradient at the minimum: {name}"
     for name, value in other.items():
@@ -380,51 +382,51 @@ def check_finite(cls: type[Loss], edge: str) -> None:
     """Values and gradients are finite on awkward batches, and the graph stays connected."""
     equal = EDGES[edge].get("equal", False)
     pair = make_pair(equal=equal)
-    _finite(make_loss(cls, pair), make_step(pair, **EDGES[edge]))
+    _finite(make_loss(cls, pair), make_inputs(pair, **EDGES[edge]))
 
 
 def check_one_class(cls: type[Loss]) -> None:
-    """With one class it is finite and still teaches something: no softmax over a single class."""
+    """With one class the loss is finite and not zero: it takes no softmax over a single class."""
     pair = make_pair(nc=1)
-    for name, value in _finite(make_loss(cls, pair), make_step(pair)).items():
+    for name, value in _finite(make_loss(cls, pair), make_inputs(pair)).items():
         assert value.item() != 0, name
 
 
 def check_bins(cls: type[Loss], student: int, teacher: int) -> None:
-    """It serves heads with any distance bins, or says before training that it cannot, and what can."""
+    """The loss serves heads with any distance bins, or refuses them before the training and names another loss."""
     pair = make_pair(student_reg_max=student, teacher_reg_max=teacher)
     if cls.needs_bins and not pair.same_bins:
         with pytest.raises(PairError, match=f"{student} bins .* {teacher}.*{cls.instead}"):
             cls().build(pair)
         return
-    for name, value in _finite(make_loss(cls, pair), make_step(pair)).items():
+    for name, value in _finite(make_loss(cls, pair), make_inputs(pair)).items():
         assert value.item() != 0, name
 
 
 def check_gradient(cls: type[Loss]) -> None:
-    """Each column reaches the student, on every level it reads, and nothing ever reaches the teacher."""
+    """Each column has a gradient into the student, on every level it reads, and none into the teacher."""
     pair = make_pair()
-    loss, step = make_loss(cls, pair), make_step(pair, teacher_grad=True, one2one=True)
-    columns = evaluate(loss, step)
+    loss, inputs = make_loss(cls, pair), make_inputs(pair, teacher_grad=True, one2one=True)
+    columns = evaluate(loss, inputs)
     for name, column in columns.items():
         gradients = torch.autograd.grad(
-            column, list(leaves(step.student).values()), retain_graph=True, allow_unused=True
+            column, list(leaves(inputs.student).values()), retain_graph=True, allow_unused=True
         )
         assert any(g is not None and g.abs().max() > 0 for g in gradients), f"{name} does not reach the student"
     _backward(columns)
-    reached = {k for k, v in leaves(step.student).items() if v.grad is not None and v.grad.abs().max() > 0}
+    reached = {k for k, v in leaves(inputs.student).items() if v.grad is not None and v.grad.abs().max() > 0}
     levels = {k for k in reached if k.startswith("features")}
     assert not levels or len(levels) == len(pair.strides), f"only {levels} of {len(pair.strides)} levels are reached"
     declared = {"features": bool(levels), "scores": "scores" in reached, "boxes": "boxes" in reached}
     assert {k for k, v in declared.items() if v} <= cls.reads, "it uses what it does not declare in `reads`"
-    assert cls.head_split or not reached & step.student.layers.keys(), "it uses what `head_split` must declare"
-    for name, tensor in leaves(step.teacher).items():
+    assert cls.head_split or not reached & inputs.student.layers.keys(), "it uses what `head_split` must declare"
+    for name, tensor in leaves(inputs.teacher).items():
         assert tensor.grad is None or not tensor.grad.any(), f"the teacher's {name} get a gradient"
     modules = {"its own": loss}
     if cls.adapter is not None:
-        assert isinstance(step._align, Align)
-        assert set(step._align.adapters) == {cls.adapter}, "adapters that it uses are not the one that it declares"
-        modules["the adapter's"] = step._align.adapters[cls.adapter]
+        assert isinstance(inputs._align, Align)
+        assert set(inputs._align.adapters) == {cls.adapter}, "adapters that it uses are not the one that it declares"
+        modules["the adapter's"] = inputs._align.adapters[cls.adapter]
     own = {id(p) for p in loss.self_trained()}
     for owner, module in modules.items():
         for name, parameter in module.named_parameters():
@@ -432,10 +434,10 @@ def check_gradient(cls: type[Loss]) -> None:
 
 
 def check_reads(cls: type[Loss]) -> None:
-    """Of the teacher it needs what it declares and no more: the rest of the head is never computed."""
+    """The loss reads no more of the teacher than it declares, because the rest of the head is not computed."""
     pair = make_pair()
-    step = make_step(pair, one2one=True)
-    teacher = step.teacher
+    inputs = make_inputs(pair, one2one=True)
+    teacher = inputs.teacher
     nothing = teacher.scores.new_empty(len(teacher.scores), 0, 0)
     emptied = replace(
         teacher,
@@ -443,20 +445,22 @@ def check_reads(cls: type[Loss]) -> None:
         boxes=teacher.boxes if "boxes" in cls.reads else nothing,
         one2one_scores=teacher.one2one_scores if "one2one" in cls.reads else None,
     )
-    whole = evaluate(make_loss(cls, pair), step)
-    part = evaluate(make_loss(cls, pair), LossInputs(step.student, emptied, step.targets, step.progress, step._align))
+    whole = evaluate(make_loss(cls, pair), inputs)
+    part = evaluate(
+        make_loss(cls, pair), LossInputs(inputs.student, emptied, inputs.targets, inputs.progress, inputs._align)
+    )
     assert {k: v.item() for k, v in part.items()} == {k: v.item() for k, v in whole.items()}
 
 
 def check_self_trained(cls: type[Loss]) -> None:
-    """`after_step` trains what `self_trained` names, all of it and nothing else."""
+    """`after_step` trains all parameters of `self_trained` and no others."""
     pair = make_pair()
     loss = make_loss(cls, pair)
     own = {id(p) for p in loss.self_trained()}
     assert own <= {id(p) for p in loss.parameters()}, "these must be in a checkpoint too"
     before = {name: p.detach().clone() for name, p in loss.named_parameters()}
     for seed in range(2):
-        _backward(evaluate(loss, make_step(pair, seed=seed)))
+        _backward(evaluate(loss, make_inputs(pair, seed=seed)))
         loss.after_step()
     for name, parameter in loss.named_parameters():
         moved = not torch.equal(parameter, before[name])
@@ -464,18 +468,18 @@ def check_self_trained(cls: type[Loss]) -> None:
 
 
 def check_gradcheck(cls: type[Loss]) -> None:
-    """Its gradient along a random direction of each tensor is that of its value, by central differences in float64."""
+    """The gradient along a random direction of each tensor equals the central difference in float64."""
     with in_float64():
         pair = make_pair((2, 3, 4), (4, 4, 6), student_reg_max=4, teacher_reg_max=4)
         loss = make_loss(cls, pair)
-        step = make_step(pair, image=(64, 96), boxes=(((4, 6, 50, 40), (40, 20, 90, 60)), ((10, 8, 60, 60),)))
-        tensors = leaves(step.student)
+        inputs = make_inputs(pair, image=(64, 96), boxes=(((4, 6, 50, 40), (40, 20, 90, 60)), ((10, 8, 60, 60),)))
+        tensors = leaves(inputs.student)
 
         def total(moved: dict[str, Tensor]) -> Tensor:
-            *features, scores, boxes = [v for k, v in moved.items() if k not in step.student.layers]
-            layers = {k: moved[k] for k in step.student.layers}
-            student = replace(step.student, features=tuple(features), scores=scores, boxes=boxes, layers=layers)
-            columns = evaluate(loss, with_student(step, student, pair))
+            *features, scores, boxes = [v for k, v in moved.items() if k not in inputs.student.layers]
+            layers = {k: moved[k] for k in inputs.student.layers}
+            student = replace(inputs.student, features=tuple(features), scores=scores, boxes=boxes, layers=layers)
+            columns = evaluate(loss, with_student(inputs, student, pair))
             assert all(v.dtype == torch.float64 for v in columns.values()), "a cast other than .float() is in the way"
             return torch.stack(list(columns.values())).sum()
 
@@ -489,10 +493,10 @@ def check_gradcheck(cls: type[Loss]) -> None:
 
 
 def check_half_precision(cls: type[Loss], dtype: torch.dtype) -> None:
-    """Half-precision outputs are computed with in float32: the same value as for the same numbers in float32."""
+    """Half-precision outputs give the same loss as the same numbers in float32."""
     pair = make_pair()
     loss = make_loss(cls, pair)
-    half = make_step(pair, dtype=dtype, seed=2)
+    half = make_inputs(pair, dtype=dtype, seed=2)
     student, teacher = _leaves(half.student, torch.float32, True), _leaves(half.teacher, torch.float32, False)
     align = half._align and Align(pair, student)
     exact = LossInputs(student, teacher, half.targets, half.progress, align)
@@ -503,14 +507,14 @@ def check_half_precision(cls: type[Loss], dtype: torch.dtype) -> None:
 
 
 def check_autocast(cls: type[Loss]) -> None:
-    """A gradient asked for inside autocast, as by an audit during the forward pass, is there and nearly the same."""
+    """A gradient that is computed inside autocast, as in the audit, is nearly the same."""
     pair = make_pair()
-    loss, step = make_loss(cls, pair), make_step(pair)
-    total = torch.stack(list(evaluate(loss, step).values())).sum()
-    inputs = list(leaves(step.student).values())
-    exact = torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True)
+    loss, inputs = make_loss(cls, pair), make_inputs(pair)
+    total = torch.stack(list(evaluate(loss, inputs).values())).sum()
+    tensors = list(leaves(inputs.student).values())
+    exact = torch.autograd.grad(total, tensors, retain_graph=True, allow_unused=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded = torch.autograd.grad(total, inputs, allow_unused=True)
+        rounded = torch.autograd.grad(total, tensors, allow_unused=True)
     for a, b in zip(exact, rounded, strict=True):
         assert (a is None) == (b is None)
         if a is not None:
@@ -518,17 +522,17 @@ def check_autocast(cls: type[Loss]) -> None:
 
 
 def check_duplication(cls: type[Loss]) -> None:
-    """The same images twice are worth the same: no sum over the batch."""
+    """Every image twice in the batch gives the same loss: it is no sum over the batch."""
     pair = make_pair()
-    loss, step = make_loss(cls, pair), make_step(pair)
-    once = evaluate(loss, step)
-    again = evaluate(loss, duplicated(step, pair))
+    loss, inputs = make_loss(cls, pair), make_inputs(pair)
+    once = evaluate(loss, inputs)
+    again = evaluate(loss, duplicated(inputs, pair))
     for name, value in once.items():
         assert again[name].item() == pytest.approx(value.item(), rel=facts(cls).duplication), name
 
 
 def check_key(cls: type[Loss], key: str) -> None:
-    """A key that can be set changes the result."""
+    """Every key changes the result."""
     declared, pair = facts(cls), make_pair()
     context = declared.context.get(key, {})
     default = parameters(cls)[key].default
@@ -542,60 +546,60 @@ def check_key(cls: type[Loss], key: str) -> None:
     elif key == "levels":
         others = [["p3"]]
     else:
-        pytest.fail(f"say another value of '{key}' in FACTS of the loss's test module: values={{'{key}': ...}}")
-    before = evaluate(make_loss(cls, pair, **context), make_step(pair, one2one=True))
+        pytest.fail(f"add another setting of '{key}' to FACTS in the loss's test module: values={{'{key}': ...}}")
+    before = evaluate(make_loss(cls, pair, **context), make_inputs(pair, one2one=True))
     for other in others:
         try:
             loss = make_loss(cls, pair, **context | {key: other})
         except ValueError:
             continue  # out of range; the next candidate may not be
-        after = evaluate(loss, make_step(pair, one2one=True))
+        after = evaluate(loss, make_inputs(pair, one2one=True))
         changed = [n for n in cls.columns if after[n].item() != pytest.approx(before[n].item(), rel=1e-5, abs=1e-9)]
         assert changed, f"{key}={other!r} computes what {key}={default!r} does"
         return
-    pytest.fail(f"no valid value of '{key}' among {others}; say one in FACTS: values={{'{key}': ...}}")
+    pytest.fail(f"none of {others} is valid for '{key}'; add a setting to FACTS: values={{'{key}': ...}}")
 
 
 def check_shapes(cls: type[Loss]) -> None:
-    """A student with one row of cells too many on its finest level is refused, and the message names both shapes."""
+    """A student with an extra row of cells on its finest level is refused, and the message names both shapes."""
     pair = make_pair()
-    step = make_step(pair)
+    inputs = make_inputs(pair)
     rng = torch.Generator().manual_seed(5)
-    h, w = step.student.shapes[0]
+    h, w = inputs.student.shapes[0]
     first = torch.randn(2, pair.student_channels[0], h + 1, w, generator=rng)
-    scores = torch.cat([step.student.scores, torch.randn(2, w, pair.nc, generator=rng)], 1)
-    boxes = torch.cat([step.student.boxes, torch.rand(2, w, 4 * pair.student_reg_max, generator=rng)], 1)
-    layers = dict(step.student.layers)
+    scores = torch.cat([inputs.student.scores, torch.randn(2, w, pair.nc, generator=rng)], 1)
+    boxes = torch.cat([inputs.student.boxes, torch.rand(2, w, 4 * pair.student_reg_max, generator=rng)], 1)
+    layers = dict(inputs.student.layers)
     layers |= {k: torch.randn(2, layers[k].shape[1], h + 1, w, generator=rng) for k in ("cls0", "box0")}
-    features = (first, *step.student.features[1:])
-    student = replace(step.student, features=features, scores=scores, boxes=boxes, layers=layers)
+    features = (first, *inputs.student.features[1:])
+    student = replace(inputs.student, features=features, scores=scores, boxes=boxes, layers=layers)
     with pytest.raises((ValueError, PairError)) as error:
-        evaluate(make_loss(cls, pair), with_student(step, student, pair))
+        evaluate(make_loss(cls, pair), with_student(inputs, student, pair))
     shapes = set(re.findall(r"\(\d+(?:, \d+)+\)", str(error.value)))
     assert len(shapes) >= 2, f"the message must name both shapes: {error.value}"
 
 
 def check_state(cls: type[Loss]) -> None:
-    """It can be copied and pickled, and computes the same each time."""
+    """The loss can be copied and pickled, and computes the same each time."""
     pair = make_pair()
     loss = make_loss(cls, pair)
     twins = copy.deepcopy(loss), pickle.loads(pickle.dumps(loss)), loss
-    expected = evaluate(loss, make_step(pair))
+    expected = evaluate(loss, make_inputs(pair))
     for twin in twins:
-        assert evaluate(twin, make_step(pair)) == expected
+        assert evaluate(twin, make_inputs(pair)) == expected
 
 
 def _backward(columns: dict[str, Tensor]) -> None:
     torch.stack(list(columns.values())).sum().backward()
 
 
-def _finite(loss: Loss, step: LossInputs) -> dict[str, Tensor]:
-    columns = evaluate(loss, step)
+def _finite(loss: Loss, inputs: LossInputs) -> dict[str, Tensor]:
+    columns = evaluate(loss, inputs)
     for name, value in columns.items():
         assert value.isfinite(), f"{name} is {value.item()}"
         assert value.requires_grad, f"{name} is out of the graph"
     _backward(columns)
-    for name, tensor in leaves(step.student).items():
+    for name, tensor in leaves(inputs.student).items():
         assert tensor.grad is None or tensor.grad.isfinite().all(), f"gradient of the student's {name}"
     for name, parameter in loss.named_parameters():
         assert parameter.grad is None or parameter.grad.isfinite().all(), f"gradient of {name}"
@@ -603,17 +607,17 @@ def _finite(loss: Loss, step: LossInputs) -> dict[str, Tensor]:
 
 
 def check_waits_for_nothing(cls: type[Loss]) -> None:
-    """A step asks no tensor for its values, which would let the host wait for the device.
+    """The loss asks no tensor for its numbers, which would make the host wait for the device.
 
-    The tensors here have shapes and no values: reading one raises, and so does a shape that depends on one (boolean
-    indexing, `unique`).
+    The tensors here have shapes and no numbers. Reading a number raises an error, and so does a shape that depends on
+    one (boolean indexing, `unique`).
     """
     pair = make_pair()
-    step = make_step(pair, seed=3)
+    inputs = make_inputs(pair, seed=3)
     mode = FakeTensorMode()
 
     def fake(record: Any) -> Any:
-        """Return a record whose tensors, also those of records inside, have no values."""
+        """Return a record whose tensors, including those of nested records, have no numbers."""
 
         def of(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -626,9 +630,9 @@ def check_waits_for_nothing(cls: type[Loss]) -> None:
 
         return replace(record, **{f.name: of(getattr(record, f.name)) for f in fields(record)})
 
-    student = fake(step.student)
+    student = fake(inputs.student)
     with mode, patch.object(points, "_few_count", return_value=False):  # as on a GPU
         loss = make_loss(cls, pair)
-        columns = loss(LossInputs(student, fake(step.teacher), fake(step.targets), 0.3, Align(pair, student)))
+        columns = loss(LossInputs(student, fake(inputs.teacher), fake(inputs.targets), 0.3, Align(pair, student)))
         torch.stack(list(columns.values())).sum().backward()
         loss.after_step()

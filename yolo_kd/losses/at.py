@@ -9,13 +9,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from yolo_kd.losses.base import LevelNames, Loss, check_levels, check_range
+from yolo_kd.losses.base import FeatureLoss, LevelNames, check_range
 from yolo_kd.losses.kernels.chunked import sum_in_chunks
 from yolo_kd.losses.kernels.ops import same_shape
 from yolo_kd.structures import LossInputs
-
-# weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
-STRENGTH = 0.7
 
 
 def attention_map(feature: Tensor, p: float = 2.0) -> Tensor:
@@ -25,7 +22,7 @@ def attention_map(feature: Tensor, p: float = 2.0) -> Tensor:
 
     Args:
         feature: (B, C, H, W).
-        p: Exponent, at least 1. Larger ones put more weight on the strongest activations.
+        p: Exponent, at least 1. A larger one puts more weight on the strongest activations.
 
     Returns:
         (B, H * W), at least 0; zero for an image without any activation.
@@ -35,16 +32,16 @@ def attention_map(feature: Tensor, p: float = 2.0) -> Tensor:
 
 
 def attention_transfer(student: Tensor, teacher: Tensor, p: float = 2.0) -> Tensor:
-    """Squared distance of attention maps of unit length, mean over images.
+    """Squared distance of attention maps of unit length, averaged over images.
 
     L = 1/B Σ_b ‖Q_S / ‖Q_S‖ - Q_T / ‖Q_T‖‖² = 1/B Σ_b 2 (1 - cos(Q_S, Q_T))
 
-    The paper's equation 2 adds up distances; its code adds up squared ones and divides by the number of cells, which
-    makes the strength fall with the image size. Ours is the code's without that division.
+    The paper's equation 2 adds up distances. Its code adds up squared distances and divides by the number of cells, so
+    that the strength falls with the image size. This function follows the code, without that division.
 
     Args:
         student: (B, C_student, H, W) of any precision.
-        teacher: (B, C_teacher, H, W), any width, precision and memory format; detached here.
+        teacher: (B, C_teacher, H, W) of any width, precision and memory format; detached here.
         p: Exponent, at least 1.
 
     Returns:
@@ -55,23 +52,23 @@ def attention_transfer(student: Tensor, teacher: Tensor, p: float = 2.0) -> Tens
     """
     same_shape(student=student[:, :1], teacher=teacher[:, :1])
 
-    def part(s: Tensor, t: Tensor) -> Tensor:
+    def chunk_sum(s: Tensor, t: Tensor) -> Tensor:
         s, t = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (s, t))
         return (attention_map(s, p) - attention_map(t, p)).square().sum()
 
-    return sum_in_chunks(part, student, teacher) / student.shape[0]
+    return sum_in_chunks(chunk_sum, student, teacher) / student.shape[0]
 
 
-class AT(Loss):
-    """Attention transfer between the head's input features, summed over levels.
+class AT(FeatureLoss):
+    """Attention transfer between the input features of the heads, summed over levels.
 
-    Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017, arXiv 1612.03928, section 3.1: activation
-    based transfer with the sum of p-th powers. It needs no adapter, because channels are summed away. Where we depart:
-    the distance is summed over cells, not averaged, see `attention_transfer`; the paper's β = 1000 over an average of
-    n cells is a factor of 1000 / n over ours.
+    Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017, arXiv 1612.03928, section 3.1: transfer of
+    activations with the sum of p-th powers. It needs no adapter, because it sums over channels. One departure: the
+    distance is summed over cells instead of averaged (see `attention_transfer`). The paper's β = 1000 over an average
+    of n cells corresponds to a factor of 1000 / n here.
 
-    The value is a mean over images of a distance between unit vectors, so it grows with neither batch, width nor image
-    size; weight 1.0 multiplies it by `STRENGTH` only.
+    The term is a mean over images of a distance between unit vectors. It does not grow with batch size, width or image
+    size.
 
     Args:
         p: Exponent of the activations, in [1, 8]; the paper uses 2. Below 1 the gradient is infinite at zero, and above
@@ -83,13 +80,12 @@ class AT(Loss):
     columns = ("at_loss",)
     reads = frozenset({"features"})
     paper = "Zagoruyko & Komodakis 2017, arXiv 1612.03928"
+    strength = 0.7
 
     def __init__(self, *, p: Annotated[float, Field(ge=1, le=8)] = 2.0, levels: LevelNames | None = None):
-        super().__init__()
+        super().__init__(levels=levels)
         self.p = check_range("p", p, 1, 8)
-        self.level_names = check_levels(levels)
 
-    def forward(self, step: LossInputs) -> dict[str, Tensor]:
-        """Return the one term."""
-        terms = [attention_transfer(step.student.features[i], step.teacher.features[i], self.p) for i in self.levels]
-        return {"at_loss": STRENGTH * torch.stack(terms).sum()}
+    def level_loss(self, inputs: LossInputs, level: int) -> Tensor:
+        """Return the attention transfer of one level."""
+        return attention_transfer(*self.maps(inputs, level), self.p)

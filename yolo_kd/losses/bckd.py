@@ -1,4 +1,4 @@
-"""Distillation in the form that dense detectors are trained in: binary classes and box overlap (BCKD, ICCV 2023)."""
+"""Binary classification and IoU-based localisation distillation, in the form of a dense detector's loss (ICCV 2023)."""
 
 from __future__ import annotations
 
@@ -35,17 +35,19 @@ class BCKD(Loss):
     """Binary classification distillation and IoU-based localisation distillation.
 
     Yang et al., "Bridging Cross-task Protocol Inconsistency for Distillation in Dense Object Detection", ICCV 2023,
-    arXiv 2308.14286, the sections on its two losses. It needs no distance distributions, so it serves every head, also
-    where only one of the two has them.
+    arXiv 2308.14286, the sections on its two losses. It needs no distance distributions, so that it serves every pair
+    of heads, including pairs in which only one has distributions.
 
-    Both terms act on all points. Where we depart: the published code divides by the number of positive anchors, we by
-    the sum of the target scores that the native loss gave its positives, which is what Ultralytics divides its own
-    terms by; levels without a positive are not left out, so that the strength does not jump with them. Points on which
-    both models agree, nearly all of the background, weigh nothing in either form.
+    Both terms act on all points. Points on which both models agree, nearly all of the background, weigh nothing.
+    Departures:
+
+    - The published code divides by the number of positive anchors. Here the divisor is the sum of the target scores
+      that the task loss assigns to its positives, which is also the divisor of Ultralytics' own terms.
+    - Levels without a positive are kept, so that the strength does not jump.
 
     Args:
-        lam_cls: Strength of the class term, the paper's 1, at least 0.
-        lam_loc: Strength of the localisation term, the paper's 4, at least 0.
+        lam_cls: Strength of the class term, at least 0; 1 in the paper.
+        lam_loc: Strength of the localisation term, at least 0; 4 in the paper.
         beta: Exponent of the probability gap in the class term, at least 1.
     """
 
@@ -63,10 +65,10 @@ class BCKD(Loss):
         self.lam_loc = check_range("lam_loc", lam_loc, 0)
         self.beta = check_range("beta", beta, 1)
 
-    def forward(self, step: LossInputs) -> dict[str, Tensor]:
+    def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
         """Return the class and the localisation term."""
-        s, t = step.student, step.teacher
-        divisor = step.once("target score sum", lambda: target_score_sum(step))
+        s, t = inputs.student, inputs.teacher
+        divisor = inputs.once("target score sum", lambda: target_score_sum(inputs))
         cls = gap_cross_entropy_sum(s.scores, t.scores, self.beta) / divisor
         distance = giou_distance(corners(s.boxes.float(), s.reg_max), corners(t.boxes.float(), t.reg_max))
         loc = (distance * probability_gap(s.scores, t.scores)).sum() / divisor

@@ -8,34 +8,21 @@ The benchmark writes that file; nobody edits it:
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from functools import cache
 from importlib.resources import files
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Measured costs of the losses.
+def measured_costs() -> tuple[str, dict[str, float]]:
+    """Return the setting of the measurement and the cost of each loss.
 
-    Attributes:
-        setting: Models, image size, batch and precision of the measurement.
-        losses: For each loss, the time of its terms and modules as a fraction of the time of student and teacher. It
-            may be slightly negative because of noise.
+    A cost is the time of the loss's terms and modules as a fraction of the time of student and teacher. It may be
+    slightly negative because of noise.
     """
-
-    setting: str
-    losses: dict[str, float]
-
-    def text(self, loss: str) -> str:
-        """Return the cost of a loss for a table: `8 %`, `under 1 %`, or `-` for a loss that was not measured."""
-        cost = self.losses.get(loss)
-        if cost is None:
-            return "-"
-        return "under 1 %" if cost < 0.01 else f"{100 * cost:.0f} %"
-
-
-@cache
-def measured_costs() -> Costs:
-    """Return the costs that come with the package."""
     stored = json.loads(files("yolo_kd.losses").joinpath("costs.json").read_text(encoding="utf-8"))
-    return Costs(stored["setting"], {name: entry["cost"] for name, entry in stored["losses"].items()})
+    return stored["setting"], {name: entry["cost"] for name, entry in stored["losses"].items()}
+
+
+def format_cost(cost: float | None) -> str:
+    """Return a cost for a table: `8 %`, `under 1 %`, or `-` for a loss that was not measured."""
+    if cost is None:
+        return "-"
+    return "under 1 %" if cost < 0.01 else f"{100 * cost:.0f} %"

@@ -1,4 +1,4 @@
-"""Cross-head distillation: the student's head features finish their way through the teacher's head (CrossKD, 2024)."""
+"""Cross-head distillation: the teacher's head runs on features of the student's head (CrossKD, 2024)."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ V = TypeVar("V")
 
 
 class TeacherTails(tuple[tuple[nn.Module, nn.Module], ...]):
-    """The teacher's last head layers per level: (class, box). No module tree sees them and copies share them."""
+    """The last layers of the teacher's head for each level: (class, box). No module owns them; copies share them."""
 
     def __deepcopy__(self, memo: dict) -> TeacherTails:
         return self
 
 
 def align_scale(student: Tensor, teacher: Tensor, eps: float = 1e-6, dtype: torch.dtype | None = None) -> Tensor:
-    """Give each channel of the student's features the mean and deviation of the teacher's at the same place.
+    """Rescale each channel of the student's features to the mean and standard deviation of the teacher's channel.
 
-    (s - mean(s)) / (std(s) + ε) · std(t) + mean(t), per channel over batch and cells, as in the published code; the
-    student's statistics take part in the gradient.
+    (s - mean(s)) / (std(s) + ε) · std(t) + mean(t), per channel over batch and cells, as in the published code. The
+    gradient flows through the student's statistics too.
 
     Args:
         student: (B, C, H, W) features before the activation, with gradient.
         teacher: (B, C, H, W) features before the activation; detached here.
         eps: ε.
-        dtype: Precision of the result, that of `student` by default; the arithmetic is in float32 at least.
+        dtype: Precision of the result, that of `student` by default; the arithmetic is in float32 or better.
 
     Returns:
         (B, C, H, W).
@@ -64,7 +64,7 @@ def crosskd_cls(reused: Tensor, teacher: Tensor, divisor: Tensor | float, beta: 
     Args:
         reused: (..., nc) logits of the teacher's head on the student's features, with gradient.
         teacher: (..., nc) logits; detached here.
-        divisor: Number of positives in the published code.
+        divisor: In the published code, the number of positives.
         beta: Exponent, at least 1.
 
     Returns:
@@ -76,12 +76,12 @@ def crosskd_cls(reused: Tensor, teacher: Tensor, divisor: Tensor | float, beta: 
 def crosskd_box(reused: Tensor, teacher: Tensor, weight: Tensor, reg_max: int, temperature: float = 1.0) -> Tensor:
     """Box term, weighted by the teacher's confidence and divided by the sum of weights.
 
-    KL over the bins, mean over the sides, where the teacher predicts distributions; 1 - GIoU of the decoded boxes where
-    it predicts distances (the published code does the same with its detectors that have none).
+    If the teacher predicts distributions, it is KL over the bins, averaged over the sides. If the teacher predicts
+    distances, it is 1 - GIoU of the decoded boxes, as in the published code for detectors without distributions.
 
     Args:
         reused: (B, A, 4 * reg_max) box outputs of the teacher's head on the student's features, with gradient.
-        teacher: (B, A, 4 * reg_max) the teacher's own; detached here.
+        teacher: (B, A, 4 * reg_max) box outputs of the teacher; detached here.
         weight: (B, A) in [0, 1].
         reg_max: Bins per side of the teacher, 1 for plain distances.
         temperature: T of both softmaxes, above zero; unused without bins.
@@ -103,24 +103,28 @@ class CrossKD(Loss):
     """Cross-head knowledge distillation.
 
     Wang et al., "CrossKD: Cross-Head Knowledge Distillation for Object Detection", CVPR 2024, arXiv 2306.11369.
-    Features of the student's head, taken after the second convolution of each branch and before its activation, get
-    the teacher's scale, pass that activation and the rest of the frozen teacher head, and what comes out is compared
-    with the teacher's own predictions. The student's own predictions meet only the labels.
+    The loss takes features of the student's head after the second convolution of each branch and before its activation,
+    and rescales them to the teacher's statistics. They pass the activation and the rest of the frozen teacher head, and
+    the result is compared with the teacher's predictions. The student's predictions are compared only with the labels.
 
-    Where we depart: a trained 1x1 convolution brings a branch to the teacher's width where widths differ (the paper's
-    are equal); the class term is divided by the sum of target scores, at least one per image, instead of the number of
-    positives; the box term has a guard where all weights are zero; SiLU takes the place of ReLU, as in the heads
-    themselves. The student's bins play no part, since both sides come out of the teacher's head.
+    Departures:
 
-    What it needs besides a step's scores, boxes and assignment, with i the index of the level:
+    - If widths differ, a trained 1x1 convolution brings a branch to the teacher's width; in the paper they are equal.
+    - The class term is divided by the sum of target scores, at least one per image, instead of the number of positives.
+    - The box term is defined where all weights are zero.
+    - SiLU replaces ReLU, as in the heads themselves.
 
-    - `pair.student_layer_channels` and `pair.teacher_layer_channels` hold `cls<i>` and `box<i>`;
-    - `attach_teacher_head` is called once, after `build`;
-    - `step.student.layers` and `step.teacher.layers` hold `cls<i>` and `box<i>`, each (B, C, H, W).
+    The student's bins do not matter, because both predictions come from the teacher's head.
+
+    In addition to scores, boxes and assignment, the loss needs the following, where i is the index of the level:
+
+    - `pair.student_layer_channels` and `pair.teacher_layer_channels` hold `cls<i>` and `box<i>`.
+    - `attach_teacher_head` is called once, after `build`.
+    - `inputs.student.layers` and `inputs.teacher.layers` hold `cls<i>` and `box<i>`, each (B, C, H, W).
 
     Args:
-        lam_cls: Strength of the class term, the paper's 1, at least 0.
-        lam_box: Strength of the box term, the paper's 4, at least 0.
+        lam_cls: Strength of the class term, at least 0; 1 in the paper.
+        lam_box: Strength of the box term, at least 0; 4 in the paper.
         beta: Exponent of the probability gap in the class term, at least 1.
         temperature: T of the box distributions, above 0.
     """
@@ -148,10 +152,10 @@ class CrossKD(Loss):
         self.tails = TeacherTails()
 
     def build(self, pair: PairSpec) -> None:
-        """Make a 1x1 convolution for each branch whose width differs.
+        """Make a 1x1 convolution for each branch whose widths differ.
 
         Raises:
-            PairError: If the pair does not say how wide the heads are.
+            PairError: If the pair lacks the widths of the heads.
         """
         super().build(pair)
         self.adapters = nn.ModuleDict()
@@ -162,54 +166,54 @@ class CrossKD(Loss):
                 self.adapters[name] = nn.Conv2d(student, teacher, 1)
 
     def attach_teacher_head(self, tails: Sequence[tuple[nn.Module, nn.Module]]) -> None:
-        """Receive the end of the teacher's head: the activation of the second convolution and all that follows it.
+        """Receive the tails of the teacher's head: the activation of the second convolution and everything after it.
 
-        The parts stay the teacher's: they are not among this loss's parameters nor in its state, `to` does not move
-        them, and copies of the loss share them.
+        The tails stay the teacher's. They are neither parameters nor state of this loss, `to` does not move them, and
+        copies of the loss share them.
 
         Args:
-            tails: For each level the class and the box part, frozen and in eval mode, on the training device. Their
-                outputs, (B, nc, H, W) and (B, 4 * reg_max, H, W), have the columns of the teacher's view.
+            tails: For each level the class and the box tail, frozen and in eval mode, on the training device. Their
+                outputs, (B, nc, H, W) and (B, 4 * reg_max, H, W), have the columns of the teacher's outputs.
 
         Raises:
-            PairError: If a part could be trained.
+            PairError: If a tail could be trained.
         """
         for i, pair in enumerate(tails):
             for branch, tail in zip(BRANCHES, pair, strict=True):
                 if tail.training or any(p.requires_grad for p in tail.parameters()):
-                    raise PairError(f"the teacher's head part '{branch}{i}' must be frozen and in eval mode")
+                    raise PairError(f"tail '{branch}{i}' of the teacher's head must be frozen and in eval mode")
         self.tails = TeacherTails((cls, box) for cls, box in tails)
 
-    def forward(self, step: LossInputs) -> dict[str, Tensor]:
+    def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
         """Return the class and the box term.
 
         Raises:
-            PairError: If the teacher's head was not attached or a layer is missing from a view.
+            PairError: If the teacher's head was not attached or a layer is missing.
         """
-        t = step.teacher
+        t = inputs.teacher
         if len(self.tails) != len(t.features):
             raise PairError(
                 f"loss '{self.name}' needs the teacher's head for {len(t.features)} levels, but {len(self.tails)} were "
                 "attached"
             )
-        divisor = step.once("target score sum", lambda: target_score_sum(step))
-        cls = crosskd_cls(self._reuse(step, 0), t.scores, divisor, self.beta)
-        box = crosskd_box(self._reuse(step, 1), t.boxes, t.objectness, t.reg_max, self.temperature)
+        divisor = inputs.once("target score sum", lambda: target_score_sum(inputs))
+        cls = crosskd_cls(self._reuse(inputs, 0), t.scores, divisor, self.beta)
+        box = crosskd_box(self._reuse(inputs, 1), t.boxes, t.objectness, t.reg_max, self.temperature)
         return {
             "xcls_loss": CLS_STRENGTH * self.lam_cls * cls,
             "xbox_loss": BOX_STRENGTH * self.lam_box * box,
         }
 
-    def _reuse(self, step: LossInputs, branch: int) -> Tensor:
-        """Return what the teacher's head makes of the student's features in one branch, (B, A, columns)."""
+    def _reuse(self, inputs: LossInputs, branch: int) -> Tensor:
+        """Return the outputs of one branch of the teacher's head for the student's features, (B, A, columns)."""
         outputs = []
         for i, tails in enumerate(self.tails):
             name, tail = f"{BRANCHES[branch]}{i}", tails[branch]
-            feature = _entry(step.student.layers, name, "the student's layers")
+            feature = _entry(inputs.student.layers, name, "the student's layers")
             if name in self.adapters:
-                feature = step.layer(self.adapters[name], feature, as_is=True)
-            teacher = _entry(step.teacher.layers, name, "the teacher's layers")
-            dtype = next(tail.parameters(), teacher).dtype  # a teacher made fast may hold half precision
+                feature = inputs.layer(self.adapters[name], feature, as_is=True)
+            teacher = _entry(inputs.teacher.layers, name, "the teacher's layers")
+            dtype = next(tail.parameters(), teacher).dtype  # a fast teacher may be in half precision
             outputs.append(tail(align_scale(feature, teacher, dtype=dtype)).flatten(2))
         return torch.cat(outputs, 2).transpose(1, 2)
 
@@ -218,7 +222,7 @@ def _entry(where: Mapping[str, V], name: str, what: str) -> V:
     """Return one entry.
 
     Raises:
-        PairError: If it is missing, with what is there.
+        PairError: If it is missing; the message lists the entries.
     """
     if name not in where:
         raise PairError(f"loss 'crosskd' needs '{name}' among {what}, which hold {sorted(where) or 'nothing'}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from yolo_kd.losses.base import AboveZero, Loss, check_range
-from yolo_kd.losses.kernels.ops import assigned, categorical_kl, same_shape, weighted_mean
+from yolo_kd.losses.kernels.ops import assigned, box_distributions, categorical_kl, same_shape, weighted_mean
 from yolo_kd.structures import LossInputs
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -13,7 +13,7 @@ STRENGTH = 0.35
 
 
 def distribution_kl(student: Tensor, teacher: Tensor, positive: Tensor, temperature: float = 20.0) -> Tensor:
-    """Divergence of distance distributions, mean over the positives and their four sides.
+    """Divergence of distance distributions, averaged over the positives and their four sides.
 
     L = T² / (4 P) Σ_positives Σ_sides KL(softmax(t / T) ‖ softmax(s / T))
 
@@ -24,7 +24,7 @@ def distribution_kl(student: Tensor, teacher: Tensor, positive: Tensor, temperat
         temperature: T, above zero.
 
     Returns:
-        Scalar, at least 0; zero where nothing is positive.
+        Scalar, at least 0; zero if nothing is positive.
 
     Raises:
         ValueError: If shapes differ.
@@ -37,13 +37,13 @@ class DFL(Loss):
     """YOLOv6's distillation of the box distributions.
 
     Li et al., "YOLOv6: A Single-Stage Object Detection Framework for Industrial Applications", 2022, arXiv 2209.02976,
-    the section on self-distillation, and the project's code. YOLOv6 lets the term fade over the training; here that is
-    the recipe's `schedule: {kind: cosine, start: 1.0, end: 0.01}`.
+    the section on self-distillation, and the project's code. In YOLOv6 the term fades during the training; here the
+    recipe does that with `schedule: {kind: cosine, start: 1.0, end: 0.01}`.
 
-    Where we depart: YOLOv6's class term is left out. It takes a softmax of probabilities that are sigmoids already,
-    which is nearly uniform, and sums over all points of the batch, so it teaches little and grows with the image. The
-    code also multiplies by target scores and divides by their sum in a way that cancels; the mean is unweighted here
-    as it is there. A batch without positives gives zero.
+    One departure: YOLOv6's class term is left out. It takes a softmax of probabilities that are already sigmoids, which
+    is nearly uniform, and sums over all points of the batch, so that it teaches little and grows with the image. The
+    code also multiplies by target scores and divides by their sum, which cancels out; the mean is unweighted there and
+    here. A batch without positives gives zero.
 
     Args:
         temperature: T of both softmaxes, above 0.
@@ -60,11 +60,7 @@ class DFL(Loss):
         super().__init__()
         self.temperature = check_range("temperature", temperature, 0, above=True)
 
-    def forward(self, step: LossInputs) -> dict[str, Tensor]:
-        """Return the one term."""
-        s, t = step.student, step.teacher
-        same_shape(student_boxes=s.boxes, teacher_boxes=t.boxes)
-        sides = (4, s.reg_max)
-        student, teacher = s.boxes.float().unflatten(-1, sides), t.boxes.float().unflatten(-1, sides)
-        positive = assigned(step).foreground.float()
-        return {"kdfl_loss": STRENGTH * distribution_kl(student, teacher, positive, self.temperature)}
+    def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
+        """Return the only term."""
+        positive = assigned(inputs).foreground.float()
+        return {"kdfl_loss": STRENGTH * distribution_kl(*box_distributions(inputs), positive, self.temperature)}

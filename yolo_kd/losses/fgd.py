@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from yolo_kd.losses.base import AboveZero, AtLeastZero, LevelNames, Loss, check_levels, check_range
+from yolo_kd.losses.base import AboveZero, AtLeastZero, FeatureLoss, LevelNames, check_range
 from yolo_kd.losses.kernels.boxes import box_cells, cell_weights, paint
 from yolo_kd.losses.kernels.fgd_moments import context_weights, pair_moments
 from yolo_kd.losses.kernels.layout import sum_cells
 from yolo_kd.losses.kernels.ops import EPS, attention, same_shape
 from yolo_kd.structures import LossInputs, PairSpec
 
-# weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
-STRENGTH = 1.2
-
-# the setting whose published sums the normalised ones reproduce: width of an FPN, cells per level of P3 to P5 at
-# 640 px, objects per image of COCO
+# The setting in which the normalised sums equal the published ones: width of an FPN, cells per level (P3 to P5 at
+# 640 px), objects per image (COCO)
 CHANNELS, CELLS, OBJECTS = 256, 2800, 7
 UNITS = (CHANNELS * OBJECTS, CHANNELS, CHANNELS, CELLS, CHANNELS * CELLS)  # in the order of `Sums`
 
 
 class Sums(NamedTuple):
-    """One value for each part of the loss; the attention term has two parts because they grow differently.
+    """The terms of the loss. The attention term is split in two, because its halves grow differently.
 
     Attributes:
         fg: Error inside boxes.
@@ -42,11 +39,11 @@ class Sums(NamedTuple):
 
 
 class ContextBlock(nn.Module):
-    """Adds to every cell what the whole map holds: the global context block of section 3.3.
+    """Global context block, which adds information from the whole map to every cell (section 3.3).
 
     p = softmax over the cells of a 1x1 convolution to one channel; c = Σ_hw p F; the result is
-    F + conv1x1(ReLU(LN(conv1x1(c)))) with half as many hidden channels. The last convolution starts at zero, so the
-    block starts as the identity.
+    F + conv1x1(ReLU(LN(conv1x1(c)))) with half as many hidden channels. The last convolution starts at zero, so that
+    the block starts as the identity.
 
     Args:
         channels: Width of the map.
@@ -78,7 +75,7 @@ class ContextBlock(nn.Module):
         return self.mask.weight.flatten(), self.mask.get_parameter("bias")
 
     def transform(self, context: Tensor) -> Tensor:
-        """Turn c, (B, C), into what is added to every cell, (B, C)."""
+        """Return the summand of every cell, (B, C), for a context c, (B, C)."""
         return self.add(context[..., None, None]).flatten(1)
 
 
@@ -87,9 +84,10 @@ def focal_masks(
 ) -> tuple[Tensor, Tensor]:
     """Return the weights of cells inside and outside boxes (equations 2, 3 and 5).
 
-    Inside, a cell weighs one over the number of cells of its box, of the smallest box where several overlap, so that
-    every object counts alike; outside, one over the number of background cells of its image. As in the published code,
-    and unlike the paper's H_r W_r, a box's cells are counted after rounding outwards, see `box_cells`.
+    Inside a box, a cell weighs one over the number of cells of the box, so that every object counts the same; where
+    boxes overlap, the smallest one decides. Outside, a cell weighs one over the number of background cells of its
+    image. As in the published code, and unlike the paper's H_r W_r, the cells of a box are counted after rounding
+    outwards, see `box_cells`.
 
     Args:
         boxes: (M, 4) in pixels, xyxy; M may be zero.
@@ -99,8 +97,8 @@ def focal_masks(
         shape: Height and width of the level in cells.
 
     Returns:
-        Foreground and background weights, (B, H, W) each, float32. Where an image has no background, or no box, that
-        image's weights are zero.
+        Foreground and background weights, (B, H, W) each, float32. For an image without background, or without a box,
+        the respective weights are zero.
     """
     cells = box_cells(boxes, image_size, shape)
     fg = paint(cell_weights(cells), cells, image_index, batch_size, shape)
@@ -117,17 +115,17 @@ def fgd_sums(
     teacher_context: ContextBlock,
     temperature: float = 0.5,
 ) -> Sums:
-    """Return the parts of one level as published: sums over channels and cells, mean over images.
+    """Return the terms of one level as published: sums over channels and cells, averaged over images.
 
-    fg    = 1/N Σ A_S A_C M_fg (S - T)²      bg likewise with M_bg; A_S, A_C: the teacher's attention (equations 6, 7)
+    fg    = 1/N Σ A_S A_C M_fg (S - T)²      bg with M_bg instead; A_S, A_C: the teacher's attention (equations 6, 7)
     mask  = 1/N (Σ |A_C(S) - A_C(T)| + Σ |A_S(S) - A_S(T)|)      channel + spatial here (equation 8)
     rela  = 1/N Σ (G_s(S) - G_t(T))²      G: context blocks, one for each side (equation 10)
 
-    The published loss of a level is alpha fg + beta bg + gamma (channel + spatial) + lam rela. The teacher's map is a
+    The published loss of a level is alpha fg + beta bg + gamma (channel + spatial) + lam rela. The teacher's map is
     constant, but its context block is trained like the student's.
 
     Args:
-        student: (B, C, H, W), already at the teacher's width, with gradient; half precision is worked on as float32.
+        student: (B, C, H, W), already at the teacher's width, with gradient. Half precision is converted to float32.
         teacher: (B, C, H, W); detached here.
         fg: (B, H, W) foreground weights of `focal_masks`.
         bg: (B, H, W) background weights.
@@ -157,13 +155,13 @@ def fgd_sums(
 
 
 def normalise(sums: Sums, fg: Tensor, bg: Tensor, channels: int) -> Sums:
-    """Divide each published sum by what it grows with, which leaves means.
+    """Divide each published sum by the numbers that it grows with, which leaves means.
 
-    fg becomes the attended squared error averaged over objects and channels (zero without objects), bg over background
-    cells and channels, channel over channels, spatial over cells, rela over channels and cells.
+    fg becomes the attended squared error averaged over objects and channels (zero without objects). bg is averaged over
+    background cells and channels, channel over channels, spatial over cells, rela over channels and cells.
 
     Args:
-        sums: Of `fgd_sums`.
+        sums: From `fgd_sums`.
         fg: (B, H, W) foreground weights.
         bg: (B, H, W) background weights.
         channels: C.
@@ -178,19 +176,19 @@ def normalise(sums: Sums, fg: Tensor, bg: Tensor, channels: int) -> Sums:
     )
 
 
-class FGD(Loss):
+class FGD(FeatureLoss):
     """Focal and global knowledge distillation of neck features.
 
     Yang et al., "Focal and Global Knowledge Distillation for Detectors", CVPR 2022, arXiv 2111.11837, section 3. Focal:
     squared error weighted by the teacher's attention, separately inside and outside boxes, and agreement of the
     attentions themselves. Global: squared error after a context block on each side.
 
-    The published loss is made of sums: its foreground part grows with the number of boxes (mosaic!) and channels, its
-    relation part with channels times cells. Here each part is a mean (see `normalise`) times what the published sum has
-    at 256 channels, 2800 cells per level (P3 to P5 at 640 px) and 7 objects per image (COCO). So the published
-    constants keep their values and, in that setting, their balance; and the strength stays the same at any image size,
-    batch size, width and number of boxes. `STRENGTH` scales the whole, set from a measurement, as the
-    published rows were tuned for linear FPN maps and task losses of another size. Levels are added, as published.
+    The published loss consists of sums. Its foreground term grows with the number of boxes (mosaic!) and of channels,
+    its relation term with channels times cells. Here each term is a mean (see `normalise`) times the number of summands
+    at 256 channels, 2800 cells per level (P3 to P5 at 640 px) and 7 objects per image (COCO). The published constants
+    therefore stay valid and keep their balance in that setting, and the strength is the same at any image size, batch
+    size, width and number of boxes. `strength` comes from a measurement, because the published rows were tuned for
+    linear FPN maps and task losses of another size. Levels are added, as published.
 
     Published rows (temperature; alpha, beta, gamma, lam):
         RetinaNet, GFL, SOLO      0.5; 1e-3, 5e-4, 5e-4, 5e-6 (the defaults)
@@ -199,17 +197,21 @@ class FGD(Loss):
         YOLOX                     0.5; 2e-3, 1e-3, 1e-3, 1e-5
         Faster and Mask R-CNN     0.5; 5e-5, 2.5e-5, 5e-5, 5e-7
 
-    Other departures: the 1x1 adapter is there for equal widths too; boxes are clipped to the image (negative
-    coordinates would wrap around in the published code); nothing is divided by the multi-scale factor, which the
-    published YOLOX variant does. The default of gamma is what the one-stage configurations use, half of the published
-    class's own default. The loss is zero when the student's map equals the teacher's and both context blocks are equal,
-    as they effectively are at the start.
+    Other departures:
+
+    - The 1x1 adapter is present for equal widths too.
+    - Boxes are clipped to the image, because negative coordinates wrap around in the published code.
+    - Nothing is divided by the multi-scale factor, unlike in the published YOLOX variant.
+    - The default of gamma is that of the one-stage configurations, half the default of the published class.
+
+    The loss is zero if the student's map equals the teacher's and both context blocks are equal, as they effectively
+    are at the start.
 
     Args:
-        alpha: Strength of the foreground part, at least 0.
-        beta: Strength of the background part, at least 0.
-        gamma: Strength of the attention part, at least 0.
-        lam: Strength of the relation part (the paper's λ), at least 0.
+        alpha: Strength of the foreground term, at least 0.
+        beta: Strength of the background term, at least 0.
+        gamma: Strength of the attention term, at least 0.
+        lam: Strength of the relation term (the paper's λ), at least 0.
         temperature: T of the attentions, above 0.
         levels: Levels to use, all by default.
     """
@@ -219,6 +221,7 @@ class FGD(Loss):
     reads = frozenset({"features", "targets"})
     adapter = "conv1x1"
     paper = "Yang et al. 2022, arXiv 2111.11837"
+    strength = 1.2
 
     def __init__(
         self,
@@ -230,13 +233,12 @@ class FGD(Loss):
         temperature: AboveZero = 0.5,
         levels: LevelNames | None = None,
     ):
-        super().__init__()
+        super().__init__(levels=levels)
         self.alpha = check_range("alpha", alpha, 0)
         self.beta = check_range("beta", beta, 0)
         self.gamma = check_range("gamma", gamma, 0)
         self.lam = check_range("lam", lam, 0)
         self.temperature = check_range("temperature", temperature, 0, above=True)
-        self.level_names = check_levels(levels)
 
     def build(self, pair: PairSpec) -> None:
         """Make a context block for each side of each level."""
@@ -244,27 +246,22 @@ class FGD(Loss):
         self.student_context = nn.ModuleList(ContextBlock(pair.teacher_channels[i]) for i in self.levels)
         self.teacher_context = nn.ModuleList(ContextBlock(pair.teacher_channels[i]) for i in self.levels)
 
-    def forward(self, step: LossInputs) -> dict[str, Tensor]:
-        """Return the one term, summed over levels."""
+    def level_loss(self, inputs: LossInputs, level: int) -> Tensor:
+        """Return the five terms of one level."""
+        student, teacher = self.maps(inputs, level)
+        fg, bg = self._masks(inputs, level)
+        s_context, t_context = (self.of_level(blocks, level) for blocks in (self.student_context, self.teacher_context))
+        sums = fgd_sums(student, teacher, fg, bg, s_context, t_context, self.temperature)
+        means = normalise(sums, fg, bg, teacher.shape[1])
         strengths = (self.alpha, self.beta, self.gamma, self.gamma, self.lam)
-        terms = []
-        contexts = cast(
-            list[tuple[ContextBlock, ContextBlock]], [*zip(self.student_context, self.teacher_context, strict=True)]
-        )
-        for i, context in zip(self.levels, contexts, strict=True):
-            student, teacher = step.aligned("conv1x1", i, as_is=True), step.teacher_feature(i, as_is=True)
-            fg, bg = self._masks(step, i)
-            sums = fgd_sums(student, teacher, fg, bg, context[0], context[1], self.temperature)
-            means = normalise(sums, fg, bg, teacher.shape[1])
-            terms += [a * unit * mean for a, unit, mean in zip(strengths, UNITS, means, strict=True)]
-        return {"fgd_loss": STRENGTH * torch.stack(terms).sum()}
+        return torch.stack([a * unit * mean for a, unit, mean in zip(strengths, UNITS, means, strict=True)])
 
     @staticmethod
-    def _masks(step: LossInputs, level: int) -> tuple[Tensor, Tensor]:
-        """Return the foreground and background weights of a level, made once per step."""
-        t, shape = step.targets, step.teacher.shapes[level]
+    def _masks(inputs: LossInputs, level: int) -> tuple[Tensor, Tensor]:
+        """Return the foreground and background weights of a level, computed once per step."""
+        t, shape = inputs.targets, inputs.teacher.shapes[level]
         if t is None:
-            raise ValueError("loss 'fgd' reads ground-truth boxes, but this step has no targets")
-        return step.once(
+            raise ValueError("loss 'fgd' reads ground-truth boxes, but its inputs have no targets")
+        return inputs.once(
             ("focal_masks", level), lambda: focal_masks(t.boxes, t.image_index, t.batch_size, t.image_size, shape)
         )

@@ -10,19 +10,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from yolo_kd.losses.base import AboveZero, LevelNames, Loss, check_levels, check_range
+from yolo_kd.losses.base import AboveZero, FeatureLoss, LevelNames, check_range
 from yolo_kd.losses.kernels.ops import same_shape
 from yolo_kd.losses.kernels.squared_error import squared_error_sum
 from yolo_kd.structures import LossInputs, PairSpec, Targets
 
-# weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
-STRENGTH = 50.0
 INIT_STD = 0.01
-CHUNK = 2**24  # overlaps held at once, 64 MiB of float32
+CHUNK = 2**24  # overlaps in memory at once, 64 MiB of float32
 
 
 class Anchors(NamedTuple):
-    """K boxes around each cell of an (H, W) map, in pixels. The grid is regular, so that columns and rows suffice.
+    """K boxes around each cell of an (H, W) map, in pixels. The grid is regular, so that rows and columns define it.
 
     Attributes:
         x: Left and right edges per column, (W, K, 2).
@@ -36,14 +34,14 @@ class Anchors(NamedTuple):
 def grid_anchors(
     shape: tuple[int, int], stride: int, scale: float, ratios: Sequence[float], device: torch.device | None = None
 ) -> Anchors:
-    """Return anchors of area (scale * stride)² and the given ratios of height to width, centred on the cells.
+    """Return anchors with area (scale * stride)² and the given ratios of height to width, centred on the cells.
 
     Args:
         shape: Height and width of the map, in cells.
         stride: Pixels per cell.
         scale: Side of the square anchor in cells.
         ratios: Height over width, each above zero.
-        device: Where to put them.
+        device: Device of the result.
     """
     root = torch.tensor([math.sqrt(r) for r in ratios], device=device)
     half = scale * stride / 2
@@ -61,10 +59,10 @@ def anchor_overlaps(anchors: Anchors, boxes: Tensor, legacy: bool = False) -> Te
     Args:
         anchors: K per cell of an (H, W) map.
         boxes: (M, 4) xyxy pixels.
-        legacy: Count pixels with their borders, so that a side is x2 - x1 + 1, as the published code does.
+        legacy: Include the border pixel, so that a side is x2 - x1 + 1, as in the published code.
 
     Returns:
-        (M, H, W, K) in [0, 1], zero for boxes without an area.
+        (M, H, W, K) in [0, 1], zero for boxes without area.
     """
     one = float(legacy)
     (left, right), (top, bottom) = anchors.x.unbind(-1), anchors.y.unbind(-1)
@@ -86,11 +84,11 @@ def imitation_hits(
     legacy: bool = False,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, ...]:
-    """Count, in each cell, the pairs of anchor and box that fit nearly as well as that box's best anchor.
+    """Count in each cell the pairs of anchor and box that fit nearly as well as the box's best anchor.
 
-    An anchor counts for a box when IoU > ψ · max IoU of that box (section 3.2). The maximum goes over all the given
-    grids: with one grid it is the paper's; with the levels of a pyramid it keeps each box on the levels of its scale.
-    A cell with a count takes part in imitation, so masks of boxes are united.
+    An anchor counts for a box if IoU > ψ · max IoU of that box (section 3.2). The maximum covers all the given grids.
+    With one grid it is the paper's; with the levels of a pyramid it keeps each box on the levels of its scale. Every
+    cell with a count is imitated, so that the masks of all boxes are united.
 
     Args:
         grids: Anchors of one or more maps.
@@ -99,7 +97,7 @@ def imitation_hits(
         batch_size: Number of images, B.
         psi: ψ in [0, 1).
         legacy: See `anchor_overlaps`.
-        chunk: Overlaps to hold in memory at once; results do not depend on it.
+        chunk: Overlaps in memory at once; it does not change the results.
 
     Returns:
         (B, H, W) int32 per grid.
@@ -117,12 +115,12 @@ def imitation_hits(
 
 
 def masked_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Squared error, summed over channels and over the cells of a mask.
+    """Squared error, summed over channels and the cells of a mask.
 
     Args:
         student: (B, C, H, W), already adapted.
         teacher: (B, C, H, W); detached here.
-        mask: (B, H, W) bool or number of times that a cell counts.
+        mask: (B, H, W) bool, or the number of times that each cell counts.
 
     Returns:
         Scalar, at least 0.
@@ -140,7 +138,7 @@ def imitation_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
 
     L = Σ_mask Σ_c (t − s)² / (2 N_p), with N_p the cells of the mask over the batch
 
-    Equal to the authors' code, except that it is 0 where no cell takes part (theirs: nan).
+    It equals the authors' code, except that it is 0 for an empty mask, where theirs is nan.
 
     Args:
         student: (B, C, H, W), already adapted.
@@ -156,21 +154,21 @@ def imitation_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     return masked_error(student, teacher, mask) / (2 * mask.sum().clamp(min=1))
 
 
-class FGFI(Loss):
+class FGFI(FeatureLoss):
     """Fine-grained feature imitation: the student's features follow the teacher's where anchors fit objects.
 
     Wang et al., "Distilling Object Detectors with Fine-grained Feature Imitation", CVPR 2019, arXiv 1906.03609,
-    section 3. L = Σ_l Σ_mask Σ_c (T_l − adapter(S_l))² / C_l / (2 Σ_l N_l), N_l the mask's cells of level l over the
-    batch; 0 where no object is in the batch. Where we depart:
+    section 3. L = Σ_l Σ_mask Σ_c (T_l − adapter(S_l))² / C_l / (2 Σ_l N_l), where N_l is the number of mask cells of
+    level l over the batch; 0 if the batch has no object. Departures:
 
-    - Heads since YOLOv8 have no anchors. Squares of `anchor_scale` cells, and rectangles of equal area, stand in.
-    - The paper has one map. Here a box's best overlap is looked for on all levels of the pyramid, so that it is
-      imitated where its scale is detected, and one N_p serves all levels.
-    - Divided by the channels: on one level the published λ of 0.01 is a weight of 0.01 · C / `STRENGTH` here.
-    - The adapter (3x3 convolution, ReLU) starts from a standard deviation of 0.01, not 1e-4, at which no gradient would
-      reach the student at first, and runs in the precision of the student's layers. The published 400 steps without
-      imitation are a `warmup` in the schedule.
-    - IoU without the legacy pixel, boxes clipped to the image.
+    - Heads since YOLOv8 have no anchors. Squares of `anchor_scale` cells and rectangles of the same area replace them.
+    - The paper has one map. Here the best overlap of a box is its best on all levels of the pyramid, so that a box is
+      imitated on the levels that detect its scale, and one N_p serves all levels.
+    - The loss is divided by the channels: on one level the published λ of 0.01 is a weight of 0.01 · C / `strength`.
+    - The adapter (3x3 convolution, ReLU) starts with a standard deviation of 0.01 instead of 1e-4, with which no
+      gradient would reach the student at first, and runs in the precision of the student's layers. The published 400
+      steps without imitation are a `warmup` in the schedule.
+    - IoU without the legacy pixel; boxes are clipped to the image.
 
     Args:
         psi: ψ, share of the best overlap above which an anchor counts, in [0, 1). Smaller means a wider region.
@@ -183,6 +181,7 @@ class FGFI(Loss):
     columns = ("fgfi_loss",)
     reads = frozenset({"features", "targets"})
     paper = "Wang et al. 2019, arXiv 1906.03609"
+    strength = 50.0
 
     def __init__(
         self,
@@ -192,7 +191,7 @@ class FGFI(Loss):
         anchor_ratios: Annotated[Sequence[AboveZero], Field(min_length=1)] = (0.5, 1.0, 2.0),
         levels: LevelNames | None = None,
     ):
-        super().__init__()
+        super().__init__(levels=levels)
         if check_range("psi", psi, 0, 1) == 1:
             raise ValueError(f"psi must be less than 1, at which no anchor counts, received {psi!r}")
         self.psi = psi
@@ -200,7 +199,6 @@ class FGFI(Loss):
         if isinstance(anchor_ratios, str) or not isinstance(anchor_ratios, Sequence) or not anchor_ratios:
             raise ValueError(f"anchor_ratios must be a list of numbers such as [0.5, 1, 2], received {anchor_ratios!r}")
         self.anchor_ratios = tuple(check_range("anchor_ratios", r, 0, above=True) for r in anchor_ratios)
-        self.level_names = check_levels(levels)
 
     def build(self, pair: PairSpec) -> None:
         """Make one adapter for each level."""
@@ -211,23 +209,23 @@ class FGFI(Loss):
             nn.init.normal_(conv.weight, std=INIT_STD)
             self.adapters.append(nn.Sequential(conv, nn.ReLU()))
 
-    def forward(self, step: LossInputs) -> dict[str, Tensor]:
-        """Return the one term, over all levels."""
+    def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
+        """Return the only term, over all levels."""
         key = ("imitation", self.psi, self.anchor_scale, self.anchor_ratios)
-        masks = step.once(key, lambda: self._masks(step))
+        masks = inputs.once(key, lambda: self._masks(inputs))
         errors = []
         for adapter, i in zip(self.adapters, self.levels, strict=True):
-            teacher = step.teacher_feature(i)
-            student = step.layer(adapter, step.student.features[i])
+            teacher = inputs.teacher_feature(i)
+            student = inputs.layer(adapter, inputs.student.features[i])
             errors.append(masked_error(student, teacher, masks[i]) / teacher.shape[1])
         cells = torch.stack([masks[i].sum() for i in self.levels]).sum()
-        return {"fgfi_loss": STRENGTH * torch.stack(errors).sum() / (2 * cells.clamp(min=1))}
+        return {"fgfi_loss": self.strength * torch.stack(errors).sum() / (2 * cells.clamp(min=1))}
 
-    def _masks(self, step: LossInputs) -> list[Tensor]:
+    def _masks(self, inputs: LossInputs) -> list[Tensor]:
         """Return the cells near objects on every level, (B, H, W) bool each."""
-        targets = step.targets
-        assert isinstance(targets, Targets)  # the distiller supplies what `reads` names
-        t = step.teacher
+        targets = inputs.targets
+        assert isinstance(targets, Targets)  # the distiller supplies everything that `reads` names
+        t = inputs.teacher
         device = targets.boxes.device
         grids = [
             grid_anchors(shape, stride, self.anchor_scale, self.anchor_ratios, device)

@@ -1,4 +1,4 @@
-"""Holistic distillation: a critic tells teacher from student by whole score maps (Liu et al., 2019)."""
+"""Holistic distillation: a critic distinguishes teacher from student by whole score maps (Liu et al., 2019)."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from yolo_kd.errors import did_you_mean, listed
-from yolo_kd.losses.base import AboveZero, LevelNames, Loss, check_levels, check_range
+from yolo_kd.losses.base import AboveZero, FeatureLoss, LevelNames, check_choice, check_range
 from yolo_kd.losses.kernels.chunked import sum_in_chunks
 from yolo_kd.losses.kernels.ops import averaging, same_shape
 from yolo_kd.structures import DetectorOutputs, LossInputs, PairSpec
 
 STRENGTH = 0.1  # published λ, for student and critic alike
-CRITIC_SIDE = 64  # cells of the critic's input, near the published 65
+CRITIC_SIDE = 64  # cells along a side of the critic's input, close to the published 65
 PENALTY = 10.0  # λ_gp
 FORMS = ("wgan-gp", "hinge")
 
 
 def critic_loss(student: Tensor, teacher: Tensor, form: str = "wgan-gp") -> Tensor:
-    """What the critic minimises: high answers for the teacher, low ones for the student (equation 4).
+    """Loss of the critic: it asks for high answers for the teacher and low ones for the student (equation 4).
 
     Args:
         student: Answers to the student's score maps, any shape.
-        teacher: Answers to the teacher's, the same shape.
+        teacher: Answers to the teacher's score maps, the same shape.
         form: `wgan-gp`: mean D(S) − mean D(T). `hinge`: mean max(0, 1 − D(T)) + mean max(0, 1 + D(S)).
 
     Raises:
@@ -39,12 +38,12 @@ def critic_loss(student: Tensor, teacher: Tensor, form: str = "wgan-gp") -> Tens
 
 
 def adversarial_loss(student: Tensor) -> Tensor:
-    """What the student minimises in either form: −mean D(S)."""
+    """Loss of the student in either form: −mean D(S)."""
     return -student.mean()
 
 
 def gradient_penalty(critic: nn.Module, student: Tensor, teacher: Tensor, blend: Tensor) -> Tensor:
-    """Mean of (‖∇D‖₂ − 1)² at points between the two models' maps, without λ_gp.
+    """Mean of (‖∇D‖₂ − 1)² at random points between the two models' maps, without λ_gp.
 
     Args:
         critic: Maps (B, C, H, W) to answers.
@@ -55,17 +54,17 @@ def gradient_penalty(critic: nn.Module, student: Tensor, teacher: Tensor, blend:
     between = torch.lerp(student, teacher, blend).detach().requires_grad_()
     (gradient,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
 
-    def part(g: Tensor) -> tuple[Tensor, Tensor]:
+    def chunk_sum(g: Tensor) -> tuple[Tensor, Tensor]:
         g = g.detach()
         norm = g.norm(dim=1, keepdim=True)
         slope = ((norm - 1) / norm).nan_to_num_(0.0, 0.0, 0.0)  # a gradient of zero has no direction
         return (norm - 1).square().sum() / len(student), slope.mul_(2 / len(student)) * g
 
-    return sum_in_chunks(part, gradient.flatten(1))
+    return sum_in_chunks(chunk_sum, gradient.flatten(1))
 
 
 class SpectralConv2d(nn.Conv2d):
-    """Convolution whose weight is divided by its largest singular value, which power iteration follows in training."""
+    """Convolution whose weight is divided by its largest singular value, estimated by power iteration in training."""
 
     u: Tensor
 
@@ -109,8 +108,8 @@ class SelfAttention(nn.Module):
 class Critic(nn.Module):
     """One answer for a whole score map: (B, C, 64, 64) to (B, 1, 1, 1).
 
-    Input normalisation, four convolutions with spectral norm that halve the map, attention after the last two, and a
-    convolution that covers what is left.
+    Input normalisation, four convolutions with spectral norm that halve the map, attention after the last two of them,
+    and a convolution over the whole remaining map.
     """
 
     def __init__(self, channels: int, width: int = 64):
@@ -144,7 +143,7 @@ class Adversary(nn.Module):
         for i, parameter in enumerate(self.critic.parameters()):
             self.register_buffer(f"momentum_{i}", torch.zeros_like(parameter))
         self.lr, self.form = lr, form
-        self._seen: list[tuple[Tensor, Tensor, float]] = []
+        self._watched: list[tuple[Tensor, Tensor, float]] = []
         self._optimiser: torch.optim.SGD | None = None
 
     def answer(self, maps: Tensor) -> Tensor:
@@ -157,16 +156,16 @@ class Adversary(nn.Module):
             self.critic.requires_grad_(True)
 
     def watch(self, student: Tensor, teacher: Tensor, progress: float, continues: bool = False) -> None:
-        """Remember the maps that the next `step` learns from, with those of the batch's first part if it continues."""
-        self._seen = [*(self._seen if continues else []), (student.detach(), teacher.detach(), progress)]
+        """Keep the maps that the next `step` learns from; `continues` adds them to those of the same batch."""
+        self._watched = [*(self._watched if continues else []), (student.detach(), teacher.detach(), progress)]
 
     def step(self) -> None:
-        """Train the critic once on the maps seen last; nothing without any."""
-        if not self._seen:
+        """Train the critic once on the last maps, if there are any."""
+        if not self._watched:
             return
-        students, teachers, (progress, *_) = zip(*self._seen, strict=True)
+        students, teachers, (progress, *_) = zip(*self._watched, strict=True)
         student, teacher = torch.cat(students), torch.cat(teachers)
-        self._seen = []
+        self._watched = []
         self.critic.train()
         with torch.enable_grad():
             loss = critic_loss(self.critic(student), self.critic(teacher), self.form)
@@ -184,47 +183,49 @@ class Adversary(nn.Module):
         optimiser.zero_grad(set_to_none=True)
 
     def _make_optimiser(self) -> torch.optim.SGD:
-        """Make the optimiser at the first step, when everything is on its device; it writes to our buffers."""
+        """Make the optimiser at the first step, once the device is settled. It writes to this module's buffers."""
         self._optimiser = torch.optim.SGD(self.critic.parameters(), self.lr, momentum=0.9, weight_decay=1e-4)
         for i, parameter in enumerate(self.critic.parameters()):
             self._optimiser.state[parameter]["momentum_buffer"] = self.get_buffer(f"momentum_{i}")
         return self._optimiser
 
 
-def score_maps(view: DetectorOutputs, levels: tuple[int, ...]) -> Tensor:
+def score_maps(outputs: DetectorOutputs, levels: tuple[int, ...]) -> Tensor:
     """Return the class logits of some levels as one square map, (B, levels * nc, 64, 64), float32.
 
-    Logits that overflowed count as zero. Products with two small matrices do what adaptive average pooling would, many
+    Logits that overflowed count as zero. Products with two small matrices replace adaptive average pooling and are many
     times faster.
     """
-    per_level = view.per_level(view.scores.nan_to_num(0.0, 0.0, 0.0))
+    per_level = outputs.per_level(outputs.scores.nan_to_num(0.0, 0.0, 0.0))
     planes = []
     for i in levels:
-        plane = per_level[i].transpose(1, 2).unflatten(-1, view.shapes[i]).float()
-        rows, columns = (averaging(n, CRITIC_SIDE, plane) for n in view.shapes[i])
+        plane = per_level[i].transpose(1, 2).unflatten(-1, outputs.shapes[i]).float()
+        rows, columns = (averaging(n, CRITIC_SIDE, plane) for n in outputs.shapes[i])
         planes.append(rows @ (plane @ columns.T))
     return torch.cat(planes, dim=1)
 
 
-class Holistic(Loss):
-    """Adversarial distillation of whole score maps: the third part of structured knowledge distillation.
+class Holistic(FeatureLoss):
+    """Adversarial distillation of whole score maps, the third loss of structured knowledge distillation.
 
     Liu et al., "Structured Knowledge Distillation for Semantic Segmentation", CVPR 2019, arXiv 1903.04197, section 3.3.
-    The value is mean D(T) − mean D(S): −mean D(S) as published, plus a term that is constant for the student and makes
-    zero mean that the critic cannot tell them apart. It may be negative, and where student and teacher agree its
-    gradient need not vanish: the critic decides. Where we depart:
+    The term is mean D(T) − mean D(S): −mean D(S) as published, plus a summand that is constant for the student. With
+    it, zero means that the critic cannot distinguish the two. The term may be negative, and its gradient need not
+    vanish where student and teacher agree, because that depends on the critic. Departures:
 
-    - The paper conditions the critic on the image; the published code shows it the score maps alone. So do we.
-    - One map has 65x65 cells there. Here each level is averaged or repeated to 64x64 and levels are stacked.
-    - The critic's input is normalised with the batch's statistics always, and power iteration runs in the critic's step
-      only, so that the student's loss is a function of its inputs. For that loss the critic runs in the precision of
-      the student's layers; it is trained in float32.
+    - The paper conditions the critic on the image. The published code shows it the score maps alone, and so does this
+      loss.
+    - A published map has 65x65 cells. Here each level is averaged or repeated to 64x64 cells, and levels are stacked.
+    - The critic's input is always normalised with the statistics of the batch, and power iteration runs only in the
+      critic's step, so that the student's loss is a function of its inputs. For that loss the critic runs in the
+      precision of the student's layers; it is trained in float32.
 
-    The critic has an optimiser of its own, which steps in `after_step` on the last batch that `forward` saw with
-    gradient. That costs time and adds the instability of adversarial training: no recipe of ours turns it on.
+    The critic has its own optimiser, which steps in `after_step` on the last batch that passed `forward` with gradient.
+    That costs time and adds the instability of adversarial training. Of the shipped recipes only `structured_holistic`
+    uses it.
 
     Args:
-        critic_lr: Learning rate of the critic, above 0, falling as (1 − progress)^0.9.
+        critic_lr: Learning rate of the critic, above 0; it falls as (1 − progress)^0.9.
         form: `wgan-gp` or `hinge`, see `critic_loss`.
         levels: Levels to judge, all by default.
     """
@@ -242,12 +243,9 @@ class Holistic(Loss):
         form: Literal["wgan-gp", "hinge"] = "wgan-gp",
         levels: LevelNames | None = None,
     ):
-        super().__init__()
+        super().__init__(levels=levels)
         self.critic_lr = check_range("critic_lr", critic_lr, 0, above=True)
-        if form not in FORMS:
-            raise ValueError(f"form must be {listed(FORMS)}, received {form!r}.{did_you_mean(form, FORMS)}")
-        self.form = form
-        self.level_names = check_levels(levels)
+        self.form = check_choice("form", form, FORMS)
 
     def build(self, pair: PairSpec) -> None:
         """Make the critic."""
@@ -262,13 +260,13 @@ class Holistic(Loss):
         """Train the critic once."""
         self.adversary.step()
 
-    def forward(self, step: LossInputs) -> dict[str, Tensor]:
-        """Return the one term, and show the critic what it will learn from."""
-        same_shape(student=step.student.scores, teacher=step.teacher.scores)
-        student = score_maps(step.student, self.levels)
+    def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
+        """Return the only term, and keep the maps for the critic's next step."""
+        same_shape(student=inputs.student.scores, teacher=inputs.teacher.scores)
+        student = score_maps(inputs.student, self.levels)
         with torch.no_grad():
-            teacher = score_maps(step.teacher, self.levels)
-            reference = adversarial_loss(step.layer(self.adversary.answer, teacher))
+            teacher = score_maps(inputs.teacher, self.levels)
+            reference = adversarial_loss(inputs.layer(self.adversary.answer, teacher))
         if student.requires_grad:
-            self.adversary.watch(student, teacher, step.progress, step.continues)
-        return {"kholi_loss": STRENGTH * (adversarial_loss(step.layer(self.adversary.answer, student)) - reference)}
+            self.adversary.watch(student, teacher, inputs.progress, inputs.continues)
+        return {"kholi_loss": STRENGTH * (adversarial_loss(inputs.layer(self.adversary.answer, student)) - reference)}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from yolo_kd.losses.base import AboveZero, AtLeastZero, Loss, check_range
-from yolo_kd.losses.kernels.ops import assigned, categorical_kl, same_shape, weighted_mean
+from yolo_kd.losses.kernels.ops import assigned, box_distributions, categorical_kl, same_shape, weighted_mean
 from yolo_kd.structures import LossInputs
 
 # weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
@@ -17,13 +17,13 @@ VLR_STRENGTH = 2.0
 
 ANCHOR_CELLS = 8  # side of a reference box in cells: the square anchor of the paper's detector
 CANDIDATES = 9  # reference boxes per level and object that set the threshold
-LOWER = 0.25  # lower end of the region as a fraction of the threshold
+LOWER = 0.25  # lower limit of the region as a fraction of the threshold
 
 
 def localisation_kl(student: Tensor, teacher: Tensor, temperature: float = 10.0) -> Tensor:
     """Divergence of the student's distribution from the teacher's, as the published code reduces it.
 
-    T² · KL(softmax(t / T) ‖ softmax(s / T)), mean over the bins   (localisation distillation)
+    T² · KL(softmax(t / T) ‖ softmax(s / T)), averaged over the bins   (localisation distillation)
 
     Args:
         student: (..., bins) logits, with gradient.
@@ -40,12 +40,12 @@ def localisation_kl(student: Tensor, teacher: Tensor, temperature: float = 10.0)
 
 
 def reference_boxes(shapes: Sequence[tuple[int, int]], strides: Sequence[int], like: Tensor) -> Tensor:
-    """Return one square box for each point, 8 cells of its level wide and centred on it, (A, 4) xyxy in pixels.
+    """Return a square box for each point, 8 cells of its level wide and centred on it, (A, 4) xyxy in pixels.
 
     Args:
         shapes: Height and width of each level.
         strides: Pixels per cell of each level.
-        like: A floating-point tensor of the device and dtype wanted.
+        like: Floating-point tensor with the device and dtype of the result.
     """
     levels = []
     for (h, w), stride in zip(shapes, strides, strict=True):
@@ -65,8 +65,9 @@ def region_overlap(anchors: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tens
         boxes: (M, 4) xyxy in pixels.
 
     Returns:
-        The IoU, the squared distance of centres, and what the published code calls DIoU: the overlap as a fraction of
-        the reference box, less the squared distance of centres over the squared diagonal of the hull. (M, A) each.
+        The IoU, the squared distance of centres, and the measure that the published code names DIoU: the overlap as a
+        fraction of the reference box, less the squared distance of centres over the squared diagonal of the hull.
+        (M, A) each.
     """
     a, b = anchors[None], boxes[:, None]
     overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
@@ -81,14 +82,14 @@ def region_overlap(anchors: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tens
 def valuable_region(
     anchors: Tensor, level_sizes: Sequence[int], boxes: Tensor, image_index: Tensor, batch_size: int
 ) -> Tensor:
-    """Weights of the valuable localisation region: places around an object that miss being positive by a little.
+    """Weights of the valuable localisation region: points around an object that are nearly positive.
 
-    An object's threshold θ is mean + standard deviation of the IoU of its candidates, the 9 reference boxes of each
-    level whose centres are nearest (the rule of ATSS). Points with 0.25 θ ≤ d < θ form the region, with d as in
-    `region_overlap`, which is what the published code computes under the name DIoU. A
-    point's weight is its IoU with the object, the largest where regions meet.
+    The threshold θ of an object is the mean plus the standard deviation of its candidates' IoU; the candidates are the
+    9 reference boxes of each level with the nearest centres (the rule of ATSS). Points with 0.25 θ ≤ d < θ form the
+    region, with d from `region_overlap`, the measure that the published code names DIoU. The weight of a point is its
+    IoU with the object; where regions overlap, the largest one.
 
-    The (M, A) matrices of all objects of the batch are held at once: 8400 points and 500 objects are 17 MB each.
+    The (M, A) matrices of all objects of the batch are in memory at once: with 8400 points and 500 objects, 17 MB each.
 
     Args:
         anchors: (A, 4) reference boxes, xyxy in pixels, level by level.
@@ -101,7 +102,7 @@ def valuable_region(
         (B, A) in [0, 1], zero outside the region.
 
     Raises:
-        ValueError: If levels and reference boxes, or objects and image indices, do not fit each other.
+        ValueError: If the numbers of points and reference boxes, or of objects and image indices, differ.
     """
     if sum(level_sizes) != len(anchors):
         raise ValueError(f"level_sizes {tuple(level_sizes)} must sum to the length of anchors {tuple(anchors.shape)}")
@@ -124,22 +125,23 @@ class LD(Loss):
     """Localisation distillation on positives and on the valuable localisation region.
 
     Zheng et al., "Localization Distillation for Dense Object Detection", CVPR 2022, arXiv 2102.12252, the sections on
-    localisation distillation and on the valuable localisation region. Where we depart from the published code:
+    localisation distillation and on the valuable localisation region. Departures from the published code:
 
-    - positives are the native assigner's; they weigh as much as their target score instead of the student's
-      confidence, which an untrained student does not have;
-    - each term is divided by the sum of its weights (the code's fixed 4 and 16 let it grow with the number of objects)
-      and summed over the bins, as the paper's equation is, so that it does not depend on their number;
-    - points lie in the middle of cells, where YOLO puts them, and so do the reference boxes of the region;
-    - no class term: the paper's softmax over classes is not what heads of independent sigmoids compute, and is
-      constant for a single class. `bckd` has one that fits.
+    - Positives come from the task loss's label assignment. They weigh their target score instead of the student's
+      confidence, which an untrained student does not have.
+    - Each term is divided by the sum of its weights, because the code's fixed divisors 4 and 16 let it grow with the
+      number of objects. It is summed over the bins, like the paper's equation, so that it does not depend on their
+      number.
+    - Points lie in the middle of cells, as in YOLO, and so do the reference boxes of the region.
+    - There is no class term: the paper's softmax over classes does not match heads of independent sigmoids, and is
+      constant for a single class. `bckd` has a class term that matches.
 
-    As in the code the region may share points with the positives. Without objects both terms are zero.
+    As in the code, the region may share points with the positives. Without objects both terms are zero.
 
     Args:
         temperature: T of both softmaxes, above 0.
-        lam_main: Strength on the positives, the paper's 0.25, at least 0.
-        lam_vlr: Strength on the valuable region, the paper's 0.25, at least 0.
+        lam_main: Strength on the positives, at least 0; 0.25 in the paper.
+        lam_vlr: Strength on the valuable region, at least 0; 0.25 in the paper.
     """
 
     name = "ld"
@@ -155,25 +157,22 @@ class LD(Loss):
         self.lam_main = check_range("lam_main", lam_main, 0)
         self.lam_vlr = check_range("lam_vlr", lam_vlr, 0)
 
-    def forward(self, step: LossInputs) -> dict[str, Tensor]:
-        """Return the term of the positives and that of the valuable region."""
-        s, t = step.student, step.teacher
-        same_shape(student_boxes=s.boxes, teacher_boxes=t.boxes)
-        sides = (4, s.reg_max)
-        student, teacher = s.boxes.float().unflatten(-1, sides), t.boxes.float().unflatten(-1, sides)
-        rows = s.reg_max * localisation_kl(student, teacher, self.temperature).mean(-1)  # (B, A)
-        main = weighted_mean(rows, assigned(step).scores.float().amax(-1))
-        vlr = weighted_mean(rows, step.once("valuable region", lambda: self._region(step)))
+    def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
+        """Return the term of the positives and the term of the valuable region."""
+        student, teacher = box_distributions(inputs)
+        rows = inputs.student.reg_max * localisation_kl(student, teacher, self.temperature).mean(-1)  # (B, A)
+        main = weighted_mean(rows, assigned(inputs).scores.float().amax(-1))
+        vlr = weighted_mean(rows, inputs.once("valuable region", lambda: self._region(inputs)))
         return {
             "kld_loss": MAIN_STRENGTH * self.lam_main * main,
             "kvlr_loss": VLR_STRENGTH * self.lam_vlr * vlr,
         }
 
     @staticmethod
-    def _region(step: LossInputs) -> Tensor:
-        """Return the weights of the valuable region of this step, (B, A)."""
-        view, targets = step.student, step.targets
+    def _region(inputs: LossInputs) -> Tensor:
+        """Return the weights of the valuable region, (B, A)."""
+        student, targets = inputs.student, inputs.targets
         assert targets is not None  # `assigned` has run
         boxes = targets.boxes.float()
-        anchors = reference_boxes(view.shapes, view.strides, boxes)
-        return valuable_region(anchors, view.level_sizes, boxes, targets.image_index, targets.batch_size)
+        anchors = reference_boxes(student.shapes, student.strides, boxes)
+        return valuable_region(anchors, student.level_sizes, boxes, targets.image_index, targets.batch_size)

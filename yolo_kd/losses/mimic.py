@@ -1,4 +1,4 @@
-"""Plain feature imitation: squared error, of the whole map or inside the objects' boxes."""
+"""Plain feature imitation: squared error of the whole map, or inside the objects' boxes."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from yolo_kd.errors import did_you_mean, listed
-from yolo_kd.losses.base import LevelNames, Loss, check_levels
+from yolo_kd.losses.base import FeatureLoss, LevelNames, check_choice
 from yolo_kd.losses.kernels.channel_stats import standardising
 from yolo_kd.losses.kernels.ops import EPS, same_shape
 from yolo_kd.losses.kernels.squared_error import squared_error_sum
 from yolo_kd.structures import LossInputs, Targets
 
-# weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
-STRENGTH = 1.0
 MASKS = ("none", "boxes")
 
 
 def mimic(student: Tensor, teacher: Tensor, mask: Tensor | None = None, standardised: bool = False) -> Tensor:
-    """Mean squared error over channels and the cells that take part.
+    """Mean squared error over channels and the cells of a mask.
 
     L = Σ_{b,hw} m Σ_c (s - t)² / (C Σ_{b,hw} m)
 
@@ -28,10 +25,10 @@ def mimic(student: Tensor, teacher: Tensor, mask: Tensor | None = None, standard
         student: (B, C, H, W), already at the teacher's width.
         teacher: (B, C, H, W); detached here.
         mask: (B, H, W) in [0, 1], None for all cells.
-        standardised: Bring each channel of both maps to mean 0 and variance 1 over the batch first.
+        standardised: Rescale each channel of both maps to mean 0 and variance 1 over the batch first.
 
     Returns:
-        Scalar, at least 0; zero with gradient zero where no cell takes part.
+        Scalar, at least 0; zero with gradient zero if the mask is empty.
 
     Raises:
         ValueError: If shapes differ.
@@ -48,7 +45,7 @@ def mimic(student: Tensor, teacher: Tensor, mask: Tensor | None = None, standard
 def box_mask(targets: Targets, shape: tuple[int, int]) -> Tensor:
     """Mark the cells that any ground-truth box of their image overlaps.
 
-    A box smaller than a cell still marks the cells that it touches; what lies outside the image marks nothing.
+    A box smaller than a cell still marks the cells that it touches. A box outside the image marks nothing.
 
     Args:
         targets: Ground truth, boxes in pixels.
@@ -69,21 +66,21 @@ def box_mask(targets: Targets, shape: tuple[int, int]) -> Tensor:
     return (covering > 0).float().unflatten(0, (targets.batch_size, h))
 
 
-class Mimic(Loss):
-    """Squared error of the head's input features, summed over levels.
+class Mimic(FeatureLoss):
+    """Squared error of the heads' input features, summed over levels.
 
     The hint loss of Romero et al., "FitNets", ICLR 2015, arXiv 1412.6550, equation 3, with a 1x1 convolution as the
-    regressor and no separate first stage. With `mask: boxes` only cells under an object count, the region of Chen et
-    al., "Learning Efficient Object Detection Models with Knowledge Distillation", NeurIPS 2017, and of its successors
-    that use boxes in place of proposals. Where we depart: both maps may be standardised first, as DAMO-YOLO's mimic
-    variant does, because the raw error grows with the square of the teacher's activations.
+    regressor and without a separate first stage. With `mask: boxes` only cells under an object count. That is the
+    region of Chen et al., "Learning Efficient Object Detection Models with Knowledge Distillation", NeurIPS 2017, and
+    of its successors that use boxes instead of proposals. One departure: both maps may be standardised first, as in
+    DAMO-YOLO's mimic variant, because the raw error grows with the square of the teacher's activations.
 
-    It is a mean over channels and cells, so it grows with neither batch, width, image size nor number of boxes; weight
-    1.0 multiplies it by `STRENGTH` only.
+    The term is a mean over channels and cells, which does not grow with batch size, width, image size or number of
+    boxes.
 
     Args:
-        mask: `none` for all cells, `boxes` for those that a ground-truth box overlaps.
-        standardise: Bring each channel of both maps to mean 0 and variance 1 over the batch first. False is the
+        mask: `none` for all cells, `boxes` for cells that a ground-truth box overlaps.
+        standardise: Rescale each channel of both maps to mean 0 and variance 1 over the batch first. False is the
             published form; its strength depends on the teacher's activations, and under a COCO-trained YOLOv8s it is
             about 6 times weaker.
         levels: Levels to use, all by default.
@@ -98,21 +95,15 @@ class Mimic(Loss):
     def __init__(
         self, *, mask: Literal["none", "boxes"] = "none", standardise: bool = True, levels: LevelNames | None = None
     ):
-        super().__init__()
-        if mask not in MASKS:
-            raise ValueError(f"mask must be {listed(MASKS)}, received {mask!r}.{did_you_mean(mask, MASKS)}")
-        self.mask = mask
+        super().__init__(levels=levels)
+        self.mask = check_choice("mask", mask, MASKS)
         self.standardise = standardise
-        self.level_names = check_levels(levels)
 
-    def forward(self, step: LossInputs) -> dict[str, Tensor]:
-        """Return the one term."""
-        terms = []
-        for i in self.levels:
-            student, teacher = step.aligned("conv1x1", i, as_is=True), step.teacher_feature(i, as_is=True)
-            mask = None
-            if self.mask == "boxes":
-                assert step.targets is not None, "the loss reads targets, but the step has none"
-                mask = box_mask(step.targets, (teacher.shape[-2], teacher.shape[-1]))
-            terms.append(mimic(student, teacher, mask, self.standardise))
-        return {"mimic_loss": STRENGTH * torch.stack(terms).sum()}
+    def level_loss(self, inputs: LossInputs, level: int) -> Tensor:
+        """Return the squared error of one level."""
+        student, teacher = self.maps(inputs, level)
+        mask = None
+        if self.mask == "boxes":
+            assert inputs.targets is not None  # the distiller supplies everything that `reads` names
+            mask = box_mask(inputs.targets, inputs.teacher.shapes[level])
+        return mimic(student, teacher, mask, self.standardise)

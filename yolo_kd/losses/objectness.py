@@ -18,26 +18,26 @@ from yolo_kd.losses.kernels.ops import (
 from yolo_kd.losses.kernels.points import weighted_binary_kl, weighted_bins_kl
 from yolo_kd.structures import LossInputs
 
-# the class gain is that of Ultralytics' own class loss; together their gradient into the neck is half of the task
-# loss's, as upstream's own distillation pulls (table and command in docs/losses.md)
+# The class gain is the gain of Ultralytics' class loss. With both gains the gradient into the neck is half of the task
+# loss's, like that of Ultralytics' distillation (table and command in docs/losses.md).
 CLS_GAIN = 0.5
 BOX_GAIN = 1.0
 
 
 def objectness_class(student: Tensor, teacher: Tensor, objectness: Tensor) -> Tensor:
-    """Class distillation, each point weighted by the teacher's objectness.
+    """Class distillation in which each point is weighted by the teacher's objectness.
 
     L = Σ_i o_i Σ_c KL(σ(t_ic) ‖ σ(s_ic)) / Σ_i o_i
 
-    The paper scales the class loss of the detector at hand, against the teacher's probabilities, by the teacher's
-    objectness (equation 7). For heads of independent sigmoids that is binary cross-entropy; the teacher's entropy is
-    subtracted, which leaves the gradient alone and makes zero mean agreement. Division by the sum of weights is ours:
-    it keeps the strength independent of image size, batch size and number of objects.
+    The paper takes the detector's class loss against the teacher's probabilities and scales it by the teacher's
+    objectness (equation 7). For heads of independent sigmoids that is binary cross-entropy. This function subtracts the
+    teacher's entropy, which does not change the gradient and makes the loss zero at agreement. It also divides by the
+    sum of weights, which keeps the strength independent of image size, batch size and number of objects.
 
     Args:
         student: (B, A, nc) raw class logits.
         teacher: (B, A, nc) raw class logits.
-        objectness: (B, A) weights in [0, 1], zero for points that take no part.
+        objectness: (B, A) weights in [0, 1], zero for points that are left out.
 
     Returns:
         Scalar, at least 0.
@@ -52,10 +52,10 @@ def objectness_class(student: Tensor, teacher: Tensor, objectness: Tensor) -> Te
 def objectness_box(
     student: Tensor, teacher: Tensor, objectness: Tensor, student_reg_max: int, teacher_reg_max: int
 ) -> Tensor:
-    """Box distillation, each point weighted by the teacher's objectness.
+    """Box distillation in which each point is weighted by the teacher's objectness.
 
-    With distance distributions of equal bins on both sides it is KL(teacher ‖ student) over the bins, mean over the
-    four sides. Otherwise both are decoded and it is 1 − GIoU, which needs no bins.
+    If both heads predict distance distributions with the same number of bins, it is KL(teacher ‖ student) over the
+    bins, averaged over the four sides. Otherwise it decodes both boxes and takes 1 − GIoU, which needs no bins.
 
     Args:
         student: (B, A, 4 * student_reg_max) raw box outputs.
@@ -84,7 +84,7 @@ def objectness_box(
 def objectness_weights(
     teacher_scores: Tensor, objectness: Tensor, shapes: Sequence[tuple[int, int]], fm_nms: bool
 ) -> Tensor:
-    """Return the weight of each point, (B, A): the teacher's objectness, zero where suppressed.
+    """Return the weight of each point, (B, A): the teacher's objectness, or zero for suppressed points.
 
     Args:
         teacher_scores: (B, A, nc) raw class logits.
@@ -98,15 +98,17 @@ def objectness_weights(
 class Objectness(Loss):
     """Objectness-scaled distillation of classes and boxes.
 
-    Mehta & Öztürk, "Object detection at 200 Frames Per Second", 2018, arXiv 1805.06361, sections 3.2 and 3.3. Where we
-    depart: heads since YOLOv8 have no objectness output, so the largest class probability of the teacher takes its
-    place; there is therefore no objectness term of its own (the paper's third); the terms are normalised by the sum of
-    weights.
+    Mehta & Öztürk, "Object detection at 200 Frames Per Second", 2018, arXiv 1805.06361, sections 3.2 and 3.3.
+    Departures:
+
+    - Heads since YOLOv8 have no objectness output, so that the teacher's largest class probability takes its place.
+      The paper's third term, on objectness itself, is therefore left out.
+    - The terms are divided by the sum of weights.
 
     Args:
         lam_cls: Strength of the class term (the paper's λ_D), at least 0.
         lam_box: Strength of the box term, at least 0.
-        fm_nms: Distil only the strongest of neighbouring predictions of one class (feature-map NMS).
+        fm_nms: Distil only the strongest of neighbouring predictions of the same class (feature-map NMS).
     """
 
     name = "objectness"
@@ -121,10 +123,10 @@ class Objectness(Loss):
         self.lam_box = check_range("lam_box", lam_box, 0)
         self.fm_nms = fm_nms
 
-    def forward(self, step: LossInputs) -> dict[str, Tensor]:
+    def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
         """Return the class and the box term."""
-        s, t = step.student, step.teacher
-        weights = step.once(
+        s, t = inputs.student, inputs.teacher
+        weights = inputs.once(
             ("objectness", self.fm_nms), lambda: objectness_weights(t.scores, t.objectness, t.shapes, self.fm_nms)
         )
         cls = objectness_class(s.scores, t.scores, weights)

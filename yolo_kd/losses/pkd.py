@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from yolo_kd.losses.base import LevelNames, Loss, check_levels
+from yolo_kd.losses.base import FeatureLoss
 from yolo_kd.losses.kernels.channel_stats import rescaling
 from yolo_kd.losses.kernels.ops import same_shape
 from yolo_kd.losses.kernels.squared_error import squared_error_sum
 from yolo_kd.structures import LossInputs
 
-# weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
-STRENGTH = 2.0
 EPS = 1e-6  # the published one, added to the standard deviation
 
 
 def pkd(student: Tensor, teacher: Tensor, *, unbiased: bool = True, resize_student: bool | None = None) -> Tensor:
-    """Half the mean squared error of maps whose channels were standardised over batch and cells.
+    """Half the mean squared error of maps whose channels are standardised over batch and cells.
 
     L = ½ mean((s̃ - t̃)²), x̃ = (x - mean_c) / (std_c + 1e-6)
 
-    With n = B H W values per channel it equals 1 - r, averaged over channels, for the Pearson correlation r, times
-    (n - 1) / n when `unbiased`. A channel that is constant on one side only counts ½. Statistics span the batch of one
-    processor.
+    With n = B H W cells per channel it equals 1 - r averaged over channels, where r is the Pearson correlation, times
+    (n - 1) / n if `unbiased`. A channel that is constant in one of the two maps counts ½. Statistics span the batch of
+    one process.
 
     Args:
         student: (B, C, H, W), already at the teacher's width.
         teacher: (B, C, H, W); detached here.
-        unbiased: Divide variances by n - 1, as published; this is nan for n = 1.
-        resize_student: How to treat maps of different height or width: resize the student's (True, published default)
-            or the teacher's (False) bilinearly, or refuse (None). The published code looks at heights only.
+        unbiased: Divide variances by n - 1, as published; the result is nan for n = 1.
+        resize_student: How to treat maps of different height or width: resize the student's map (True, the published
+            default) or the teacher's map (False) bilinearly, or refuse them (None). The published code compares heights
+            only.
 
     Returns:
         Scalar in [0, 2].
@@ -50,17 +48,19 @@ def pkd(student: Tensor, teacher: Tensor, *, unbiased: bool = True, resize_stude
     return squared_error_sum(student, teacher, scales=scales) / (2 * student.numel())
 
 
-class PKD(Loss):
+class PKD(FeatureLoss):
     """Distillation by the Pearson correlation of each channel, summed over levels.
 
     Cao et al., "PKD: General Distillation Framework for Object Detectors via Pearson Correlation Coefficient", NeurIPS
     2022, arXiv 2207.02039, the section on distillation with the Pearson correlation. It ignores the scale and offset of
-    channels, which differ between architectures. Where we depart: variances are divided by n instead of n - 1, so that
-    the value is 1 - r at any batch and image size and defined for a single value; an adapter precedes, because the
-    published code demands equal widths.
+    channels, which differ between architectures. Departures:
 
-    The value is a mean over channels, so it grows with neither batch, width nor image size; weight 1.0 multiplies it
-    by `STRENGTH`. Published weights of the plain value are 6 (two-stage heads) and 10 (dense heads).
+    - Variances are divided by n instead of n - 1, so that the term is 1 - r at any batch and image size, and defined
+      for a single cell.
+    - An adapter comes first, because the published code demands equal widths.
+
+    The term is a mean over channels, which does not grow with batch size, width or image size. The published weights of
+    the plain term, before `strength`, are 6 (two-stage heads) and 10 (dense heads).
 
     Args:
         levels: Levels to use, all by default.
@@ -71,15 +71,8 @@ class PKD(Loss):
     reads = frozenset({"features"})
     adapter = "conv1x1"
     paper = "Cao et al. 2022, arXiv 2207.02039"
+    strength = 2.0
 
-    def __init__(self, *, levels: LevelNames | None = None):
-        super().__init__()
-        self.level_names = check_levels(levels)
-
-    def forward(self, step: LossInputs) -> dict[str, Tensor]:
-        """Return the one term."""
-        terms = [
-            pkd(step.aligned("conv1x1", i, as_is=True), step.teacher_feature(i, as_is=True), unbiased=False)
-            for i in self.levels
-        ]
-        return {"pkd_loss": STRENGTH * torch.stack(terms).sum()}
+    def level_loss(self, inputs: LossInputs, level: int) -> Tensor:
+        """Return one minus the correlation, averaged over the channels of one level."""
+        return pkd(*self.maps(inputs, level), unbiased=False)

@@ -1,4 +1,4 @@
-"""Knowledge review: fine levels of the student learn with the help of deeper ones (Chen et al., CVPR 2021)."""
+"""Knowledge review: fine levels of the student learn with the help of deeper levels (Chen et al., CVPR 2021)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from yolo_kd.errors import PairError
-from yolo_kd.losses.base import LevelNames, Loss, check_levels, check_range
+from yolo_kd.losses.base import FeatureLoss, LevelNames, check_range
 from yolo_kd.losses.kernels.chunked import sum_in_chunks
 from yolo_kd.losses.kernels.layout import add_products
 from yolo_kd.losses.kernels.ops import averaging, same_shape
 from yolo_kd.structures import LossInputs, PairSpec
 
-# weight 1.0: the gradient into the neck is about a third of the task loss's (table and command in docs/losses.md)
-STRENGTH = 3.0
 POOLS = (4, 2, 1)  # sides of the pooled maps in cells
 
 
@@ -27,7 +25,7 @@ def hcl(student: Tensor, teacher: Tensor) -> Tensor:
 
     L = [mse(s, t) + Σ_k 2^-k mse(pool_k(s), pool_k(t))] / [1 + Σ_k 2^-k], pools to 4x4, 2x2 and 1x1 cells
 
-    Pools at least as high as the map are left out, as published.
+    As published, pools that are at least as high as the map are left out.
 
     Args:
         student: (B, C, H, W), already fused and at the teacher's width.
@@ -44,7 +42,7 @@ def hcl(student: Tensor, teacher: Tensor) -> Tensor:
     sides = [side for side in POOLS if side < height]
     exact = torch.promote_types(student.dtype, torch.float32)
     like = student.new_empty(0, dtype=exact)
-    # all averages of a map are one matrix product, and so is the way back
+    # All averages of a map are one matrix product, and so is their gradient.
     averages = torch.cat(
         [torch.kron(averaging(height, side, like), averaging(width, side, like)) for side in sides]
         or [like.new_zeros(0, height * width)]
@@ -52,30 +50,30 @@ def hcl(student: Tensor, teacher: Tensor) -> Tensor:
     weights = torch.cat([like.new_full((side**2,), 0.5**k / side**2) for k, side in enumerate(sides, 1)] or [like])
     scale = sum(0.5**k for k in range(len(sides) + 1)) * student[:, :, 0, 0].numel()
 
-    def part(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def chunk_sum(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         error = (s.detach() - t).flatten(2)  # the error of the averages is the average of the error
         matrix = averages.expand(len(error), -1, -1)
         pooled = error.bmm(matrix.mT)  # (B, C, all averages)
         weighted = pooled * weights
-        value = error.square().sum() / error.shape[2] + (weighted * pooled).sum()
+        total = error.square().sum() / error.shape[2] + (weighted * pooled).sum()
         slope = error.mul_(2 / error.shape[2] / scale)
         add_products(slope, weighted.mul_(2 / scale), matrix)
-        return value / scale, slope.view_as(s)
+        return total / scale, slope.view_as(s)
 
-    return sum_in_chunks(part, student, teacher)
+    return sum_in_chunks(chunk_sum, student, teacher)
 
 
 class Fusion(nn.Module):
-    """Attention-based fusion of one student level with what comes from the next deeper one.
+    """Attention-based fusion of one student level with the fused map of the next deeper level.
 
-    Batch normalisation always uses the statistics of the batch and keeps no running ones: these modules never run
-    outside of training.
+    Batch normalisation always uses the statistics of the batch and keeps no running statistics, because these modules
+    run in training only.
 
     Args:
         student: Channels of the student's level.
-        mid: Channels in which levels are fused.
+        mid: Channels of the fused maps.
         teacher: Channels of the teacher's level.
-        deeper: False for the deepest level, which has nothing to be fused with.
+        deeper: False for the deepest level, which has no deeper level to be fused with.
     """
 
     def __init__(self, student: int, mid: int, teacher: int, *, deeper: bool):
@@ -89,20 +87,20 @@ class Fusion(nn.Module):
             nn.init.kaiming_uniform_(conv.weight, a=1)
 
     def forward(self, feature: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Fuse.
+        """Fuse the levels.
 
         Args:
             feature: The student's map, (B, C_student, H, W).
-            residual: The fused map of the next deeper level, (B, mid, H', W'), None for the deepest.
+            residual: The fused map of the next deeper level, (B, mid, H', W'), None for the deepest level.
 
         Returns:
-            The map at the teacher's width, (B, C_teacher, H, W), and the one to hand on, (B, mid, H, W).
+            The map at the teacher's width, (B, C_teacher, H, W), and the fused map for the next level, (B, mid, H, W).
         """
         fused = self.reduce_norm(self.reduce(feature))
         if self.gate is not None and residual is not None:
             residual = F.interpolate(residual, fused.shape[-2:], mode="nearest")
-            own, other = self.gate(torch.cat((fused, residual), 1)).sigmoid().split(1, dim=1)
-            fused = fused * own + residual * other
+            here, deeper = self.gate(torch.cat((fused, residual), 1)).sigmoid().split(1, dim=1)
+            fused = fused * here + residual * deeper
         return self.expand_norm(self.expand(fused)), fused
 
 
@@ -121,22 +119,22 @@ def review(fusions: Sequence[Fusion] | nn.ModuleList, features: Sequence[Tensor]
     return outputs[::-1]
 
 
-class ReviewKD(Loss):
-    """Knowledge review between the head's input features, summed over levels.
+class ReviewKD(FeatureLoss):
+    """Knowledge review between the heads' input features, summed over levels.
 
-    Chen, Liu, Zhao and Jia, "Distilling Knowledge via Knowledge Review", CVPR 2021, arXiv 2104.09044, the parts named
-    ABF (attention-based fusion) and HCL (hierarchical context loss): from the deepest level upwards each level of the
-    student is fused with the deeper ones before it is compared with the teacher's. The fusion also brings widths
-    together, so there is no adapter. Because it is trained and ends in a normalisation, the loss is not zero for a
-    student that equals its teacher. Fusions run in the precision of the student's layers. Where we depart: the default
-    of `mid_channels` is 128 instead of 256, because at stride 8 the fusion would otherwise cost as much as a small
+    Chen, Liu, Zhao and Jia, "Distilling Knowledge via Knowledge Review", CVPR 2021, arXiv 2104.09044, its ABF
+    (attention-based fusion) and HCL (hierarchical context loss). From the deepest level upwards, each level of the
+    student is fused with the deeper levels before it is compared with the teacher's. The fusion also matches the
+    widths, so that there is no adapter. It is trained and ends in a normalisation, hence the loss is not zero for a
+    student that equals its teacher. Fusions run in the precision of the student's layers. One departure: the default of
+    `mid_channels` is 128 instead of 256, because at stride 8 the fusion would otherwise cost as much as a small
     student.
 
-    Everything is a mean over images, channels and cells, so it grows with neither batch, width nor image size; weight
-    1.0 multiplies it by `STRENGTH`. Published detectors weigh the plain value with 0.8 to 2.
+    The term is a mean over images, channels and cells, which does not grow with batch size, width or image size. The
+    published detectors weigh the plain term, before `strength`, with 0.8 to 2.
 
     Args:
-        mid_channels: Channels in which levels are fused, at least 1.
+        mid_channels: Channels of the fused maps, at least 1.
         levels: Levels to use, all by default.
     """
 
@@ -144,13 +142,13 @@ class ReviewKD(Loss):
     columns = ("rev_loss",)
     reads = frozenset({"features"})
     paper = "Chen et al. 2021, arXiv 2104.09044"
+    strength = 3.0
 
     def __init__(self, *, mid_channels: Annotated[int, Field(ge=1)] = 128, levels: LevelNames | None = None):
-        super().__init__()
+        super().__init__(levels=levels)
         if not isinstance(mid_channels, int):
             raise ValueError(f"mid_channels must be a whole number of at least 1, received {mid_channels!r}")
         self.mid_channels = int(check_range("mid_channels", mid_channels, 1))
-        self.level_names = check_levels(levels)
 
     def build(self, pair: PairSpec) -> None:
         """Make one fusion per level, deepest first."""
@@ -160,18 +158,19 @@ class ReviewKD(Loss):
             for i in reversed(self.levels)
         )
 
-    def forward(self, step: LossInputs) -> dict[str, Tensor]:
-        """Return the one term.
+    def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
+        """Return the only term.
 
         Raises:
-            PairError: If a level has one cell in the whole batch, over which nothing can be normalised.
+            PairError: If a level has a single cell in the whole batch, so that it cannot be normalised.
         """
-        features = [step.student.features[i] for i in self.levels]
+        features = [inputs.student.features[i] for i in self.levels]
         if any(feature[:, 0].numel() < 2 for feature in features):
             raise PairError(
-                "reviewkd normalises each level over its cells, and a level of this batch has one only. Raise imgsz "
-                "or batch, or leave the coarsest level out with levels=."
+                "reviewkd normalises each level over its cells, but a level of this batch has only one. Raise imgsz "
+                "or batch, or leave out the coarsest level with levels=."
             )
-        fused = step.layers(lambda *maps: review(self.fusions, maps), *features, as_is=True)
-        terms = [hcl(f, step.teacher_feature(i, as_is=True)) for f, i in zip(fused, self.levels, strict=True)]
-        return {"rev_loss": STRENGTH * torch.stack(terms).sum()}
+        fused = inputs.layers(lambda *maps: review(self.fusions, maps), *features, as_is=True)
+        return self.total(
+            [hcl(f, inputs.teacher_feature(i, as_is=True)) for f, i in zip(fused, self.levels, strict=True)]
+        )

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from yolo_kd.losses.base import AboveZero, AtLeastZero, LevelNames, Loss, check_levels, check_range
+from yolo_kd.losses.base import AboveZero, AtLeastZero, FeatureLoss, LevelNames, check_range
 from yolo_kd.losses.kernels.layout import channels_innermost
 from yolo_kd.losses.kernels.ops import same_shape
 from yolo_kd.losses.kernels.sea_alignment import cell_alignment
@@ -19,8 +19,8 @@ CAD_GAIN = 14.0
 TDD_GAIN = 14.0
 LDA_GAIN = 14.0
 
-CHUNK = 2**24  # cells of box masks held at once
-FEW_CLASSES = 128  # up to here a GPU handles classes that do not occur faster than it answers which do
+CHUNK = 2**24  # cells of box masks in memory at once
+FEW_CLASSES = 128  # up to this number a GPU computes with absent classes faster than it answers which are present
 
 
 def covered_cells(
@@ -28,8 +28,8 @@ def covered_cells(
 ) -> Tensor:
     """Mark the cells that boxes overlap, in one plane for each group of boxes.
 
-    A cell belongs to a box when they share some area, so that even the smallest object has a cell on every level; a box
-    without an area has none.
+    A cell belongs to a box if they share some area, so that even the smallest object has a cell on every level. A box
+    without area has none.
 
     Args:
         boxes: (M, 4) xyxy pixels.
@@ -37,7 +37,7 @@ def covered_cells(
         slots: Number of planes.
         shape: Height and width of the level, in cells.
         stride: Pixels per cell.
-        chunk: Cells to hold in memory at once; results do not depend on it.
+        chunk: Cells in memory at once; it does not change the results.
 
     Returns:
         (slots, H, W) bool.
@@ -48,8 +48,8 @@ def covered_cells(
     columns = ((x1 < left + stride) & (x2 > left) & (x2 > x1)).float()  # (M, W)
     rows = ((y1 < top + stride) & (y2 > top) & (y2 > y1)).float()  # (M, H)
     count = torch.zeros((slots, height, width), device=boxes.device)
-    for part in torch.arange(len(boxes), device=boxes.device).split(max(chunk // (height * width), 1)):
-        count.index_add_(0, slot[part], rows[part][:, :, None] * columns[part][:, None])
+    for some in torch.arange(len(boxes), device=boxes.device).split(max(chunk // (height * width), 1)):
+        count.index_add_(0, slot[some], rows[some][:, :, None] * columns[some][:, None])
     return count > 0
 
 
@@ -65,8 +65,8 @@ def semantic_masks(
 ) -> Tensor:
     """Sort cells into categories: the centre and the edge of each class, and background.
 
-    The centre of a class is what its boxes cover once shrunk about their middles, its edge is the rest of them. A cell
-    may belong to several classes; background belongs to none.
+    The centre of a class is the area of its boxes after they shrink about their middles; its edge is the rest of the
+    boxes. A cell may belong to several classes. A background cell belongs to none.
 
     Args:
         boxes: (M, 4) xyxy pixels.
@@ -91,12 +91,12 @@ def semantic_masks(
 
 
 class Categories(NamedTuple):
-    """The categories that the cells of a level belong to, listed image by image: few of all P occur in any one image.
+    """The categories of a level's cells, listed image by image, because few of all P categories occur in one image.
 
     Attributes:
         masks: (B, Q, H, W), 1 in the cells of each category that occurs in the image and 0 elsewhere.
-        which: (B, Q) int64 in [0, P), the categories' numbers; those without a cell may be any.
-        cells: (P,) number of cells in the batch.
+        which: (B, Q) int64 in [0, P), the numbers of the categories; any number for a category without a cell.
+        cells: (P,) number of cells of each category in the batch.
     """
 
     masks: Tensor
@@ -123,15 +123,15 @@ def category_anchors(feature: Tensor, categories: Categories, dtype: torch.dtype
     Args:
         feature: (B, C, H, W).
         categories: P categories.
-        dtype: Precision of the matrix product, which sums up in float32 at least; that of `feature` by default.
+        dtype: Precision of the matrix product, which adds up in float32 or better; that of `feature` by default.
 
     Returns:
-        (P, C), float32 at least, zero for categories without a cell.
+        (P, C), float32 or better, zero for categories without a cell.
     """
     masks, which, cells = categories
     dtype = dtype or feature.dtype
     flat, masks = feature.flatten(2).to(dtype), masks.to(dtype).flatten(2)
-    # (B, Q, C), the way round in which the gradient lies in memory as the feature does
+    # (B, Q, C), in the order that gives the gradient the memory format of the feature
     sums = masks @ flat.mT if channels_innermost(flat) else (flat @ masks.mT).mT
     sums = sums.to(torch.promote_types(dtype, torch.float32)).flatten(0, 1)
     pooled = sums.new_zeros(len(cells), feature.shape[1]).index_add(0, which.flatten(), sums)
@@ -157,20 +157,26 @@ def anchor_distillation(student: Tensor, teacher: Tensor, present: Tensor) -> Te
     return (error * present).sum() / present.sum().clamp(min=1)
 
 
-class SEA(Loss):
+class SEA(FeatureLoss):
     """Semantic-aware alignment: category anchors, distances to them, and where each channel responds.
 
-    arXiv 2203.00862. **Reconstructed**: no code is public and its formulas and coefficients were not at hand. The paper
-    gives: three losses beside the task's, on anchors of each class and of background pooled over all images of the
-    batch, on the distribution of distances to them (τ₁) and on localisation (τ₂), temperatures that matter little from
-    0.01 to 5, no parameters besides. Ours are: centres as boxes shrunk to half their sides and cells counted by any
-    overlap; squared error as the anchors' distance; cosine as the distance to them; student anchors with gradient;
-    softmax over space per channel as localisation; the factor τ²; all means; and all strengths.
+    arXiv 2203.00862. **Reconstructed**: no code is public, and its formulas and coefficients were not available.
 
-    A departure by choice: the paper acts on the convolutions of both head branches. Teacher and student towers differ
-    in width and depth there, so all three terms act on the features that the head receives, the student's aligned by a
-    1x1 convolution. Means over levels, so that strength does not depend on their number. Anchors are those of the
-    images on one device.
+    The paper gives three losses in addition to the task loss: one on anchors of each class and of background, pooled
+    over all images of the batch, one on the distribution of distances to the anchors (τ₁), and one on localisation
+    (τ₂). The temperatures matter little from 0.01 to 5, and there are no other parameters.
+
+    This reconstruction chooses: centres as boxes shrunk to half their sides, and cells counted by any overlap; squared
+    error between anchors; cosine as the distance to them; student anchors with gradient; softmax over space per channel
+    as localisation; the factor τ²; all means; and all strengths.
+
+    Departures:
+
+    - The paper acts on the convolutions of both head branches. There the towers of teacher and student differ in width
+      and depth, so that all three terms act on the input features of the head, the student's aligned by a 1x1
+      convolution.
+    - Terms are means over levels, so that the strength does not depend on their number.
+    - Anchors span the images on one device.
 
     Args:
         alpha: Strength of category anchor distillation, at least 0.
@@ -199,45 +205,44 @@ class SEA(Loss):
         shrink: Annotated[float, Field(gt=0, le=1)] = 0.5,
         levels: LevelNames | None = None,
     ):
-        super().__init__()
+        super().__init__(levels=levels)
         self.alpha = check_range("alpha", alpha, 0)
         self.beta = check_range("beta", beta, 0)
         self.gamma = check_range("gamma", gamma, 0)
         self.tau1 = check_range("tau1", tau1, 0, above=True)
         self.tau2 = check_range("tau2", tau2, 0, above=True)
         self.shrink = check_range("shrink", shrink, 0, 1, above=True)
-        self.level_names = check_levels(levels)
 
-    def forward(self, step: LossInputs) -> dict[str, Tensor]:
-        """Return the three terms, means over levels."""
-        categories = step.once(("semantic masks", self.shrink), lambda: self._categories(step))
-        cad, tdd, lda = [], [], []
-        for i in self.levels:
-            s, t = step.aligned("conv1x1", i, as_is=True), step.teacher_feature(i, as_is=True)
-            same_shape(student=s, teacher=t)
-            present = categories[i].cells > 0
-            # maps that come in bfloat16 gain nothing from products in float32; sums of cells would overflow in float16
-            dtype = torch.promote_types(s.dtype, torch.bfloat16)
-            anchors = category_anchors(s, categories[i], dtype), category_anchors(t, categories[i], dtype)
-            cad.append(anchor_distillation(*anchors, present))
-            alignment = cell_alignment(s, t, anchors, present, self.tau1, self.tau2, dtype)
-            tdd.append(alignment[0])
-            lda.append(alignment[1])
+    def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
+        """Return the three terms, averaged over levels."""
+        categories = inputs.once(("semantic masks", self.shrink), lambda: self._categories(inputs))
+        terms = [self._terms(*self.maps(inputs, level), categories[level]) for level in self.levels]
+        cad, tdd, lda = (torch.stack(term).mean() for term in zip(*terms, strict=True))
         return {
-            "kcad_loss": CAD_GAIN * self.alpha * torch.stack(cad).mean(),
-            "ktdd_loss": TDD_GAIN * self.beta * torch.stack(tdd).mean(),
-            "klda_loss": LDA_GAIN * self.gamma * torch.stack(lda).mean(),
+            "kcad_loss": CAD_GAIN * self.alpha * cad,
+            "ktdd_loss": TDD_GAIN * self.beta * tdd,
+            "klda_loss": LDA_GAIN * self.gamma * lda,
         }
 
-    def _categories(self, step: LossInputs) -> list[Categories]:
-        """Return the categories of every level's cells."""
-        targets = step.targets
-        assert isinstance(targets, Targets)  # the distiller supplies what `reads` names
-        classes = step.student.scores.shape[-1]
+    def _terms(self, student: Tensor, teacher: Tensor, categories: Categories) -> tuple[Tensor, ...]:
+        """Return the three terms of one level."""
+        same_shape(student=student, teacher=teacher)
+        present = categories.cells > 0
+        # bfloat16 maps gain nothing from float32 products. Sums of cells would overflow in float16.
+        dtype = torch.promote_types(student.dtype, torch.bfloat16)
+        anchors = category_anchors(student, categories, dtype), category_anchors(teacher, categories, dtype)
+        cad = anchor_distillation(*anchors, present)
+        return cad, *cell_alignment(student, teacher, anchors, present, self.tau1, self.tau2, dtype)
+
+    def _categories(self, inputs: LossInputs) -> list[Categories]:
+        """Return the categories of the cells of every level."""
+        targets = inputs.targets
+        assert isinstance(targets, Targets)  # the distiller supplies everything that `reads` names
+        classes = inputs.student.scores.shape[-1]
         numbered = _all_classes if _takes_all(targets.boxes.device.type, classes) else _occurring
         slot, which, total = numbered(targets, classes)
         index = torch.cat([which, total + which, which.new_full((targets.batch_size, 1), 2 * total)], dim=1)
-        boxes, image, t = targets.clipped_boxes, targets.image_index, step.teacher
+        boxes, image, t = targets.clipped_boxes, targets.image_index, inputs.teacher
         most = which.shape[1]
         return [
             count_cells(
@@ -250,28 +255,28 @@ class SEA(Loss):
 
 
 def _takes_all(device: str, classes: int) -> bool:
-    """Return whether maps of all classes cost less than asking which of them occur: on a CPU nothing waits."""
+    """Return whether maps of all classes cost less than asking which classes occur. A CPU need not wait."""
     return device != "cpu" and classes <= FEW_CLASSES
 
 
 def _occurring(targets: Targets, _classes: int) -> tuple[Tensor, Tensor, int]:
-    """Number the classes that occur, in each image apart; the host waits for the answer.
+    """Number the classes that occur in each image. The host waits for the answer.
 
     Returns:
         The number of each box's class within its image, (M,); the class of each number, (B, Q); classes in the batch.
     """
     classes, labels = targets.labels.unique(return_inverse=True)
     total = len(classes)
-    found, row = (targets.image_index * total + labels).unique(return_inverse=True)
-    image_of, class_of = found // max(total, 1), found % max(total, 1)
-    first = torch.searchsorted(found, torch.arange(targets.batch_size, device=found.device) * total)
-    rank = torch.arange(len(found), device=found.device) - first[image_of]
-    which = found.new_zeros(targets.batch_size, int(rank.max()) + 1 if len(found) else 0)
+    occurring, row = (targets.image_index * total + labels).unique(return_inverse=True)
+    image_of, class_of = occurring // max(total, 1), occurring % max(total, 1)
+    first = torch.searchsorted(occurring, torch.arange(targets.batch_size, device=occurring.device) * total)
+    rank = torch.arange(len(occurring), device=occurring.device) - first[image_of]
+    which = occurring.new_zeros(targets.batch_size, int(rank.max()) + 1 if len(occurring) else 0)
     which[image_of, rank] = class_of
     return rank[row], which, total
 
 
 def _all_classes(targets: Targets, classes: int) -> tuple[Tensor, Tensor, int]:
-    """Do the same with every class of the model, without asking the device which of them occur."""
+    """Return the same for all classes of the model, without asking the device which of them occur."""
     labels = targets.labels
     return labels, torch.arange(classes, device=labels.device).expand(targets.batch_size, -1), classes

@@ -1,4 +1,4 @@
-"""Structured knowledge distillation of single points and of pairs of points (Liu et al., 2019)."""
+"""Structured knowledge distillation of points and of pairs of points (Liu et al., 2019)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from yolo_kd.losses.base import AtLeastZero, LevelNames, Loss, check_levels, check_range
+from yolo_kd.losses.base import AtLeastZero, FeatureLoss, LevelNames, check_range
 from yolo_kd.losses.kernels.ops import same_shape
 from yolo_kd.losses.kernels.points import weighted_binary_kl
 from yolo_kd.structures import DetectorOutputs, LossInputs
@@ -19,7 +19,7 @@ from yolo_kd.structures import DetectorOutputs, LossInputs
 PIXEL_GAIN = 0.3
 PAIR_GAIN = 2.0
 PUBLISHED_EPS = 1e-8  # added to a node's norm
-UNIT_EPS = 1e-4  # least norm of a node: bounds the gradient of nodes that are all zero
+UNIT_EPS = 1e-4  # smallest norm of a node: bounds the gradient of nodes that are all zero
 
 
 def pixel_wise(student: Tensor, teacher: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def pixel_wise(student: Tensor, teacher: Tensor) -> Tensor:
 
     L = −Σ_{n,h,w} Σ_c softmax(t)_c · log softmax(s)_c / (H W): a cross-entropy, summed over the batch
 
-    With one class it is 0 whatever the student says, and detectors do not score classes by a softmax: see
+    With one class it is 0 for any student, and detectors do not score classes with a softmax: see
     `pixel_wise_sigmoid`.
 
     Args:
@@ -35,7 +35,7 @@ def pixel_wise(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: (B, C, H, W) raw class logits; detached here.
 
     Returns:
-        Scalar, at least the teacher's entropy, growing with B.
+        Scalar, at least the teacher's entropy; it grows with B.
 
     Raises:
         ValueError: If shapes differ.
@@ -50,16 +50,16 @@ def pixel_wise_sigmoid(student: Tensor, teacher: Tensor) -> Tensor:
 
     L = Σ_{b,i} Σ_c KL(σ(t) ‖ σ(s)) / max(Σ_{b,i} o_i, B), with o_i the teacher's largest class probability at a point
 
-    As published, every point counts alike, background too. A detector has a hundred background points for one on an
-    object, so the sum is divided by the number of objects' points, softly counted, as detection losses are; and by at
-    least one for each image, which keeps batches without objects at rest.
+    As published, every point counts the same, background included. A detector has about a hundred background points for
+    each point on an object. Like a detection loss, the sum is therefore divided by a soft count of the points on
+    objects, and by at least one per image, which keeps the term small for batches without objects.
 
     Args:
         student: (B, A, nc) raw class logits of any precision.
         teacher: (B, A, nc) raw class logits; detached here.
 
     Returns:
-        float32 scalar, at least 0 but for rounding.
+        float32 scalar, at least 0 except for rounding.
 
     Raises:
         ValueError: If shapes differ.
@@ -71,25 +71,26 @@ def pixel_wise_sigmoid(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def pool_by_scale(feature: Tensor, scale: float = 0.5) -> Tensor:
-    """Max-pool to nodes as published: windows of int(H · scale) by int(W · scale) cells, partial ones at the border.
+    """Max-pool to nodes as published, with windows of int(H · scale) by int(W · scale) cells, smaller at the border.
 
     Args:
         feature: (B, C, H, W).
         scale: Side of a window as a share of the map, in (0, 1].
 
     Returns:
-        (B, C, h, w), 2x2 for a scale of 0.5 and even sides. Windows have at least one cell (published: an error).
+        (B, C, h, w), 2x2 for a scale of 0.5 and even sides. Windows have at least one cell; without that bound the
+        published code fails.
     """
     kernel = max(int(feature.shape[2] * scale), 1), max(int(feature.shape[3] * scale), 1)
     return F.max_pool2d(feature, kernel, stride=kernel, ceil_mode=True)
 
 
 def pool_to_nodes(feature: Tensor, nodes: int) -> Tensor:
-    """Max-pool to at most `nodes` by `nodes` nodes, with windows of equal size, partial ones at the border.
+    """Max-pool to at most `nodes` by `nodes` nodes, with windows of equal size, smaller at the border.
 
     Args:
         feature: (B, C, H, W).
-        nodes: Most nodes along a side; maps that have no more cells than that stay as they are.
+        nodes: Largest number of nodes along a side; a map without more cells than that does not change.
     """
     kernel = math.ceil(feature.shape[2] / nodes), math.ceil(feature.shape[3] / nodes)
     return F.max_pool2d(feature, kernel, stride=kernel, ceil_mode=True)
@@ -100,8 +101,9 @@ def affinity(feature: Tensor, published: bool = True) -> Tensor:
 
     Args:
         feature: (B, C, H, W).
-        published: Let the norm carry no gradient, as the published code does: the gradient then has a part along the
-            node itself, which changes lengths without end and the loss not at all. Otherwise it is the cosine's own.
+        published: Compute no gradient through the norm, as in the published code. The gradient then has a component
+            along the node itself, which changes lengths without end and does not change the loss. Otherwise it is the
+            gradient of the cosine.
 
     Returns:
         (B, H * W, H * W), in [-1, 1].
@@ -115,14 +117,14 @@ def affinity(feature: Tensor, published: bool = True) -> Tensor:
 
 
 def pair_wise(student: Tensor, teacher: Tensor, published: bool = True) -> Tensor:
-    """Pair-wise distillation of maps that have been pooled to nodes (equation 3); widths may differ.
+    """Pair-wise distillation of maps that are already pooled to nodes (equation 3); widths may differ.
 
     L = Σ_{b,i,j} (a_ij^S − a_ij^T)² / (B · nodes²)
 
     Args:
         student: (B, C_student, h, w).
         teacher: (B, C_teacher, h, w); detached here.
-        published: See `affinity`; the value is the same.
+        published: See `affinity`; it changes the gradient only.
 
     Returns:
         Scalar in [0, 4].
@@ -134,24 +136,25 @@ def pair_wise(student: Tensor, teacher: Tensor, published: bool = True) -> Tenso
     return (affinity(student, published) - affinity(teacher.detach(), published)).square().mean()
 
 
-class Structured(Loss):
+class Structured(FeatureLoss):
     """Structured knowledge distillation: class scores at each point, similarities between pairs of nodes.
 
     Liu et al., "Structured Knowledge Distillation for Semantic Segmentation", CVPR 2019, arXiv 1903.04197, sections 3.1
-    and 3.2; the authors' extension to dense prediction applies it to FCOS. The third part, adversarial training, is
-    the loss `holistic`: name both in a recipe for the whole of the paper. Where we depart:
+    and 3.2; the authors' extension to dense prediction applies it to FCOS. The paper's adversarial training is the loss
+    `holistic`: a recipe with both losses is the whole paper. Departures:
 
     - Pixel-wise: binary divergences instead of a softmax, because YOLO heads score classes independently; divided by
       the teacher's soft number of positive points, not summed over the batch (see `pixel_wise_sigmoid`).
-    - Pair-wise: 10x10 nodes, not 2x2, whose similarities of pooled maxima are all near one. Mean over levels. The paper
-      averages within nodes, the published code takes the maximum; we follow the code, except that the norm of a node
-      has its gradient (see `affinity`). With `nodes: 2` and even sides the value is the published one.
-    - The published weights λ_pi = 10 and λ_pa = 0.5 belong to those sums; after our normalisation both begin at 1.
+    - Pair-wise: 10x10 nodes instead of 2x2, because the similarities of so few pooled maxima are all near one. Mean
+      over levels. The paper averages within nodes, the published code takes the maximum; this loss follows the code,
+      except that the norm of a node has a gradient (see `affinity`). With `nodes: 2` and even sides the loss equals
+      the published one.
+    - The published weights λ_pi = 10 and λ_pa = 0.5 belong to those sums; after this normalisation both start at 1.
 
     Args:
         lam_pi: Strength of the pixel-wise term, at least 0.
         lam_pa: Strength of the pair-wise term, at least 0.
-        nodes: Most nodes along a side of a map, a whole number of at least 2.
+        nodes: Largest number of nodes along a side of a map, a whole number of at least 2.
         levels: Levels of both terms, all by default.
     """
 
@@ -169,31 +172,30 @@ class Structured(Loss):
         nodes: Annotated[int, Field(ge=2)] = 10,
         levels: LevelNames | None = None,
     ):
-        super().__init__()
+        super().__init__(levels=levels)
         self.lam_pi = check_range("lam_pi", lam_pi, 0)
         self.lam_pa = check_range("lam_pa", lam_pa, 0)
         if not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 2:
             raise ValueError(f"nodes must be a whole number of at least 2, received {nodes!r}")
         self.nodes = nodes
-        self.level_names = check_levels(levels)
 
-    def forward(self, step: LossInputs) -> dict[str, Tensor]:
+    def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
         """Return the pixel-wise and the pair-wise term."""
-        s, t = step.student, step.teacher
+        s, t = inputs.student, inputs.teacher
         same_shape(student=s.scores, teacher=t.scores)
         pixel = pixel_wise_sigmoid(self._scores(s), self._scores(t))
         pairs = []
         for i in self.levels:
             same_shape(student=s.features[i][:, :1], teacher=t.features[i][:, :1])
-            # a maximum is exact in any precision, and there are few nodes to convert
-            student, teacher = (pool_to_nodes(v.features[i], self.nodes).float() for v in (s, t))
+            # A maximum is exact in any precision, and few nodes are left to convert.
+            student, teacher = (pool_to_nodes(x.features[i], self.nodes).float() for x in (s, t))
             pairs.append(pair_wise(student, teacher.contiguous(), published=False))
         pair = torch.stack(pairs).mean()
         return {"kpix_loss": PIXEL_GAIN * self.lam_pi * pixel, "kpair_loss": PAIR_GAIN * self.lam_pa * pair}
 
-    def _scores(self, view: DetectorOutputs) -> Tensor:
-        """Return the raw class logits of the points on our levels, (B, A, nc)."""
-        if len(self.levels) == len(view.shapes):
-            return view.scores
-        per_level = view.per_level(view.scores)
+    def _scores(self, outputs: DetectorOutputs) -> Tensor:
+        """Return the raw class logits of the points on the levels in use, (B, A, nc)."""
+        if len(self.levels) == len(outputs.shapes):
+            return outputs.scores
+        per_level = outputs.per_level(outputs.scores)
         return torch.cat([per_level[i] for i in self.levels], 1)

@@ -139,8 +139,8 @@ def sums_in_chunks(
         ValueError: If the lengths of the tensors along `dim` differ.
     """
     others = tuple(t.detach() for t in others)
-    if len({t.shape[dim] for t in (student, *others)}) > 1:
-        lengths = [t.shape[dim] for t in (student, *others)]
+    lengths = [t.shape[dim] for t in (student, *others)]
+    if len(set(lengths)) > 1:
         raise ValueError(f"all tensors must be equally long along dimension {dim}, received {lengths}")
     return _SumsInChunks.apply(function, dim, times, raw, len(shared), student, *others, *shared).unbind()
 

@@ -63,7 +63,7 @@ def pair_moments(
     """Return the moments of a pair of maps. Gradient flows to the student's map and to both convolutions.
 
     Args:
-        student: S, (B, C, HW). Half precision is computed with in float32.
+        student: S, (B, C, HW). Half precision is converted to float32.
         teacher: T, (B, C, HW); receives no gradient.
         temperature: Temperature of the teacher's channel attention, above zero.
         student_mask: Mask convolution of the student's context block.

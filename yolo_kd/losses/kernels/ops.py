@@ -173,6 +173,18 @@ def assigned(inputs: LossInputs) -> Assignment:
     return inputs.targets.assignment
 
 
+def box_distributions(inputs: LossInputs) -> tuple[Tensor, Tensor]:
+    """Return the student's and the teacher's logits of the distance distributions, (B, A, 4, reg_max) float32 each.
+
+    Raises:
+        ValueError: If shapes differ.
+    """
+    s, t = inputs.student, inputs.teacher
+    same_shape(student_boxes=s.boxes, teacher_boxes=t.boxes)
+    student, teacher = (outputs.boxes.float().unflatten(-1, (4, s.reg_max)) for outputs in (s, t))
+    return student, teacher
+
+
 def gap_cross_entropy(student: Tensor, teacher: Tensor, beta: float = 1.0) -> Tensor:
     """Binary cross-entropy against the teacher's probabilities, scaled by the gap between student and teacher.
 
