@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Measure how far students still see what a teacher sees: mAP50-95 against the teacher's confident detections.
+"""Measure how well students reproduce a teacher: mAP50-95 against the teacher's confident detections.
 
-The teacher's detections on the images stand for labels, so no image has to be labelled. Only the teacher's classes
-count, which a student is taken to have by name. For a student that was to keep them (keep_classes=teacher), name the
-untouched student first: the last column is the share of its agreement that each has.
+The teacher's detections serve as labels, so the images need none. Only the teacher's classes count; a student's classes
+are matched by name. To see what a student with keep_classes=teacher has kept, name the original student first: the
+table shows every student's agreement as a share of the first one's.
 
 python scripts/agreement.py --teacher yolov8s.pt --images photos yolov8n.pt runs/detect/train/weights/best.pt
 """
@@ -29,11 +29,11 @@ from yolo_kd.safe_loading.restricted import restricted_loading
 from yolo_kd.unlabeled.images import images_below
 
 IOUS = torch.linspace(0.5, 0.95, 10)
-LOWEST = 0.001  # confidence of the least detection of a student that counts, as in Ultralytics' validation
+LOWEST = 0.001  # least confidence of a student's detection, as in Ultralytics' validation
 
 
 def images_of(folder: Path) -> list[Path]:
-    """Return the images below a folder, in order.
+    """Return the sorted images in a folder and its subfolders.
 
     Raises:
         DataError: If there are none.
@@ -51,10 +51,10 @@ def detections(model: YOLO, file: Path, imgsz: int, conf: float) -> np.ndarray:
 
 
 def hits(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return which of the (P, 6) predictions find a label, (P, 10) for the ten overlaps.
+    """Return which of the (P, 6) predictions match a label, (P, 10) for the ten overlaps.
 
-    At each overlap a prediction takes the label of its class that it covers best, and a label goes to the most certain
-    prediction that took it, as in Ultralytics' validation.
+    At each overlap, a prediction takes the label of its class with the largest overlap, and a label taken by several
+    predictions goes to the most confident one, as in Ultralytics' validation.
     """
     correct = np.zeros((len(predicted), len(IOUS)), dtype=bool)
     if not len(predicted) or not len(labels):
@@ -71,7 +71,7 @@ def hits(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def agreement(student: YOLO, names: dict[int, str], labels: dict[Path, np.ndarray], imgsz: int) -> dict[str, Any]:
-    """Return how well a student finds the teacher's detections.
+    """Return how well a student reproduces the teacher's detections.
 
     Args:
         student: The student.
@@ -80,12 +80,12 @@ def agreement(student: YOLO, names: dict[int, str], labels: dict[Path, np.ndarra
         imgsz: Image size in pixels.
 
     Returns:
-        `map` and `map50` over the teacher's classes that it saw, and the `classes` that the student lacks.
+        `map` and `map50` over the classes that the teacher detected, and `lacking`, the classes that the student lacks.
 
     Raises:
         PairError: If the student has none of the teacher's classes.
     """
-    classes = match(student.names, names)  # here the student's classes are brought to the teacher's
+    classes = match(student.names, names)  # student classes onto teacher classes
     if not classes.matched:
         raise PairError(
             f"{student.ckpt_path} has none of the teacher's classes ({short(list(names.values()))}), it has "
@@ -107,11 +107,11 @@ def agreement(student: YOLO, names: dict[int, str], labels: dict[Path, np.ndarra
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print a row for each student and, if asked, write the numbers as JSON."""
+    """Print a row for each student, and write the numbers as JSON with --json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("students", nargs="+", type=Path, help="checkpoints; the first is what the others are held to")
-    parser.add_argument("--teacher", required=True, type=Path, help="checkpoint whose detections stand for labels")
-    parser.add_argument("--images", required=True, type=Path, help="folder of images, searched with all below it")
+    parser.add_argument("students", nargs="+", type=Path, help="checkpoints; the others are compared with the first")
+    parser.add_argument("--teacher", required=True, type=Path, help="checkpoint whose detections serve as labels")
+    parser.add_argument("--images", required=True, type=Path, help="folder of images, with its subfolders")
     parser.add_argument("--imgsz", type=int, default=640, help="image size in pixels (640)")
     parser.add_argument("--conf", type=float, default=0.5, help="least confidence of the teacher's detections (0.5)")
     parser.add_argument("--json", type=Path, help="file for the numbers")
@@ -121,9 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             files = images_of(args.images)
             teacher = YOLO(args.teacher, task="detect")
             labels = {file: detections(teacher, file, args.imgsz, args.conf) for file in files}
-            seen = sum(map(len, labels.values()))
-            if not seen:
-                raise DataError(f"the teacher sees nothing with confidence {args.conf} on the {len(files)} images.")
+            count = sum(map(len, labels.values()))
+            if not count:
+                raise DataError(f"the teacher detects nothing with confidence {args.conf} on the {len(files)} images.")
             rows = {
                 str(path): agreement(YOLO(path, task="detect"), teacher.names, labels, args.imgsz)
                 for path in args.students
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     kinds = len({int(c) for label in labels.values() for c in label[:, 5]})
-    print(f"{seen} detections of {kinds} classes by {args.teacher} on {len(files)} images, confidence {args.conf}\n")
+    print(f"{count} detections of {kinds} classes by {args.teacher} on {len(files)} images, confidence {args.conf}\n")
     print("| student | mAP50-95 | mAP50 | of the first | classes it lacks |\n|---|---|---|---|---|")
     first = next(iter(rows.values()))["map"]
     for path, row in rows.items():
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         share = "-" if row["of_first"] is None else f"{row['of_first']:.1%}"
         print(f"| {path} | {row['map']:.4f} | {row['map50']:.4f} | {share} | {len(row['lacking'])} |")
     if args.json:
-        figures = {"images": len(files), "detections": seen, "classes": kinds, "conf": args.conf, "students": rows}
+        figures = {"images": len(files), "detections": count, "classes": kinds, "conf": args.conf, "students": rows}
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 0
 

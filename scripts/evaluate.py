@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Validate checkpoints on val and test and print one Markdown row each, with the training time from results.csv.
+"""Validate checkpoints on val and test, and print a Markdown row for each with its training time from results.csv.
 
 python scripts/evaluate.py --data runs/bccd/data/data.yaml --imgsz 320 runs/bccd/*/weights/best.pt
 """
@@ -15,7 +15,7 @@ from ultralytics import YOLO
 
 
 def training_time(best: Path) -> float | None:
-    """Return the seconds that the run of a checkpoint took, None where its results.csv is gone."""
+    """Return the training time of a checkpoint in seconds, None if its results.csv is gone."""
     table = best.parents[1] / "results.csv"
     if not table.exists():
         return None
@@ -24,7 +24,7 @@ def training_time(best: Path) -> float | None:
 
 
 def main() -> None:
-    """Print the table and, if asked, write it as JSON."""
+    """Print the table, and write it as JSON with --out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", type=Path, help="trained checkpoints")
     parser.add_argument("--data", required=True, help="data yaml")

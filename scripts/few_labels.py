@@ -1,28 +1,27 @@
 #!/usr/bin/env python3
-r"""Few labels and a pool of images without any: what is the pool worth? Every arm takes the same number of steps.
+r"""Compare ways to train with few labels and many unlabeled images. Every arm takes the same number of steps.
 
     python scripts/few_labels.py --data DATA --labels cfg/experiments/bccd_20_percent.txt --teacher teacher.pt \
         --student yolov8n.yaml --out runs/few20
 
-DATA is a folder with data.yaml, images/ and labels/ in YOLO format; it is copied, since label caches are written beside
-labels. The list names the training images that keep their labels, one stem a line. Arms:
+DATA is a folder with data.yaml, images/ and labels/ in YOLO format. It is copied, since Ultralytics writes label
+caches into it. The list names the training images that keep their labels, one stem per line. Arms:
 
     few        the few labels, the student alone
     few_kd     the few labels, distilled
-    hard       the few labels, and the teacher's detections above --hard as labels of the pool: plain pseudo-labels
+    hard       also the teacher's detections above --hard as labels of the other images: plain pseudo-labels
     hard_kd    the same labels, distilled
     distill, pseudo, both   the few labels and unlabeled= with that mode
     all        all labels, the student alone
     all_kd     all labels, distilled
-    none_distill, none_both   no label at all: every training image is in the pool
+    none_distill, none_both   no label at all: every training image is unlabeled
 
-The default recipe of these arms has the losses of `default` but not its start, so that all arms start alike.
+The recipe of these arms is --kd. Its default has the losses of `default` but not its start, so that all arms start
+alike. An arm with unlabeled images can set its own unlabeled_ratio=: both@4 has four of them for each labeled one.
 
-An arm with a pool may name its own unlabeled_ratio=: both@4 has four images of the pool for each labelled one.
-
-A list of few images is repeated, so that an epoch of every arm has as many steps. A run that is finished is not
-repeated, one that was interrupted goes on. The table that is printed has mean and spread over the seeds, and the paired
-difference to `hard` and to `all` with its 95 % interval.
+A short list of images is repeated, so that an epoch of every arm has the same number of steps. A finished run is not
+repeated, and an interrupted one continues. The table shows mean and standard deviation over the seeds, and the paired
+differences to `hard` and `all` with their 95 % intervals.
 """
 
 from __future__ import annotations
@@ -42,13 +41,13 @@ import yaml
 from yolo_kd.compare.statistics import paired, points, spread
 from yolo_kd.safe_loading.restricted import quiet
 
-POOL_ARMS = ("distill", "pseudo", "both")
-ARMS = ("few", "few_kd", "hard", "hard_kd", *POOL_ARMS, "all", "all_kd", "none_distill", "none_both")
+UNLABELED_ARMS = ("distill", "pseudo", "both")
+ARMS = ("few", "few_kd", "hard", "hard_kd", *UNLABELED_ARMS, "all", "all_kd", "none_distill", "none_both")
 SPLITS = ("val", "test")
 
 
 def main() -> None:
-    """Make the variants of the data set, train every arm, validate, and print the table."""
+    """Write the variants of the data set, train every arm, validate, and print the table."""
     args = parse()
     out = args.out.resolve()
     data = make_data(args, out / "data")
@@ -80,10 +79,14 @@ def parse() -> argparse.Namespace:
 
 
 def known_arm(word: str) -> str:
-    """Return an arm as it was written, if there is one of that name."""
+    """Return the arm if its name exists.
+
+    Raises:
+        argparse.ArgumentTypeError: If it does not.
+    """
     arm, _, ratio = word.partition("@")
-    if arm not in ARMS or (ratio and arm not in POOL_ARMS):
-        raise argparse.ArgumentTypeError(f"'{word}' is no arm. Arms: {', '.join(ARMS)}; both@4 for another ratio.")
+    if arm not in ARMS or (ratio and arm not in UNLABELED_ARMS):
+        raise argparse.ArgumentTypeError(f"'{word}' is not an arm. Arms: {', '.join(ARMS)}; both@4 for another ratio.")
     return word
 
 
@@ -94,41 +97,41 @@ def image_size(args: argparse.Namespace) -> int:
 
 # ------------------------------------------------------------------------------------------------------ the data
 def make_data(args: argparse.Namespace, folder: Path) -> dict[str, Path]:
-    """Return the data YAMLs, and the list of the pool as `pool`."""
+    """Write the data set's variants, and return their data YAMLs and the list `unlabeled` of images without labels."""
     names = {kind: folder / f"{kind}.yaml" for kind in ("all", "few", "hard", "none")}
-    names |= {"pool": folder / "pool.txt", "everything": folder / "everything.txt"}
+    names |= {"unlabeled": folder / "unlabeled.txt", "everything": folder / "everything.txt"}
     if all(path.exists() for path in names.values()):
         return names
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(args.data, folder, copy_function=shutil.copyfile)
     for path in (folder, *folder.rglob("*")):
         path.chmod(path.stat().st_mode | 0o200)
-    told = yaml.safe_load((folder / "data.yaml").read_text(encoding="utf-8"))
-    images = sorted((folder / told["train"]).iterdir())
+    config = yaml.safe_load((folder / "data.yaml").read_text(encoding="utf-8"))
+    images = sorted((folder / config["train"]).iterdir())
     chosen = set(args.labels.read_text(encoding="utf-8").split())
     if unknown := chosen - {image.stem for image in images}:
         sys.exit(f"{args.labels} names {len(unknown)} images that {args.data} does not have, such as {min(unknown)}.")
     few = [image for image in images if image.stem in chosen]
-    pool = [image for image in images if image.stem not in chosen]
+    unlabeled = [image for image in images if image.stem not in chosen]
     repeated = [few[i % len(few)] for i in range(len(images))]
-    lists = {"all": images, "few_once": few, "few": repeated, "pool": pool, "everything": images}
-    lists["hard"] = few + pseudo_labelled(args, pool, folder)
+    lists = {"all": images, "few_once": few, "few": repeated, "unlabeled": unlabeled, "everything": images}
+    lists["hard"] = few + pseudo_labeled(args, unlabeled, folder)
     for name, paths in lists.items():
         (folder / f"{name}.txt").write_text("".join(f"{path}\n" for path in paths), encoding="utf-8")
-    (folder / "few_once.yaml").write_text(described(told, folder, "few_once.txt"), encoding="utf-8")
+    (folder / "few_once.yaml").write_text(described(config, folder, "few_once.txt"), encoding="utf-8")
     for name in ("all", "few", "hard"):
-        names[name].write_text(described(told, folder, f"{name}.txt"), encoding="utf-8")
-    names["none"].write_text(described({k: v for k, v in told.items() if k != "train"}, folder), encoding="utf-8")
+        names[name].write_text(described(config, folder, f"{name}.txt"), encoding="utf-8")
+    names["none"].write_text(described({k: v for k, v in config.items() if k != "train"}, folder), encoding="utf-8")
     return names
 
 
-def described(told: dict[str, Any], folder: Path, train: str | None = None) -> str:
-    """Return a data YAML with another training list."""
-    return yaml.safe_dump({**told, "path": str(folder), **({"train": train} if train else {})}, sort_keys=False)
+def described(config: dict[str, Any], folder: Path, train: str | None = None) -> str:
+    """Return the text of a data YAML with another training list."""
+    return yaml.safe_dump({**config, "path": str(folder), **({"train": train} if train else {})}, sort_keys=False)
 
 
-def pseudo_labelled(args: argparse.Namespace, pool: list[Path], folder: Path) -> list[Path]:
-    """Return copies of the pool's images, with the teacher's detections as labels where Ultralytics looks for them."""
+def pseudo_labeled(args: argparse.Namespace, unlabeled: list[Path], folder: Path) -> list[Path]:
+    """Copy the unlabeled images and write the teacher's detections as their labels; return the copies."""
     from ultralytics import YOLO
 
     images, labels = folder / "hard" / "images", folder / "hard" / "labels"
@@ -136,7 +139,7 @@ def pseudo_labelled(args: argparse.Namespace, pool: list[Path], folder: Path) ->
     labels.mkdir()
     teacher = YOLO(args.teacher)
     copies = []
-    for image in pool:
+    for image in unlabeled:
         copies.append(Path(shutil.copyfile(image, images / image.name)))
         found = teacher.predict(image, conf=args.hard, imgsz=image_size(args), verbose=False)[0].boxes
         rows = zip(found.cls.tolist(), found.xywhn.tolist(), strict=True)
@@ -147,17 +150,17 @@ def pseudo_labelled(args: argparse.Namespace, pool: list[Path], folder: Path) ->
 
 # ------------------------------------------------------------------------------------------------------ the runs
 def keys_of(args: argparse.Namespace, arm: str, data: dict[str, Path]) -> list[str]:
-    """Return what an arm trains with."""
+    """Return the keys with which an arm trains."""
     distilled = [f"teacher={args.teacher.resolve()}", f"kd={args.kd}"]
     if arm in ("few", "hard", "all"):
         return [f"data={data[arm]}", "kd=none"]
     if arm in ("few_kd", "hard_kd", "all_kd"):
         return [f"data={data[arm.removesuffix('_kd')]}", *distilled]
     mode, _, ratio = arm.partition("@")
-    if mode in POOL_ARMS:
+    if mode in UNLABELED_ARMS:
         once = data["few"].with_name("few_once.yaml")
-        pool = [f"unlabeled={data['pool']}", f"unlabeled_mode={mode}"]
-        return [f"data={once}", *distilled, *pool, *([f"unlabeled_ratio={ratio}"] if ratio else [])]
+        unlabeled = [f"unlabeled={data['unlabeled']}", f"unlabeled_mode={mode}"]
+        return [f"data={once}", *distilled, *unlabeled, *([f"unlabeled_ratio={ratio}"] if ratio else [])]
     mode = arm.removeprefix("none_")
     return [f"data={data['none']}", *distilled, f"unlabeled={data['everything']}", f"unlabeled_mode={mode}"]
 
@@ -174,7 +177,7 @@ def train(args: argparse.Namespace, out: Path, data: dict[str, Path], arm: str, 
     else:
         words += [f"student={args.student}", *keys_of(args, arm, data), *args.keys, f"seed={seed}", "threads=1"]
         words += ["plots=False", "exist_ok=True", f"project={out}", f"name={arm}_{seed}"]
-    print(f"{arm} seed {seed}: {'goes on' if last.exists() else 'starts'}", flush=True)
+    print(f"{arm} seed {seed}: {'continues' if last.exists() else 'starts'}", flush=True)
     with open(out / f"{arm}_{seed}.log", "a", encoding="utf-8") as log:
         code = subprocess.run(words, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
     if code.returncode == 0:
@@ -185,14 +188,14 @@ def train(args: argparse.Namespace, out: Path, data: dict[str, Path], arm: str, 
 
 
 def evaluate(args: argparse.Namespace, folder: Path, data: Path) -> dict[str, float]:
-    """Return mAP50-95 of a run's best checkpoint on every split that the data set has."""
+    """Return mAP50-95 of a run's best checkpoint on every split of the data set."""
     from ultralytics import YOLO
 
     kept = folder / "figures.json"
     if not kept.exists():
-        told = yaml.safe_load(data.read_text(encoding="utf-8"))
+        config = yaml.safe_load(data.read_text(encoding="utf-8"))
         found = {}
-        for split in (split for split in SPLITS if told.get(split)):
+        for split in (split for split in SPLITS if config.get(split)):
             keys = {"plots": False, "verbose": False, "workers": 0, "project": str(folder), "name": "val"}
             with quiet():
                 metrics = YOLO(folder / "weights" / "best.pt").val(

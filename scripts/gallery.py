@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw where losses look: their weight masks on one image of the drawn set, for docs/losses.md.
+"""Draw the weight masks of losses on one image of the demo's data set, for docs/losses.md.
 
 make demo
 python scripts/gallery.py --teacher runs/demo/teacher/weights/best.pt --data runs/demo/data --out docs/masks.svg
@@ -29,7 +29,7 @@ from yolo_kd.structures import LossInputs, PairSpec, Targets
 
 
 def read(folder: Path) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
-    """Return the validation image with most objects, RGB, and its labels and boxes (xyxy pixels)."""
+    """Return the validation image with the most objects (RGB), its labels, and its boxes (xyxy, pixels)."""
     labels = max((folder / "labels" / "val").glob("*.txt"), key=lambda p: len(p.read_text().splitlines()))
     image = next(p for p in (folder / "images" / "val").iterdir() if p.stem == labels.stem)
     pixels = cv2.cvtColor(cv2.imread(str(image)), cv2.COLOR_BGR2RGB)
@@ -51,27 +51,27 @@ def main() -> None:
     index = torch.zeros(len(boxes), dtype=torch.int64)
     detector = load_detector(args.teacher, role="teacher")
     pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None].float() / 255
-    view = Teacher(detector, torch.device("cpu"))(pixels)
-    pair = PairSpec((1, 1, 1), (1, 1, 1), view.strides, len(detector.model.names), 16, 16)
+    outputs = Teacher(detector, torch.device("cpu"))(pixels)
+    pair = PairSpec((1, 1, 1), (1, 1, 1), outputs.strides, len(detector.model.names), 16, 16)
     fgfi = FGFI()
     fgfi.build(pair)
-    step = LossInputs(view, view, Targets(boxes, labels, index, size, 1))
+    step = LossInputs(outputs, outputs, Targets(boxes, labels, index, size, 1))
     sea = semantic_masks(boxes, torch.zeros_like(labels), index, 1, 1, shape, 8, 0.5)[0].float()
-    kept = objectness_weights(view.scores, view.objectness, view.shapes, True)
+    kept = objectness_weights(outputs.scores, outputs.objectness, outputs.shapes, True)
     panels = {
         "image and boxes": None,
         "fgd: foreground weight": focal_masks(boxes, index, 1, size, shape)[0][0],
         "fgfi: imitated cells": fgfi._masks(step)[0][0].squeeze().float(),
         "sea: background, edge, centre": sea[0] * 2 + sea[1],
-        "objectness of the teacher": view.per_level(view.objectness)[0].view(shape),
-        "objectness after feature-map NMS": view.per_level(kept)[0].view(shape),
+        "objectness of the teacher": outputs.per_level(outputs.objectness)[0].view(shape),
+        "objectness after feature-map NMS": outputs.per_level(kept)[0].view(shape),
     }
     figure, axes = plt.subplots(2, 3, figsize=(9, 6.2), dpi=80)
     for axis, (title, mask) in zip(axes.flat, panels.items(), strict=True):
         axis.set_xlim(0, size[1])
         axis.set_ylim(size[0], 0)
         axis.set_aspect("equal")
-        if mask is None:  # once only, since a picture inside an SVG file is large
+        if mask is None:  # once, since a picture in an SVG file is large
             axis.imshow(image, extent=(0, size[1], size[0], 0))
             axis.set_aspect("equal")
         else:
@@ -86,7 +86,7 @@ def main() -> None:
         axis.set_yticks([])
     figure.tight_layout()
     figure.savefig(args.out, dpi=80)
-    # one newline at the end and no trailing spaces, like every text file here
+    # one newline at the end and no trailing spaces, as in every text file
     args.out.write_text("\n".join(line.rstrip() for line in args.out.read_text().splitlines()) + "\n")
 
 

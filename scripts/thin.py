@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Write a student that is a thinned copy of a teacher, as a checkpoint that plain Ultralytics trains from.
+"""Write a student that starts as a thinned copy of a teacher, as a checkpoint that plain Ultralytics trains from.
 
-It is the start that `inherit=thinned` gives a distillation, for trainings without a teacher: the start alone.
+`inherit=thinned` gives a distillation the same start; this file is for trainings without a teacher.
 
     python scripts/thin.py --teacher runs/bccd/teacher/weights/best.pt --student yolov8n.yaml --out thin.pt
     yolo-kd train kd=none student=thin.pt data=my.yaml
@@ -21,7 +21,7 @@ from yolo_kd.safe_loading.checkpoint import load_detector
 
 
 def main() -> None:
-    """Write the file and say what of the teacher is in it."""
+    """Write the file and report what it took from the teacher."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, required=True, help="trained detector")
     parser.add_argument("--student", default="yolov8n.yaml", help="model YAML of the same family")

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Train with Ultralytics' own detection trainer, its own `distill_model=` included: the arm that ours is compared with.
+"""Train with Ultralytics' own detection trainer, including its `distill_model=`.
 
-It is `yolo train` with one difference: `amp=bf16` also works on a CPU, so that both arms of a comparison train in the
-same precision. `yolo-kd compare arms=distill_model,...` runs the same thing.
+It equals `yolo train`, except that `amp=bf16` also works on a CPU, so that both arms of a comparison train in the same
+precision. `yolo-kd compare arms=distill_model,...` runs the same.
 
     python scripts/train_upstream.py model=yolov8n.yaml data=coco8.yaml distill_model=yolov8s.pt epochs=3
 """

@@ -5,7 +5,8 @@ How a block runs, by weight:
 - normal: `check`, `export`, `losses`, `recipes` and short scripts run in full on tiny data. `train` runs in full in the
   blocks of `TRAINED`; in the others up to the trainer that is ready to start: keys, recipe, files, models, classes and
   data are read and checked. `compare` runs up to the first training.
-- long: every `train` and `compare` in full, and the scripts that train.
+- long: every `train` in full, the scripts that train, and `compare` in the block of `COMPARED`. Other comparisons have
+  other arms only, all of which the normal weight reads and checks.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ RUN = [block for block in blocks() if block.language in ("bash", "python") and b
 SHELL = [block for block in RUN if block.language == "bash"]
 PYTHON = [block for block in RUN if block.language == "python"]
 TRAINED = ("README.md", "docs/how-to/unlabeled.md", "docs/how-to/add-classes.md", "docs/how-to/resume.md")
+COMPARED = "docs/tutorial.md"
 SLOW_SCRIPTS = ("bench_step.py", "measure_strength.py", "few_labels.py", "bccd.sh", "train_upstream.py")
 MOST_NOT_RUN = 5
 NO_PROGRAMS = ("#!/bin/bash",)  # blocks that are a script of their own, run by bash
@@ -170,7 +172,8 @@ def weight(block: Block) -> list[pytest.MarkDecorator]:
 def shell_cases(*, full: bool) -> list[object]:
     """Return the shell blocks, as parameters: all of them in full, or those that stop before the training."""
     if full:
-        return [pytest.param(block, id=str(block), marks=weight(block)) for block in SHELL]
+        whole = [b for b in SHELL if "yolo-kd compare" not in b.text or b.page == COMPARED]
+        return [pytest.param(block, id=str(block), marks=weight(block)) for block in whole]
     early = [b for b in SHELL if any(m.name == "long" for m in weight(b)) and "yolo-kd " in b.text]
     return [pytest.param(b, id=str(b), marks=pytest.mark.e2e) for b in early if not b.text.startswith(NO_PROGRAMS)]
 
