@@ -193,10 +193,10 @@ def _export_keys() -> dict[str, list[Key]]:
 
 
 def _compare_keys() -> dict[str, list[Key]]:
-    from yolo_kd.compare.arms import OWN_KEYS
+    from yolo_kd.compare.arms import COMPARE_KEYS
     from yolo_kd.config.reference import Key, train_keys
 
-    return {"Comparison": [Key(name, "", "", meaning) for name, meaning in OWN_KEYS.items()], **train_keys()}
+    return {"Comparison": [Key(name, "", "", meaning) for name, meaning in COMPARE_KEYS.items()], **train_keys()}
 
 
 def _losses(arguments: list[str]) -> int:
@@ -287,18 +287,27 @@ def _schema(arguments: list[str]) -> int:
 
     if len(arguments) != 1 or arguments[0] not in SCHEMAS:
         raise ConfigError(f"write yolo-kd schema {listed(list(SCHEMAS))}, received {' '.join(arguments) or 'nothing'}.")
-    print(json.dumps(SCHEMAS[arguments[0]](), indent=1, ensure_ascii=False))
+    schema = SCHEMAS[arguments[0]]()
+    if arguments[0] == "experiment":  # which may be that of a comparison
+        from yolo_kd.compare.arms import COMPARE_KEYS
+
+        schema["properties"] |= {key: {"description": meaning} for key, meaning in COMPARE_KEYS.items()}
+    print(json.dumps(schema, indent=1, ensure_ascii=False))
     return 0
 
 
+def help_text() -> str:
+    """Return what `yolo-kd help` prints."""
+    verbs = _verbs()
+    lines = [f"yolo-kd {__version__}: knowledge distillation for Ultralytics YOLO detectors", ""]
+    lines += [f"  {name:<8}  {verb.summary}" for name, verb in verbs.items()]
+    lines += ["", "For example:", "", *(f"  yolo-kd {verb.usage[0]}" for verb in verbs.values())]
+    lines += ["", "yolo-kd <verb> --help explains its keys. --debug shows the traceback of an error."]
+    return "\n".join(lines)
+
+
 def _help(_arguments: list[str]) -> int:
-    print(f"yolo-kd {__version__}: knowledge distillation for Ultralytics YOLO detectors\n")
-    for name, verb in _verbs().items():
-        print(f"  {name:<8}  {verb.summary}")
-    print("\nFor example:\n")
-    for verb in _verbs().values():
-        print(f"  yolo-kd {verb.usage[0]}")
-    print("\nyolo-kd <verb> --help explains its keys. --debug shows the traceback of an error.")
+    print(help_text())
     return 0
 
 
