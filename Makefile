@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs test test-all test-fast check clean
+.PHONY: help install demo docs test test-all test-fast check schemas clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ test-fast: $(VENV)/.installed-test  ## the tests that train nothing
 
 check: $(VENV)/.installed-test  ## style, format and types
 	VENV=$(VENV) scripts/check
+
+schemas: $(VENV)/.installed  ## write the JSON Schemas of recipes and experiment files from the models
+	for name in recipe experiment; do $(BIN)/python -m yolo_kd schema $$name > yolo_kd/config/schemas/$$name.json; done
 
 clean:  ## remove caches, builds and the demonstration's files; keeps $(VENV) and your runs
 	rm -rf build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage runs/demo *.egg-info

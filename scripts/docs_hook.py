@@ -171,28 +171,33 @@ def claimed(claim: Row, folder: Path) -> Row:
 # ------------------------------------------------------------------------------------------------ reference pages
 
 
-def documented_keys() -> dict[str, dict[str, str]]:
-    """Return our keys with their meanings, by verb. The one place that knows where the code keeps them."""
-    from yolo_kd.compare.arms import OWN_KEYS as COMPARE_KEYS
-    from yolo_kd.config.train_options import OWN_KEYS as TRAIN_KEYS
+def documented_keys() -> dict[str, list[Any]]:
+    """Return our keys in groups. The one place that knows where the code keeps them."""
+    from yolo_kd.compare.arms import COMPARE_KEYS
+    from yolo_kd.config.reference import Key, recipe_keys, train_keys
 
-    return {"train and check": TRAIN_KEYS, "compare, besides those of train": COMPARE_KEYS}
+    compare = [Key(name, "", "", meaning) for name, meaning in COMPARE_KEYS.items()]
+    training = {f"Keys of train and check: {name.lower()}": keys for name, keys in train_keys().items()}
+    recipes = {f"Keys of a recipe: {name.lower()}": keys for name, keys in recipe_keys().items()}
+    return {**training, "Keys of compare, with those of train": compare, **recipes}
 
 
 def keys() -> str:
-    """Return a table of keys for each verb."""
-    return "\n\n".join(
-        f"## Keys of {verb}\n\n"
-        + markdown_table(["key", "meaning"], [[f"`{key}=`", meaning] for key, meaning in meanings.items()])
-        for verb, meanings in documented_keys().items()
-    )
+    """Return a table of keys for each group."""
+    return "\n\n".join(f"## {heading}\n\n{key_table(group)}" for heading, group in documented_keys().items())
+
+
+def key_table(group: Sequence[Any]) -> str:
+    """Return a table of keys."""
+    rows = [[f"`{key.name}`", key.allowed, f"`{key.default}`" if key.default else "", key.meaning] for key in group]
+    return markdown_table(["key", "allowed", "default", "meaning"], rows)
 
 
 def usage() -> str:
     """Return the output of `yolo-kd help`."""
-    from yolo_kd.cli import HELP
+    from yolo_kd.cli import help_text
 
-    return f"```text\n{HELP}```"
+    return f"```text\n{help_text()}\n```"
 
 
 def recipes() -> str:
@@ -214,25 +219,22 @@ def losses() -> str:
 
 def loss_section(name: str, loss: Any) -> str:
     """Return the section of one loss."""
-    text, meanings = "", {}
-    for part in griffe.Docstring(inspect.getdoc(loss) or "").parse("google", warnings=False):
-        if part.kind is griffe.DocstringSectionKind.text:
-            text += part.value + "\n\n"
-        elif part.kind is griffe.DocstringSectionKind.parameters:
-            meanings = {item.name: " ".join(item.description.split()) for item in part.value}
+    from yolo_kd.config.reference import loss_keys
+    from yolo_kd.losses.costs import measured_costs
+
+    costs = measured_costs()
+    parts = griffe.Docstring(inspect.getdoc(loss) or "").parse("google", warnings=False)
+    text = "".join(part.value + "\n\n" for part in parts if part.kind is griffe.DocstringSectionKind.text)
     facts = [
         ["reads", ", ".join(f"`{item}`" for item in sorted(loss.reads))],
         ["adapter", f"`{loss.adapter}`" if loss.adapter else "none"],
         ["heads", "equal numbers of bins, more than one" if loss.needs_bins else "all"],
-        ["cost", f"{loss.cost} of a step of YOLOv8n under YOLOv8s"],
+        ["cost", f"{costs.text(name)} of a step, measured with {costs.setting}"],
         ["columns", ", ".join(f"`{column}`" for column in loss.columns)],
         ["paper", loss.paper],
     ]
-    rows = [
-        [f"`{item.name}`", f"`{item.default!r}`", meanings[item.name]]
-        for item in inspect.signature(loss).parameters.values()
-    ]
-    table = markdown_table(["key", "default", "meaning"], rows) if rows else "It takes no keys of its own."
+    keys = loss_keys(loss)
+    table = key_table(keys) if keys else "It takes no keys of its own."
     return f"## {name}\n\n{text}{markdown_table(['', ''], facts)}\n\n{table}"
 
 

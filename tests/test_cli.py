@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import zipfile
@@ -123,6 +124,8 @@ def test_help_version_losses_recipes(run: Run) -> None:
     code, out, _ = run("help")
     assert code == 0
     assert "yolo-kd train" in out
+    verbs = [line.split()[0] for line in out.split("\n\n")[1].splitlines()]
+    assert verbs == ["train", "check", "compare", "export", "losses", "recipes", "schema", "version", "help"]
     assert run("--help")[1] == out
     assert run()[1] == out
     assert run("version")[1].startswith("yolo-kd ")
@@ -130,8 +133,9 @@ def test_help_version_losses_recipes(run: Run) -> None:
     assert code == 0
     assert {"objectness", "objectness_l2", "ultralytics"} <= {line.split()[0] for line in out.splitlines() if line}
     code, out, _ = run("losses", "objectness")
-    assert any(line.split()[:2] == ["lam_cls", "1.0"] and "class term" in line for line in out.splitlines())
-    assert "weight (a number, or auto" in out
+    assert "  lam_cls=  " in out
+    assert "(default 1.0)" in out
+    assert "a number of at least 0 or auto" in out
     code, out, _ = run("recipes")
     assert {"objectness", "ultralytics"} <= {line.split()[0] for line in out.splitlines() if line}
     assert "losses:" in run("recipes", "objectness")[1]
@@ -143,9 +147,39 @@ def test_every_key_of_every_loss_has_a_meaning(run: Run) -> None:
     for name, loss in registered().items():
         code, out, _ = run("losses", name)
         assert code == 0
-        table = out[out.index("key ") :].split("\n\n")[0].splitlines()[1:]
-        assert [line.split()[0] for line in table] == list(parameters(loss))
-        assert all(len(line.split()) > 4 for line in table), name
+        block = out.partition("\nKeys:\n")[2].partition("\n\n")[0]
+        rows = [line for line in block.splitlines() if line[2] != " "]
+        assert [line.split()[0] for line in rows] == [f"{key}=" for key in parameters(loss)]
+        assert all(len(line.split()) > 3 for line in rows), name
+
+
+@pytest.mark.parametrize("verb", ["train", "check", "compare", "export"])
+def test_help_of_a_verb_explains_its_keys(verb: str, run: Run) -> None:
+    from yolo_kd.config.train_options import OWN_KEYS
+
+    code, out, _ = run(verb, "--help")
+    assert code == 0
+    keys = {line.split()[0] for line in out.splitlines() if line.startswith("  ") and line[2:3].strip()}
+    expected = {"model", "format", "images"} if verb == "export" else {*OWN_KEYS, "data", "resume"}
+    assert {f"{key}=" for key in expected} <= keys
+    assert max(map(len, out.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("verb", ["losses", "recipes", "schema", "version", "help"])
+def test_help_of_a_verb_without_keys(verb: str, run: Run) -> None:
+    code, out, _ = run(verb, "--help")
+    assert code == 0
+    assert out.startswith(f"yolo-kd {verb}: ")
+
+
+def test_schemas_are_printed(run: Run) -> None:
+    code, out, _ = run("schema", "recipe")
+    assert code == 0
+    assert json.loads(out)["title"] == "yolo-kd recipe"
+    assert json.loads(run("schema", "experiment")[1])["properties"]["epochs"]["type"] == "integer"
+    code, _, err = run("schema", "recipes")
+    assert code == 2
+    assert "write yolo-kd schema recipe or experiment, received recipes" in err
 
 
 def test_debug_shows_the_traceback() -> None:

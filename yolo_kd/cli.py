@@ -5,8 +5,11 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from yolo_kd._version import __version__
@@ -14,56 +17,25 @@ from yolo_kd.engine.signals import Interrupted, Terminated
 from yolo_kd.errors import ConfigError, YoloKDError, did_you_mean, listed
 
 if TYPE_CHECKING:
+    from yolo_kd.config.reference import Key
     from yolo_kd.losses.base import Loss
 
-HELP = f"""yolo-kd {__version__}: knowledge distillation for Ultralytics YOLO detectors
 
-  yolo-kd train   teacher=yolov8s.pt student=yolov8n.pt data=coco8.yaml kd=objectness [any Ultralytics training key]
-  yolo-kd train   cfg=cfg/experiments/bccd.yaml                  keys of the command line win over the file's
-  yolo-kd train   kd=none student=yolov8n.pt data=coco8.yaml     the student alone: the baseline, or a teacher
-  yolo-kd train   resume=runs/detect/train/weights/last.pt
-  yolo-kd check   the same keys as train: will this pair work? Trains nothing, writes nothing; --json for programs
-  yolo-kd compare cfg=... arms=baseline,objectness seeds=3 [jobs=1]   did it help? paired runs, verdict, one page
-  yolo-kd export  model=runs/detect/train/weights/best.pt format=onnx [any Ultralytics export key]
-  yolo-kd losses  [name]      the losses there are, or the parameters of one
-  yolo-kd recipes [name]      the recipes that ship with this package, or one of them in full
-  yolo-kd version
-  yolo-kd help
+@dataclass(frozen=True)
+class Verb:
+    """A verb of the command line.
 
-Keys of train besides Ultralytics' own:
-  teacher=                 checkpoint of the large, trained detector
-  student=                 checkpoint or model YAML of the small one
-  kd=                      recipe: a name (yolo-kd recipes) or a YAML file; none for the student alone
-  kd.<loss>.<key>=         changes the recipe, such as kd.objectness.weight=0.5
-  plugins=                 modules with losses of your own to import, as [my_package.my_loss]; importing runs their code
-  cfg=                     experiment file: any of these keys in YAML
-  inherit=thinned          start as a thinned copy of the teacher; true: what fits of neck and head; false: neither
-  trust_checkpoints=true   load files that ask for more than weights; they can run code
-  class_map=               which teacher class is which of the student: '{{car: vehicle, truck: vehicle}}', or index
-  keep_classes=teacher     keep the teacher's classes beside the data set's; keep_conf= (0.05), keep_blend= (0.65)
-  random_teacher=true      allow a model YAML as teacher
-  teacher_precision=       auto, fp32, bf16 or fp16
-  teacher_channels_last=   auto, true or false; so are teacher_compile= and teacher_stream=
-  threads=                 auto or a number, on a CPU
-  kd.cache=disk            keep the teacher's outputs, for trainings without random augmentation
-  unlabeled=               images without labels: a folder, a glob, a .txt of paths, a data YAML, or a list of those
-  unlabeled_ratio=         how many of them in a batch for each labelled image (1)
-  unlabeled_mode=          distill (the terms act on them), pseudo (the task loss does, on the teacher's boxes) or both
-  unlabeled_conf=          class probability above which such a detection is an object (0.4)
-  unlabeled_low=           between this and unlabeled_conf it is neither object nor background (0.1)
-  unlabeled_iou=           overlap above which two of them are one (0.7)
-  --debug                  show the traceback of an error
+    Attributes:
+        run: Does it, given the words after it; returns the exit code.
+        usage: Example command lines, without the program's name.
+        summary: What it does.
+        keys: Returns its keys in groups by a heading, for its help.
+    """
 
-Keys of compare besides those of train; project= and name= say where it writes (runs/compare/<cfg's name>):
-  arms=                    recipes, baseline (the student alone), distill_model (Ultralytics' own), or a YAML of arms
-  seeds=                   trainings per arm, with seeds seed, seed + 1, ... (3)
-  jobs=                    trainings at a time (1)
-"""
-
-EVERY_LOSS_TAKES = """\
-Every loss also takes weight (a number, or auto: the weight follows the gradients), ratio (with weight: auto, the
-gradient over the task loss's that it aims at, 0.3), schedule (kind, start, end, warmup, stop), student_layers and
-teacher_layers."""
+    run: Callable[[list[str]], int]
+    usage: tuple[str, ...]
+    summary: str
+    keys: Callable[[], dict[str, list[Key]]] = dict
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,22 +72,59 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: list[str]) -> int:
     verb, rest = (arguments[0].lstrip("-"), arguments[1:]) if arguments else ("help", [])
-    verbs: dict[str, Callable[[list[str]], int]] = {
-        "train": _train,
-        "check": _check,
-        "compare": _compare,
-        "export": _export,
-        "losses": _losses,
-        "recipes": _recipes,
-        "version": _version,
-        "help": _help,
-    }
+    verbs = _verbs()
     if verb not in verbs:
         hint = did_you_mean(verb, verbs)
         if "=" in verb:
             hint = f" A verb comes first, such as: yolo-kd train {' '.join(arguments)}"
         raise ConfigError(f"unknown verb '{verb}'.{hint} Verbs: {listed(sorted(verbs))}.")
-    return verbs[verb](rest)
+    if "--help" in rest or "-h" in rest:
+        return _help_of(verb, verbs[verb])
+    return verbs[verb].run(rest)
+
+
+def _verbs() -> dict[str, Verb]:
+    """Return the verbs; their keys are made from the models when help is asked for."""
+    return {
+        "train": Verb(
+            _train,
+            (
+                "train teacher=yolov8s.pt student=yolov8n.pt data=coco8.yaml kd=objectness [any training key]",
+                "train cfg=cfg/experiments/bccd.yaml",
+                "train kd=none student=yolov8n.pt data=coco8.yaml",
+                "train resume=runs/detect/train/weights/last.pt",
+            ),
+            "train a student under a teacher, or with kd=none alone",
+            _train_keys,
+        ),
+        "check": Verb(
+            _check,
+            ("check teacher=yolov8s.pt student=yolov8n.pt data=coco8.yaml [--json]",),
+            "will this training work? trains nothing, writes nothing",
+            _train_keys,
+        ),
+        "compare": Verb(
+            _compare,
+            ("compare cfg=cfg/experiments/bccd.yaml arms=baseline,objectness seeds=3 [jobs=1]",),
+            "did it help? paired trainings, a verdict, one page",
+            _compare_keys,
+        ),
+        "export": Verb(
+            _export,
+            ("export model=runs/detect/train/weights/best.pt format=onnx [any export key]",),
+            "write a file for deployment and compare it with its checkpoint",
+            _export_keys,
+        ),
+        "losses": Verb(_losses, ("losses [name]",), "list the losses, or the keys of one"),
+        "recipes": Verb(_recipes, ("recipes [name]",), "list the recipes that ship with the package, or print one"),
+        "schema": Verb(
+            _schema,
+            ("schema recipe > recipe.schema.json", "schema experiment > experiment.schema.json"),
+            "print the JSON Schema with which an editor completes and checks such a file",
+        ),
+        "version": Verb(_version, ("version",), "print the versions of yolo-kd, Ultralytics and torch"),
+        "help": Verb(_help, ("help",), "print this text; yolo-kd <verb> --help has the keys of a verb"),
+    }
 
 
 def _train(arguments: list[str]) -> int:
@@ -170,6 +179,26 @@ def _export(arguments: list[str]) -> int:
     return 0
 
 
+def _train_keys() -> dict[str, list[Key]]:
+    from yolo_kd.config.reference import train_keys
+
+    return train_keys()
+
+
+def _export_keys() -> dict[str, list[Key]]:
+    from yolo_kd.config.reference import argument_keys
+    from yolo_kd.export.export import export_model
+
+    return {"Keys besides Ultralytics' export keys": argument_keys(export_model)}
+
+
+def _compare_keys() -> dict[str, list[Key]]:
+    from yolo_kd.compare.arms import COMPARE_KEYS
+    from yolo_kd.config.reference import Key, train_keys
+
+    return {"Comparison": [Key(name, "", "", meaning) for name, meaning in COMPARE_KEYS.items()], **train_keys()}
+
+
 def _losses(arguments: list[str]) -> int:
     import yolo_kd.losses  # noqa: F401  (registers them)
     from yolo_kd.losses.base import find, registered
@@ -177,15 +206,7 @@ def _losses(arguments: list[str]) -> int:
 
     _at_most_one(arguments, "losses")
     if arguments:
-        loss = find(arguments[0])
-        text, meanings = _split_docstring(inspect.getdoc(loss) or "")
-        print(f"{loss.name}: {loss.paper}\n\n{text}\n")
-        parameters = inspect.signature(loss).parameters.values()
-        _print_table(
-            [("key", "default", "meaning"), *((p.name, repr(p.default), meanings[p.name]) for p in parameters)]
-        )
-        print(f"\n{EVERY_LOSS_TAKES}")
-        return 0
+        return _loss(find(arguments[0]))
     setting, costs = measured_costs()
     rows = [("name", "reads", "trains", "boxes", "heads", "cost", "columns", "paper")]
     for name, loss in registered().items():
@@ -224,20 +245,14 @@ def _modules(loss: type[Loss]) -> str:
     return " + ".join([*([loss.adapter] if loss.adapter else []), *own]) or "-"
 
 
-def _split_docstring(text: str) -> tuple[str, dict[str, str]]:
-    """Split a Google docstring into what stands before its arguments and the meaning of each argument."""
-    before, _, arguments = text.partition("\nArgs:\n")
-    meanings: dict[str, str] = {}
-    name = ""
-    for line in inspect.cleandoc(arguments).splitlines():
-        if not line:
-            break
-        if line[0].isspace():
-            meanings[name] += f" {line.strip()}"
-        else:
-            name, _, meaning = line.partition(": ")
-            meanings[name] = meaning
-    return before.rstrip(), meanings
+def _loss(loss: type[Loss]) -> int:
+    """Print the keys of one loss."""
+    from yolo_kd.config.reference import loss_keys, recipe_keys
+
+    text = (inspect.getdoc(loss) or "").partition("\nArgs:\n")[0].rstrip()
+    print(f"{loss.name}: {loss.paper}\n\n{text}\n")
+    _print_keys({"Keys": loss_keys(loss), **{k: keys for k, keys in recipe_keys().items() if k != "Recipe"}})
+    return 0
 
 
 def _recipes(arguments: list[str]) -> int:
@@ -267,9 +282,56 @@ def _version(_arguments: list[str]) -> int:
     return 0
 
 
-def _help(_arguments: list[str]) -> int:
-    print(HELP, end="")
+def _schema(arguments: list[str]) -> int:
+    from yolo_kd.config.json_schemas import SCHEMAS
+
+    if len(arguments) != 1 or arguments[0] not in SCHEMAS:
+        raise ConfigError(f"write yolo-kd schema {listed(list(SCHEMAS))}, received {' '.join(arguments) or 'nothing'}.")
+    schema = SCHEMAS[arguments[0]]()
+    if arguments[0] == "experiment":  # which may be that of a comparison
+        from yolo_kd.compare.arms import COMPARE_KEYS
+
+        schema["properties"] |= {key: {"description": meaning} for key, meaning in COMPARE_KEYS.items()}
+    print(json.dumps(schema, indent=1, ensure_ascii=False))
     return 0
+
+
+def help_text() -> str:
+    """Return what `yolo-kd help` prints."""
+    verbs = _verbs()
+    lines = [f"yolo-kd {__version__}: knowledge distillation for Ultralytics YOLO detectors", ""]
+    lines += [f"  {name:<8}  {verb.summary}" for name, verb in verbs.items()]
+    lines += ["", "For example:", "", *(f"  yolo-kd {verb.usage[0]}" for verb in verbs.values())]
+    lines += ["", "yolo-kd <verb> --help explains its keys. --debug shows the traceback of an error."]
+    return "\n".join(lines)
+
+
+def _help(_arguments: list[str]) -> int:
+    print(help_text())
+    return 0
+
+
+def _help_of(name: str, verb: Verb) -> int:
+    print(f"yolo-kd {name}: {verb.summary}\n")
+    for line in verb.usage:
+        print(f"  yolo-kd {line}")
+    if groups := verb.keys():
+        print()
+        _print_keys(groups)
+        print("\nAll other keys are Ultralytics': docs.ultralytics.com/usage/cfg")
+    return 0
+
+
+def _print_keys(groups: Mapping[str, Sequence[Key]]) -> None:
+    indent = " " * 26
+    width = min(shutil.get_terminal_size((120, 24)).columns, 120)
+    for number, (heading, keys) in enumerate(groups.items()):
+        print(f"{chr(10) * bool(number)}{heading}:")
+        for key in keys:
+            text = key.meaning + (f" (default {key.default})" if key.default else "")
+            print(textwrap.fill(text, width, initial_indent=f"  {f'{key.name}=':<24}", subsequent_indent=indent))
+            if key.allowed:
+                print(textwrap.fill(key.allowed, width, initial_indent=indent, subsequent_indent=indent))
 
 
 def _at_most_one(arguments: Sequence[str], verb: str) -> None:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, field
 from functools import cache
+from textwrap import dedent
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
 
@@ -156,13 +157,12 @@ def constructor(loss: type[Loss]) -> dict[str, inspect.Parameter]:
     return {key: p for key, p in parameters(loss).items() if p.kind not in _ANY_NUMBER_OF}
 
 
-def meanings(loss: type[Loss]) -> dict[str, str]:
-    """Return what each argument of a loss does, from the section `Args:` of its Google-style docstring."""
+def meanings(documented: object) -> dict[str, str]:
+    """Return what each argument of a class or function does, from the section `Args:` of its Google-style docstring."""
     found: dict[str, str] = {}
     name = ""
-    for line in inspect.cleandoc((inspect.getdoc(loss) or "").partition("\nArgs:\n")[2]).splitlines():
-        if not line:
-            break
+    section = (inspect.getdoc(documented) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+    for line in dedent(section).splitlines():
         if line[0].isspace():
             found[name] += f" {line.strip()}"
         else:
