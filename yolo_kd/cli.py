@@ -10,7 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from yolo_kd._version import __version__
 from yolo_kd.engine.signals import Interrupted, Terminated
@@ -135,10 +135,7 @@ def _train(arguments: list[str]) -> int:
 
     from yolo_kd.engine.trainer import DistillationTrainer
 
-    overrides: dict[str, Any] = {**options.ultralytics, "task": "detect", "mode": "train"}
-    overrides |= {k: v for k, v in (("model", options.student), ("resume", options.resume)) if v is not None}
-    overrides |= options.own_keys
-    trainer = DistillationTrainer(overrides=overrides)
+    trainer = DistillationTrainer(overrides={"kd": options})
     trainer.train()
     if trainer.best.exists():
         LOGGER.info(f"Export it with: yolo-kd export model={trainer.best} format=onnx")

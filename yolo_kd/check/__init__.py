@@ -107,7 +107,7 @@ class _Check:
         setup = Setup(plan, detectors.get("teacher"))
         if plan is not None and plan.unlabeled is not None and data is not None and "teacher" in detectors and sets:
             self.say("the unlabeled images")
-            images = self.attempt("pool", lambda: check_unlabeled_images(plan, keys, self.warn))
+            images = self.attempt("pool", lambda: check_unlabeled_images(plan, data, keys, self.warn))
             if images is not None:
                 setup = Setup(plan, detectors["teacher"], *images)
                 self.guarded("pool", lambda: check_unlabeled(report, setup, sets, keys, classes))
@@ -141,7 +141,7 @@ class _Check:
     def load(self, data: dict[str, Any] | None) -> tuple[Plan | None, dict[str, LoadedDetector]]:
         """Load teacher and student, as far as they can be loaded."""
         options = self.options
-        made = self.attempt("files", lambda: make_plan(options.own_keys, options.kd_overrides))
+        made = self.attempt("files", lambda: make_plan(options))
         plan, teacher = made or (None, None)
         build: dict[str, Any] = {"trust": options.trust_checkpoints}
         if data is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from yolo_kd.config.class_options import CLASS_KEYS
 from yolo_kd.config.command_line import NO_RECIPE, parse_assignments
-from yolo_kd.config.recipe import load_recipe, shipped_recipes
+from yolo_kd.config.recipe import shipped_recipes
 from yolo_kd.config.source import Item, problem, raise_if, read_yaml, shown
 from yolo_kd.config.train_options import DEFAULT_RECIPE, TrainOptions, default_recipe, read_items, resolve_items
 from yolo_kd.config.train_options import OWN_KEYS as TRAIN_KEYS
@@ -318,5 +318,5 @@ def _start(options: TrainOptions) -> bool | str:
     weightless = not isinstance(pretrained, str) and (student or pretrained is False)
     if not weightless or teacher or options.classes.get("keep_classes"):
         return False
-    assert options.kd is not None
-    return load_recipe(options.kd, options.kd_overrides).inherit
+    assert options.recipe is not None
+    return options.recipe.inherit

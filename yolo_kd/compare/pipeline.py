@@ -21,8 +21,8 @@ from yolo_kd.compare.records import AuditRow, Evaluation
 from yolo_kd.compare.report import write_report
 from yolo_kd.compare.runs import FAILED, FINISHED, Run, attempted, keys_of, locked, plan_runs
 from yolo_kd.compare.summary import Measurements, summarise, teacher_of
-from yolo_kd.engine.checks_before import check_models, check_unlabeled_images, read_dataset
-from yolo_kd.engine.plan import make_plan
+from yolo_kd.engine.checks_before import read_dataset
+from yolo_kd.engine.setup import prepare
 from yolo_kd.environment import check_cpu_bf16, check_torchvision
 from yolo_kd.errors import ConfigError, YoloKDError
 from yolo_kd.safe_loading.restricted import quiet, restricted_loading
@@ -110,16 +110,13 @@ def check_all(comparison: Comparison, open_arms: Collection[str]) -> dict[str, A
 
 def _check(arm: Arm) -> None:
     options = arm.options
-    keys = {**options.ultralytics, "model": options.student}
+    keys = options.ultralytics
     if str(keys.get("amp", "")).lower() == "bf16" and (
         str(keys.get("device")) == "cpu" or not torch.cuda.is_available()
     ):
         check_cpu_bf16()
-    plan, detector = make_plan(options.own_keys, options.kd_overrides)
     with restricted_loading(options.trust_checkpoints):
-        check_models(plan, detector, keys, options.trust_checkpoints)
-        if plan is not None and plan.unlabeled is not None:
-            check_unlabeled_images(plan, keys)
+        prepare(options)
 
 
 def measure(comparison: Comparison, runs: Sequence[Run], data: Mapping[str, Any]) -> Measurements:

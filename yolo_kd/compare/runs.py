@@ -19,9 +19,8 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 
 from yolo_kd._version import __version__
-from yolo_kd.compare.arms import DISTILLED, UPSTREAM, Arm, Comparison
+from yolo_kd.compare.arms import UPSTREAM, Arm, Comparison
 from yolo_kd.compare.records import Attempt, Identity, RunState, Status, run_name
-from yolo_kd.config.recipe import load_recipe
 from yolo_kd.config.unlabeled import SOURCE_KEY
 from yolo_kd.engine.run_files import write_atomically
 from yolo_kd.errors import ConfigError
@@ -191,7 +190,7 @@ def _run(arm: Arm, seed: int, folder: Path, digest: Callable[[str], str]) -> Run
         trainer=UPSTREAM if arm.kind == UPSTREAM else "yolo_kd",
         files=files,
         # the content, since a recipe may change under the same name
-        recipe=load_recipe(keys["kd"], arm.options.kd_overrides).to_dict() if arm.kind == DISTILLED else None,
+        recipe=arm.options.recipe.to_dict() if arm.options.recipe is not None else None,
     )
     # through JSON and back, so that it equals what is read from a file
     identity = Identity.from_json(identity.to_json())

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, Field
 
-from yolo_kd.config.source import Item, raise_if
-from yolo_kd.config.validation import STRICT, mistakes, validate
+from yolo_kd.config.validation import STRICT, mistakes
 
 
 def split_names(value: Any) -> Any:
@@ -49,22 +48,3 @@ class PluginKeys(BaseModel):
         examples=[["my_package.my_loss"]],
         description="Modules to import for losses of your own; importing a module runs its code.",
     )
-
-
-def import_plugins(names: Any) -> tuple[str, ...]:
-    """Import modules, so that their losses register themselves.
-
-    Args:
-        names: Module names, or one as text with commas, None for none.
-
-    Returns:
-        The names.
-
-    Raises:
-        ConfigError: If one is no name or cannot be imported.
-    """
-    problems: list[str] = []
-    made = validate(PluginKeys, Item({} if names is None else {"plugins": Item(split_names(names))}), problems)
-    raise_if(problems)
-    assert made is not None
-    return tuple(made.plugins)

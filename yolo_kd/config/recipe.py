@@ -225,13 +225,6 @@ def _check_columns(losses: Mapping[str, Item], problems: list[str]) -> None:
             owner[column] = name
 
 
-def inherit_mistake(value: Any) -> str | None:
-    """Return what is wrong with a value of inherit, None if nothing is."""
-    problems: list[str] = []
-    validate(InheritKey, Item({"inherit": Item(value)}), problems)
-    return problems[0] if problems else None
-
-
 def _find(source: Item, problems: list[str]) -> Path | None:
     """Return the file that a name or a path stands for."""
     value, names = source.value, shipped_recipes()

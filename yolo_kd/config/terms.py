@@ -47,7 +47,8 @@ class TermSpec:
         arguments: Arguments of the loss's constructor, only those that were given.
         student_layers: Layers of the student to read in place of its neck's outputs, finest first, () for the neck.
         teacher_layers: Layers of the teacher likewise; as many as the student's side has.
-        ratio: Aim of a weight that sets itself: the term's gradient over the task loss's. None for a fixed weight.
+        ratio: Target of an automatic weight: the term's gradient over the task loss's. None for a fixed weight.
+        loss: The constructed loss, not built yet; whoever trains with it takes a copy.
     """
 
     name: str
@@ -57,6 +58,7 @@ class TermSpec:
     student_layers: tuple[str, ...] = ()
     teacher_layers: tuple[str, ...] = ()
     ratio: float | None = None
+    loss: Any = field(default=None, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the keys of the term with every default filled in, in plain types."""
@@ -239,7 +241,7 @@ def read_term(name: str, item: Item, problems: list[str]) -> TermSpec | None:
         alone = {key: validate(model, Item({key: item.value[key]}), []) for key in given}
         _construct(loss, {key: made.arguments[key] for key, made in alone.items() if made}, item, problems)
         return None
-    if not _construct(loss, keys.arguments, item, problems):
+    if (made := _construct(loss, keys.arguments, item, problems)) is None:
         return None
     auto = keys.weight == AUTO
     return TermSpec(
@@ -250,39 +252,41 @@ def read_term(name: str, item: Item, problems: list[str]) -> TermSpec | None:
         tuple(keys.student_layers or ()),
         tuple(keys.teacher_layers or ()),
         keys.ratio if auto else None,
+        made,
     )
 
 
-def _construct(loss: type[Loss], arguments: dict[str, Any], item: Item, problems: list[str]) -> bool:
-    """Call the constructor of a loss to see whether it accepts its arguments.
+def _construct(loss: type[Loss], arguments: dict[str, Any], item: Item, problems: list[str]) -> Loss | None:
+    """Construct a loss, and return None if it does not accept its arguments.
 
     A constructor stops at its first mistake and does not say where that was written. So every argument is tried with
     the defaults of the others; what only fails together belongs to the loss.
     """
-    if _refusal(loss, arguments) is None:
-        return True
+    made = _try(loss, arguments)
+    if not isinstance(made, str):
+        return made
     needed = {
         key: value for key, value in arguments.items() if constructor(loss)[key].default is inspect.Parameter.empty
     }
-    alone = {key: _refusal(loss, {**needed, key: value}) for key, value in arguments.items()}
-    wrong = {key: reason for key, reason in alone.items() if reason is not None}
+    alone = {key: _try(loss, {**needed, key: value}) for key, value in arguments.items()}
+    wrong = {key: reason for key, reason in alone.items() if isinstance(reason, str)}
     if len(needed) < sum(p.default is inspect.Parameter.empty for p in constructor(loss).values()):
-        return False  # a key is missing, which has been reported
+        return None  # a key is missing, which has been reported
     if not wrong or needed:
-        wrong = {"": _refusal(loss, arguments) or ""}
+        wrong = {"": made}
     for key, reason in wrong.items():
         where = item.value[key].where if key else item.where
         problems.append(problem(where, f"loss '{loss.name}': {reason.rstrip('.')}."))
-    return False
+    return None
 
 
-def _refusal(loss: type[Loss], arguments: dict[str, Any]) -> str | None:
+def _try(loss: type[Loss], arguments: dict[str, Any]) -> Loss | str:
+    """Return a loss, or the reason why its constructor refuses the arguments."""
     try:
-        loss(**arguments)
+        return loss(**arguments)
     except Exception as error:  # a plugin may raise anything
         meant = isinstance(error, ValueError | TypeError | YoloKDError)
         return str(error) if meant else f"{type(error).__name__}: {error}"
-    return None
 
 
 def plain(value: Any) -> Any:

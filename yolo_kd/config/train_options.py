@@ -23,14 +23,14 @@ from yolo_kd.config.class_options import CLASS_KEYS, ClassOptions
 from yolo_kd.config.command_line import NO_RECIPE
 from yolo_kd.config.experiment import command_line_items, is_override, read_items, with_experiment
 from yolo_kd.config.plugins import PluginKeys, split_names
-from yolo_kd.config.recipe import Inherit, Recipe, inherit_mistake, read_recipe
+from yolo_kd.config.recipe import Inherit, Recipe, read_recipe
 from yolo_kd.config.source import Item, raise_if, shown, wrap
 from yolo_kd.config.speed import SPEED_KEYS, Speed
 from yolo_kd.config.ultralytics_keys import checked_keys
 from yolo_kd.config.unlabeled import SOURCE_KEY, UNLABELED_KEYS, UnlabeledOptions
 from yolo_kd.config.validation import CONFIG, Group, Loc, checked, mistakes, validate
 
-__all__ = ["TrainOptions", "inherit_mistake", "parse_train", "read_items", "resolve_items", "train_options"]
+__all__ = ["TrainOptions", "parse_train", "read_items", "resolve_items", "train_options"]
 
 _INCOMPLETE = "incomplete"
 
@@ -238,7 +238,7 @@ def _resolve(items: dict[str, Item], problems: list[str]) -> TrainOptions:
         "given": Item(frozenset(given)),
     }
     unlabeled = {key: given[key] for key in UNLABELED_KEYS if key in given}
-    if unlabeled and not resuming:
+    if unlabeled and (not resuming or SOURCE_KEY in unlabeled):
         tree["unlabeled"] = Group(unlabeled, next(iter(unlabeled.values())).where)
     options = validate(TrainOptions, Item(tree), problems, context=None if complete else _INCOMPLETE)
     raise_if(problems + recipe_problems)
@@ -256,7 +256,7 @@ def _rules(options: Mapping[str, Any]) -> list[tuple[Loc, str]]:
     overrides, teacher = [*(options.get("kd_overrides") or ())], options.get("teacher")
     if options.get("resume"):
         lines: list[tuple[Loc, str]] = []
-        for key in ("student", "kd", *UNLABELED_KEYS, *CLASS_KEYS):
+        for key in ("student", "kd", *(k for k in UNLABELED_KEYS if k != SOURCE_KEY), *CLASS_KEYS):
             if key in given and not (key == "kd" and kd == NO_RECIPE):  # kd=none: the run that goes on has no teacher
                 sentence = f"{key} cannot be given with resume: it stands in the checkpoint. Leave out {key}."
                 lines.append((_loc(key), sentence))
@@ -283,6 +283,9 @@ def _rules(options: Mapping[str, Any]) -> list[tuple[Loc, str]]:
     if teacher is None and (about := [key for key in CLASS_KEYS if key in given]):
         sentence = f"{about[0]} is about a teacher's classes, but none is given."
         lines.append((_loc(about[0]), f"{sentence} Add teacher=<model.pt>, or leave it out."))
+    if teacher is not None and options.get("inherit") and "keep_classes" in given:
+        sentence = "inherit is not compatible with keep_classes, which initialises the head from the student's own."
+        lines.append((("inherit",), f"{sentence} Leave one out."))
     if teacher is None and kd == NO_RECIPE and SOURCE_KEY in given:
         sentence = f"{SOURCE_KEY} needs a teacher to find the objects on the images, but kd={NO_RECIPE} has none."
         lines.append((_loc(SOURCE_KEY), f"{sentence} Add teacher=<model.pt> and a recipe, or leave out {SOURCE_KEY}."))

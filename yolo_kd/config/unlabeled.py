@@ -13,7 +13,6 @@ from typing_extensions import Self
 from yolo_kd.config.groups import KeyGroup
 from yolo_kd.config.plugins import split_names
 from yolo_kd.config.validation import CONFIG, Number, Text, mistakes
-from yolo_kd.errors import ConfigError
 
 SOURCE_KEY = "unlabeled"
 DISTILL: Final = "distill"
@@ -121,25 +120,3 @@ class UnlabeledOptions(KeyGroup):
 
 
 UNLABELED_KEYS = UnlabeledOptions.documented()
-
-
-def resumed_unlabeled(known: UnlabeledOptions | None, asked: Mapping[str, Any]) -> UnlabeledOptions | None:
-    """Return the unlabeled images of a run that goes on: the checkpoint's, in another place if the user names one.
-
-    Args:
-        known: What the checkpoint holds.
-        asked: Keys of `UNLABELED_KEYS` that the user gave on resume.
-
-    Raises:
-        ConfigError: If they change what these images teach, or give some to a run that had none.
-    """
-    before = known.to_keys() if known else {}
-    place = {SOURCE_KEY: asked[SOURCE_KEY]} if known and SOURCE_KEY in asked else {}
-    now = UnlabeledOptions.of({**before, **place})
-    if UnlabeledOptions.of({**before, **asked}) != now:
-        changed = [key for key in asked if key not in place]
-        hint = f" Only {SOURCE_KEY}= may name where the images are now." if known else ""
-        raise ConfigError(
-            f"{', '.join(changed)} cannot be changed on resume: the checkpoint holds these keys. Leave it out.{hint}"
-        )
-    return now

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import torch
@@ -193,7 +194,7 @@ class Distiller(nn.Module):
 
 
 def _term(spec: TermSpec) -> Term:
-    loss = find(spec.name)(**spec.arguments)
+    loss = deepcopy(spec.loss) if spec.loss is not None else find(spec.name)(**spec.arguments)
     return Term(loss, spec.weight, spec.schedule, spec.student_layers, spec.teacher_layers, spec.ratio)
 
 

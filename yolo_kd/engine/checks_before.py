@@ -11,7 +11,6 @@ from typing import Any
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.utils import LOGGER
 
-from yolo_kd.config.ultralytics_keys import wrong_values
 from yolo_kd.config.unlabeled import SOURCE_KEY
 from yolo_kd.engine.class_resolution import kept_problems, match_classes
 from yolo_kd.engine.plan import Plan
@@ -25,7 +24,7 @@ from yolo_kd.upstream.pairing import check_levels
 
 def check_models(
     plan: Plan | None, detector: LoadedDetector | None, keys: Mapping[str, Any], trust: bool
-) -> LoadedDetector | None:
+) -> tuple[LoadedDetector | None, dict[str, Any]]:
     """Check data set, student and teacher against each other.
 
     Args:
@@ -35,46 +34,44 @@ def check_models(
         trust: Load checkpoints without restriction.
 
     Returns:
-        The loaded teacher, None for the student alone.
+        The loaded teacher, None for the student alone, and what `read_dataset` returned.
 
     Raises:
-        ConfigError: If a key has a value that no training can have.
         DataError: If the data set cannot be used.
         CheckpointError: If a model cannot be loaded.
         PairError: If they do not fit each other.
     """
-    if wrong := wrong_values(keys):
-        raise ConfigError(wrong)
-    pool = plan is not None and plan.unlabeled is not None
-    data = read_dataset(keys.get("data"), keys.get("split") or "val", train_optional=pool)
+    unlabeled = plan is not None and plan.unlabeled is not None
+    data = read_dataset(keys.get("data"), keys.get("split") or "val", train_optional=unlabeled)
     nc = 1 if keys.get("single_cls") else data["nc"]
     channels = data["channels"]
     student = load_detector(keys.get("model") or "", role="student", trust=trust, nc=nc, channels=channels)
     if isinstance(pretrained := keys.get("pretrained"), str | Path):
         load_detector(pretrained, role="pretrained", trust=trust)
     if plan is None:
-        return None
+        return None, data
     detector = detector or load_detector(plan.teacher, role="teacher", trust=trust, nc=nc, channels=channels)
     problems, warnings = pair_problems(plan, detector, student, data, keys)
     if problems:
         raise PairError("\n".join(problems))
     for warning in warnings:
         LOGGER.warning(warning)
-    return detector
+    return detector, data
 
 
 def check_unlabeled_images(
-    plan: Plan, keys: Mapping[str, Any], warn: Callable[[str], None] = log_warning
+    plan: Plan, data: Mapping[str, Any], keys: Mapping[str, Any], warn: Callable[[str], None] = log_warning
 ) -> tuple[UnlabeledImages, bool]:
-    """Find the images of a plan's pool, and check that a training can use them.
+    """Find the unlabeled images of a plan, and check that a training can use them.
 
     Args:
-        plan: The plan, with a pool.
+        plan: The plan, with options for unlabeled images.
+        data: What `read_dataset` returned.
         keys: Ultralytics' keys of the training.
         warn: Receives what is worth a warning.
 
     Returns:
-        The images, and whether there are labelled ones as well.
+        The images, and whether there are labeled ones as well.
 
     Raises:
         ConfigError: If keys do not go together.
@@ -85,26 +82,24 @@ def check_unlabeled_images(
         raise ConfigError(
             f"rect=True orders images by their shape, {SOURCE_KEY}= draws them in an order of its own. Leave one out."
         )
-    split = keys.get("split") or "val"
-    data = read_dataset(keys.get("data"), split, train_optional=True)
     place = ",".join(plan.unlabeled.source)
     images = readable_images(find_images(plan.unlabeled.source), place, warn)
-    check_apart(images, data[split], place, warn)
-    labelled = has_labels(data.get("train"))
+    check_apart(images, data[keys.get("split") or "val"], place, warn)
+    labeled = has_labels(data.get("train"))
     auto = [term.name for term in plan.recipe.terms if term.ratio is not None]
-    if labelled and keys.get("batch") == 1:
-        raise ConfigError(f"batch=1 has no room for a labelled and an unlabelled image ({SOURCE_KEY}=). Use batch=2.")
-    if not labelled and not plan.unlabeled.distils:
+    if labeled and keys.get("batch") == 1:
+        raise ConfigError(f"batch=1 has no room for a labeled and an unlabeled image ({SOURCE_KEY}=). Use batch=2.")
+    if not labeled and not plan.unlabeled.distils:
         raise ConfigError(
             f"data={keys.get('data')} has no labeled training images, and with unlabeled_mode={plan.unlabeled.mode} "
             "the terms of the recipe act on those only. Write unlabeled_mode=both or distill."
         )
-    if not labelled and not plan.unlabeled.labels and auto:
+    if not labeled and not plan.unlabeled.labels and auto:
         raise ConfigError(
             f"weight: auto (here: {', '.join(auto)}) follows the task loss, but there is none: data={keys.get('data')} "
-            "has no labelled training images. Give a number as weight, or write unlabeled_mode=both."
+            "has no labeled training images. Give a number as weight, or write unlabeled_mode=both."
         )
-    return images, labelled
+    return images, labeled
 
 
 def pair_problems(
@@ -159,7 +154,7 @@ def read_dataset(data: Any, split: str, train_optional: bool = False) -> dict[st
     Args:
         data: The data YAML, or a name that Ultralytics knows.
         split: The split that training validates on.
-        train_optional: It may name no training images, since there is a pool; `train` is then None.
+        train_optional: It may name no training images, since there are unlabeled ones; `train` is then None.
 
     Raises:
         DataError: If it is missing or lacks what training needs.

@@ -1,4 +1,4 @@
-"""What a training is to do, resolved and checked before Ultralytics makes a folder."""
+"""What a training distils from which teacher, resolved; and the record of it that travels in checkpoints."""
 
 from __future__ import annotations
 
@@ -6,36 +6,49 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from yolo_kd._version import __version__
 from yolo_kd.classes.mapping import ClassMap
 from yolo_kd.config.class_options import ClassOptions
-from yolo_kd.config.command_line import NO_RECIPE
-from yolo_kd.config.plugins import import_plugins
-from yolo_kd.config.recipe import Recipe, inherit_mistake, load_recipe
+from yolo_kd.config.recipe import Inherit, Recipe, load_recipe
 from yolo_kd.config.speed import Speed
-from yolo_kd.config.train_options import default_recipe
-from yolo_kd.config.unlabeled import SOURCE_KEY, UnlabeledOptions
+from yolo_kd.config.train_options import TrainOptions
+from yolo_kd.config.unlabeled import UnlabeledOptions
 from yolo_kd.errors import CheckpointError, ConfigError
 from yolo_kd.safe_loading.checkpoint import LoadedDetector, load_detector
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to distil from which teacher, resolved and checked; plain enough to ride in a checkpoint's arguments."""
+    """What to distil from which teacher.
+
+    Attributes:
+        recipe: The recipe.
+        teacher: The teacher's file.
+        teacher_sha256: Its hash, empty for a model YAML.
+        trust_checkpoints: Load checkpoints without restriction.
+        random_teacher: The teacher may be a model YAML.
+        inherit: Initialisation of the student; None for what the recipe says of students without weights.
+        speed: How the teacher runs.
+        choice: The user's class options.
+        classes: The class map, None until both models are known.
+        unlabeled: How unlabeled images are used, None without.
+    """
 
     recipe: Recipe
     teacher: str
     teacher_sha256: str
     trust_checkpoints: bool = False
     random_teacher: bool = False
-    inherit: bool | str | None = None  # None for what the recipe says of students without weights
+    inherit: Inherit | None = None
     speed: Speed = field(default_factory=Speed)
     choice: ClassOptions = field(default_factory=ClassOptions)
-    classes: ClassMap | None = None  # what came of the choice, None until both models are known
+    classes: ClassMap | None = None
     unlabeled: UnlabeledOptions | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain types only."""
+        """Return the record: plain types only."""
         return {
             "name": self.recipe.name,
             "recipe": self.recipe.to_dict(),
@@ -45,120 +58,96 @@ class Plan:
             "random_teacher": self.random_teacher,
             "inherit": self.inherit,
             "speed": self.speed.to_keys(),
-            **self.choice.to_keys(),
+            "class_options": self.choice.to_keys(),
             "classes": None if self.classes is None else self.classes.to_dict(),
             "unlabeled": None if self.unlabeled is None else self.unlabeled.to_keys(),
             "version": __version__,
         }
 
     @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> Plan:
-        """Rebuild a plan from `to_dict`.
+    def from_dict(cls, state: Any) -> Plan:
+        """Rebuild a plan from its record.
 
         Raises:
             ConfigError: If the recipe in it has mistakes, which it has where a plugin was changed since.
-            CheckpointError: If it was not made by `to_dict`.
+            CheckpointError: If it was not made by `to_dict` of this revision.
         """
-        if not isinstance(state, Mapping):
-            raise CheckpointError("the checkpoint's record of its distillation is no mapping. Start a new run instead.")
-        if "pool" in state:
-            raise CheckpointError(
-                "the checkpoint was written by an earlier revision of yolo_kd, whose record of the distillation this "
-                "one cannot read. Finish the run with that revision, or start a new run."
-            )
         try:
-            texts = [state[key] for key in ("name", "teacher", "teacher_sha256")]
-            switches = [state[key] for key in ("trust_checkpoints", "random_teacher")]
-            inherit = state["inherit"]
-            recipe = state["recipe"]
-        except KeyError as error:
+            record = _Record.model_validate(state)
+        except ValidationError as error:
+            places = ", ".join(dict.fromkeys(".".join(map(str, line["loc"])) for line in error.errors()))
             raise CheckpointError(
-                f"the checkpoint's record of its distillation lacks {error}. Start a new run instead."
+                f"the checkpoint's record of its distillation is damaged, or of another revision of yolo_kd (wrong: "
+                f"{places or 'it is no mapping'}). Finish the run with the revision that began it, or start a new run."
             ) from error
-        types_agree = all(isinstance(t, str) for t in texts) and all(isinstance(s, bool) for s in switches)
-        if not types_agree or inherit_mistake(inherit):
-            raise CheckpointError("the checkpoint's record of its distillation is damaged: a value has another type.")
-        speed = state.get("speed") or {}
-        if not isinstance(speed, Mapping):
-            raise CheckpointError("the checkpoint's record of its distillation is damaged: speed is no mapping.")
-        unlabeled = state.get("unlabeled") or {}
-        if not isinstance(unlabeled, Mapping):
-            raise CheckpointError("the checkpoint's record of its distillation is damaged: unlabeled is no mapping.")
-        if not isinstance(recipe, Mapping):
-            raise CheckpointError("the checkpoint's record of its distillation is damaged: it holds no recipe.")
-        name, teacher, digest = texts
-        trust, random = switches
         return cls(
-            load_recipe(recipe, name=name),
-            teacher,
-            digest,
-            trust,
-            random,
-            inherit,
-            Speed.of(speed),
-            ClassOptions.of(state),
-            None if state.get("classes") is None else ClassMap.from_dict(state["classes"]),
-            UnlabeledOptions.of(unlabeled),
+            load_recipe(record.recipe, name=record.name),
+            record.teacher,
+            record.teacher_sha256,
+            record.trust_checkpoints,
+            record.random_teacher,
+            record.inherit,
+            Speed.of(record.speed),
+            ClassOptions.of(record.class_options),
+            None if record.classes is None else ClassMap.from_dict(record.classes),
+            None if record.unlabeled is None else UnlabeledOptions.of(record.unlabeled),
         )
 
 
-def is_resolved(kd: Any) -> bool:
-    """Return whether this is a plan as `to_dict` gives it: a worker of multi-GPU training receives its parent's."""
+class _Record(BaseModel):
+    """The types of a record; the values inside are checked by the models that they belong to."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str
+    recipe: dict[str, Any]
+    teacher: str
+    teacher_sha256: str
+    trust_checkpoints: bool
+    random_teacher: bool
+    inherit: Inherit | None
+    speed: dict[str, Any]
+    class_options: dict[str, Any]
+    classes: dict[str, Any] | None
+    unlabeled: dict[str, Any] | None
+    version: str
+
+
+def is_record(kd: Any) -> bool:
+    """Return whether this is the record of a plan, which a process of multi-GPU training receives from its parent."""
     return isinstance(kd, Mapping) and "teacher_sha256" in kd
 
 
-def make_plan(own: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Plan | None, LoadedDetector | None]:
-    """Resolve recipe and teacher.
-
-    Args:
-        own: This package's keys of a training: `teacher`, `kd`, `plugins`, `inherit`, `trust_checkpoints`,
-            `random_teacher` and those of `yolo_kd.config`: speed, class options and unlabeled images.
-        changes: Changes to the recipe, by `loss.key`.
+def make_plan(options: TrainOptions) -> tuple[Plan | None, LoadedDetector | None]:
+    """Return what the options ask for.
 
     Returns:
         The plan, None for the student alone, and the teacher where it had to be loaded for it.
 
     Raises:
-        ConfigError: If keys are missing or contradict each other, or the recipe has mistakes.
+        ConfigError: If the teacher was never trained and `random_teacher` is not given.
         CheckpointError: If the teacher cannot be loaded.
     """
-    source, teacher = own.get("kd"), own.get("teacher")
-    if isinstance(source, Mapping) and is_resolved(source):
-        return Plan.from_dict(source), None
-    choice = ClassOptions.of(own)
-    if source is None and teacher is None:
-        raise ConfigError("no teacher: add teacher=<checkpoint>, or kd=none to train the student alone.")
-    unlabeled = UnlabeledOptions.of(own)
-    if source == NO_RECIPE:
-        if own.get(SOURCE_KEY) is not None:
-            raise ConfigError(
-                f"{SOURCE_KEY}= needs a teacher that says what is on the images, but kd=none has none: add "
-                f"teacher=<checkpoint> and a recipe, or leave out {SOURCE_KEY}."
-            )
-        if teacher is not None or changes or own.get("inherit"):
-            raise ConfigError("kd=none trains the student alone and takes no teacher, no inherit and no kd. keys.")
-        if choice != ClassOptions():
-            raise ConfigError("kd=none trains the student alone, so class_map and keep_classes have no teacher.")
+    teacher, recipe = options.teacher, options.recipe
+    if teacher is None or recipe is None:
         return None, None
-    if teacher is None:
-        raise ConfigError(f"kd={source} needs a teacher: add teacher=<checkpoint>.")
-    speed = Speed.of(own)
-    plugins = import_plugins(own.get("plugins"))
-    recipe = load_recipe(default_recipe(choice.keep_classes) if source is None else source, changes)
-    recipe = replace(recipe, plugins=tuple(dict.fromkeys((*plugins, *recipe.plugins))))
-    trust, random = (bool(own.get(k, False)) for k in ("trust_checkpoints", "random_teacher"))
-    inherit = own.get("inherit")
-    if sentence := inherit_mistake(inherit):
-        raise ConfigError(sentence)
-    if inherit and choice.keep_classes:
-        raise ConfigError("inherit cannot be combined with keep_classes, where the head starts from the student's own.")
-    if str(teacher).lower().endswith((".yaml", ".yml")):
-        if not random:
+    plan = Plan(
+        replace(recipe, plugins=tuple(dict.fromkeys((*options.plugins, *recipe.plugins)))),
+        teacher,
+        "",
+        options.trust_checkpoints,
+        options.random_teacher,
+        options.inherit,
+        options.speed,
+        options.class_options,
+        unlabeled=options.unlabeled if options.pooled else None,
+    )
+    if teacher.lower().endswith((".yaml", ".yml")):
+        if not options.random_teacher:
             raise ConfigError(
                 f"teacher={teacher} is a model YAML, so its weights would be random and teach nothing. Name a trained "
                 "checkpoint, or add random_teacher=true if that is what you want."
             )
-        return Plan(recipe, str(teacher), "", trust, random, inherit, speed, choice, unlabeled=unlabeled), None
-    detector = load_detector(teacher, role="teacher", trust=trust)
-    file, digest = str(detector.path.resolve()), detector.sha256
-    return Plan(recipe, file, digest, trust, random, inherit, speed, choice, unlabeled=unlabeled), detector
+        return plan, None
+    detector = load_detector(teacher, role="teacher", trust=options.trust_checkpoints)
+    return replace(plan, teacher=str(detector.path.resolve()), teacher_sha256=detector.sha256), detector

@@ -16,16 +16,16 @@ from ultralytics.cfg import get_cfg
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, RANK
 
 from yolo_kd.config.command_line import NO_RECIPE
-from yolo_kd.config.plugins import import_plugins
-from yolo_kd.config.speed import SPEED_KEYS, Speed
+from yolo_kd.config.speed import SPEED_KEYS
+from yolo_kd.config.train_options import TrainOptions
 from yolo_kd.config.ultralytics_keys import wrong_values
-from yolo_kd.config.unlabeled import SOURCE_KEY, UNLABELED_KEYS, resumed_unlabeled
+from yolo_kd.config.unlabeled import SOURCE_KEY
 from yolo_kd.engine.checks_before import check_unlabeled_images, read_dataset
 from yolo_kd.engine.class_resolution import check_same_classes, match_classes
 from yolo_kd.engine.epoch_position import EpochPosition
-from yolo_kd.engine.plan import Plan, is_resolved
+from yolo_kd.engine.plan import Plan
 from yolo_kd.engine.run_files import restore, usable
-from yolo_kd.engine.setup import Setup
+from yolo_kd.engine.setup import Request, Setup
 from yolo_kd.errors import CheckpointError, ConfigError, DataError
 from yolo_kd.safe_loading.architecture import check_model
 from yolo_kd.safe_loading.checkpoint import held_model, load_checkpoint_file, load_detector
@@ -36,89 +36,89 @@ MAX_TEXT = 1 << 20
 MAX_DEPTH = 20
 
 
-def check_resumable(overrides: Mapping[str, Any], own: Mapping[str, Any], trust: bool) -> dict[str, Any]:
-    """Check that a training can go on from a checkpoint, before anything is done with what stands in it.
+def check_resumable(keys: Mapping[str, Any], options: TrainOptions | None, trust: bool) -> dict[str, Any]:
+    """Check that a training can continue from a checkpoint, before anything is done with what it holds.
 
-    A damaged file gives way to the one before it, which then takes its place.
+    A damaged file gives way to its predecessor, which then takes its place.
 
     Args:
-        overrides: Ultralytics' keys that the user gave, `resume` among them.
-        own: This package's keys that the user gave.
+        keys: Ultralytics' keys that the user gave, `resume` among them.
+        options: All keys that the user gave; None in a process of multi-GPU training, whose parent has checked them.
         trust: Load checkpoints without restriction.
 
     Returns:
-        The data set that the run goes on with.
+        The data set that the run continues with.
 
     Raises:
-        YoloKDError: If it cannot go on.
+        YoloKDError: If it cannot continue.
     """
-    path = _source(overrides["resume"])
+    path = _source(keys["resume"])
     found = usable(path)
     checkpoint, _ = load_checkpoint_file(found, role="resume", trust=trust)
-    _check_unfinished(checkpoint, found, alone=own.get("kd") == NO_RECIPE)
+    _check_unfinished(checkpoint, found, alone=options is None or options.kd == NO_RECIPE)
     state = (checkpoint.get("train_args") or {}).get("kd")
-    data, split = _check_arguments(checkpoint, found, {**overrides, **own})
+    data, split = _check_arguments(checkpoint, found, keys, trust)
     dataset = read_dataset(data, split, train_optional=isinstance(state, Mapping) and bool(state.get("unlabeled")))
-    if not is_resolved(own.get("kd")):  # otherwise the parent of this process has seen to it
-        _check_plugins(state, import_plugins(own.get("plugins")), found)
+    if options is not None:
+        _check_plugins(state, options.plugins, found)
     if found != path and RANK in {-1, 0}:
         LOGGER.warning(restore(path))
     return dataset
 
 
-def resumed_plan(state: Mapping[str, Any], own: Mapping[str, Any], trust: bool) -> Plan:
-    """Return the plan of a run that goes on, with what the user says anew.
+def resumed_setup(state: Any, request: Request, data: Mapping[str, Any], keys: Mapping[str, Any]) -> Setup:
+    """Return the plan of a run that continues, with what the user says anew, and its files opened and checked.
 
     Args:
-        state: The plan in the checkpoint's arguments.
-        own: This package's keys that the user gave.
-        trust: Load checkpoints without restriction. What the file says of it does not count: whoever made it must not
-            decide what may run here.
-
-    Raises:
-        CheckpointError: If the record is damaged, or the teacher is not the file that the run began with.
-        ConfigError: If the recipe has mistakes, or the user asks for what a run cannot change.
-    """
-    plan = Plan.from_dict(state)
-    given = {key: own[key] for key in SPEED_KEYS if own.get(key) is not None}
-    speed = Speed.of({**plan.speed.to_keys(), **given})
-    teacher = plan.teacher if own.get("teacher") is None else str(own["teacher"])
-    plan = replace(plan, teacher=teacher, trust_checkpoints=trust, speed=speed)
-    _check_teacher_file(plan)
-    asked = {key: own[key] for key in UNLABELED_KEYS if own.get(key) is not None}
-    return replace(plan, unlabeled=resumed_unlabeled(plan.unlabeled, asked)) if asked else plan
-
-
-def resumed_setup(
-    state: Any, own: Mapping[str, Any], data: Mapping[str, Any], keys: Mapping[str, Any], trust: bool
-) -> Setup:
-    """Return the plan of a run that continues, with its files opened and checked.
-
-    Args:
-        state: The plan in the checkpoint's arguments.
-        own: This package's keys that the user gave.
+        state: The plan's record in the checkpoint's arguments. What it says of trust does not count: whoever made the
+            file must not decide what may run here.
+        request: What the user asks for.
         data: What `check_resumable` returned.
         keys: Ultralytics' keys of the run.
-        trust: Load checkpoints without restriction.
 
     Raises:
         YoloKDError: If the record is damaged, a file is gone or another one, or the classes differ.
     """
-    plan = resumed_plan(state, own, trust)
+    plan = replace(_changed(Plan.from_dict(state), request.options), trust_checkpoints=request.trust)
     images, labeled = None, True
     if plan.unlabeled is not None:
         try:
-            images, labeled = check_unlabeled_images(plan, keys)
+            images, labeled = check_unlabeled_images(plan, data, keys)
         except DataError as error:
             raise DataError(f"{error} If they are elsewhere now, add {SOURCE_KEY}=<place>.") from error
+    is_yaml = plan.random_teacher and plan.teacher.lower().endswith((".yaml", ".yml"))
+    if not is_yaml and not Path(plan.teacher).is_file():
+        raise CheckpointError(
+            f"the teacher {plan.teacher} of this run is gone. If it has moved, add teacher=<its new path>."
+        )
     nc = 1 if keys.get("single_cls") else data["nc"]
-    teacher = load_detector(plan.teacher, role="teacher", trust=trust, nc=nc, channels=data["channels"])
-    if teacher.sha256 != plan.teacher_sha256 and plan.teacher_sha256:
-        raise CheckpointError(_other_teacher(plan, teacher.sha256))
+    teacher = load_detector(plan.teacher, role="teacher", trust=request.trust, nc=nc, channels=data["channels"])
+    if not is_yaml and teacher.sha256 != plan.teacher_sha256:
+        raise CheckpointError(
+            f"teacher={plan.teacher} is not the file this run began with: its SHA-256 is {teacher.sha256[:12]}..., the "
+            f"run's teacher had {plan.teacher_sha256[:12]}.... Name the original file with teacher=."
+        )
     if plan.classes is not None:
         classes, _ = match_classes(plan.choice, plan.recipe, teacher, data, keys)
         check_same_classes(plan.classes, classes)
     return Setup(plan, teacher, images, labeled)
+
+
+def _changed(plan: Plan, options: TrainOptions | None) -> Plan:
+    """Return a plan with what a user may change on resume: where files are now, and how the teacher runs.
+
+    Raises:
+        ConfigError: If unlabeled images are given to a run that had none.
+    """
+    if options is None:
+        return plan
+    speed = {key: getattr(options.speed, key) for key in SPEED_KEYS if key in options.given}
+    plan = replace(plan, teacher=options.teacher or plan.teacher, speed=replace(plan.speed, **speed))
+    if options.unlabeled is None:
+        return plan
+    if plan.unlabeled is None:
+        raise ConfigError(f"{SOURCE_KEY} cannot be given on resume: this run has no unlabeled images. Leave it out.")
+    return replace(plan, unlabeled=replace(plan.unlabeled, source=options.unlabeled.source))
 
 
 def is_plain(value: Any) -> bool:
@@ -181,16 +181,19 @@ def _check_unfinished(checkpoint: Mapping[str, Any], path: Any, alone: bool) -> 
         )
 
 
-def _check_arguments(checkpoint: Mapping[str, Any], path: Path, given: Mapping[str, Any]) -> tuple[str, str]:
-    """Check the arguments of a run that is to go on, before anything is done with them.
+def _check_arguments(
+    checkpoint: Mapping[str, Any], path: Path, given: Mapping[str, Any], trust: bool
+) -> tuple[str, str]:
+    """Check the arguments of a run that is to continue, before anything is done with them.
 
     Args:
         checkpoint: The checkpoint's dictionary.
         path: Its file.
-        given: What the user gave beside `resume`.
+        given: Ultralytics' keys that the user gave.
+        trust: Load checkpoints without restriction.
 
     Returns:
-        The data set and the split that the run goes on with.
+        The data set and the split that the run continues with.
 
     Raises:
         CheckpointError: If they would write elsewhere, fetch something, or are not the arguments of a training.
@@ -226,7 +229,6 @@ def _check_arguments(checkpoint: Mapping[str, Any], path: Path, given: Mapping[s
         raise CheckpointError(
             f"resume={path} cannot go on, its training arguments are not valid here: {reason}"
         ) from error
-    trust = bool(given.get("trust_checkpoints"))
     check_model(held_model(checkpoint), f"resume={path}", rebuilt=True, trust=trust)
     best = path.with_name("best.pt")
     if best.exists() and best != path:  # Ultralytics opens it when the training ends
@@ -249,24 +251,3 @@ def _check_plugins(state: Any, named: Sequence[str], path: Path) -> None:
             f"resume={path} asks to import {', '.join(unnamed[:6])}, and importing runs code. If that code is yours, "
             f"add plugins=[{names}]."
         )
-
-
-def _check_teacher_file(plan: Plan) -> None:
-    """Check that the teacher of a resumed run is still there.
-
-    Raises:
-        CheckpointError: If it is gone.
-    """
-    if plan.random_teacher and plan.teacher.lower().endswith((".yaml", ".yml")):
-        return
-    if not Path(plan.teacher).is_file():
-        raise CheckpointError(
-            f"the teacher {plan.teacher} of this run is gone. If it has moved, add teacher=<its new path>."
-        )
-
-
-def _other_teacher(plan: Plan, found: str) -> str:
-    return (
-        f"teacher={plan.teacher} is not the file this run began with: its SHA-256 is {found[:12]}..., the run's "
-        f"teacher had {plan.teacher_sha256[:12]}.... Name the original file with teacher=."
-    )
