@@ -34,13 +34,13 @@ demo: $(VENV)/.installed  ## train a teacher, a student alone and a distilled st
 docs: $(VENV)/.installed-test  ## build the documentation in site/, strictly and without a network
 	$(BIN)/python -m mkdocs build --strict
 
-test: $(VENV)/.installed-test  ## the tests, those that train included, without the longest
+test: $(VENV)/.installed-test  ## the tests, those that train included, without the longest (a quarter of an hour)
 	VENV=$(VENV) scripts/test -m "not long"
 
 test-all: $(VENV)/.installed-test  ## every test, as in .ci/run
 	VENV=$(VENV) scripts/test
 
-test-fast: $(VENV)/.installed-test  ## the tests that train nothing
+test-fast: $(VENV)/.installed-test  ## the tests that train nothing (two minutes)
 	VENV=$(VENV) scripts/test -m "not e2e"
 
 check: $(VENV)/.installed-test  ## style, format and types
