@@ -92,7 +92,17 @@ def needs_run(block: Block) -> bool:
 
 
 def finished_run(folder: Path, *, interrupted: bool) -> None:
-    """Train runs/detect/train; with `interrupted` leave it as after a kill in its second epoch."""
+    """Put a trained runs/detect/train in place; with `interrupted` one that was stopped in its second epoch."""
+    kept, run = folder / "kept" / ("interrupted" if interrupted else "finished"), folder / "runs" / "detect" / "train"
+    if not kept.exists():
+        train(folder, interrupted=interrupted)
+        shutil.copytree(run, kept)
+    elif not run.exists():
+        shutil.copytree(kept, run)
+
+
+def train(folder: Path, *, interrupted: bool) -> None:
+    """Train runs/detect/train."""
     from yolo_kd.engine.trainer import DistillationTrainer
 
     keys = {"model": "yolov8n.pt", "teacher": "yolov8s.pt", "data": "my.yaml", "task": "detect", "mode": "train"}
