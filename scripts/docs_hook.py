@@ -220,16 +220,16 @@ def losses() -> str:
 def loss_section(name: str, loss: Any) -> str:
     """Return the section of one loss."""
     from yolo_kd.config.reference import loss_keys
-    from yolo_kd.losses.costs import measured_costs
+    from yolo_kd.losses.costs import format_cost, measured_costs
 
-    costs = measured_costs()
+    setting, costs = measured_costs()
     parts = griffe.Docstring(inspect.getdoc(loss) or "").parse("google", warnings=False)
     text = "".join(part.value + "\n\n" for part in parts if part.kind is griffe.DocstringSectionKind.text)
     facts = [
         ["reads", ", ".join(f"`{item}`" for item in sorted(loss.reads))],
         ["adapter", f"`{loss.adapter}`" if loss.adapter else "none"],
         ["heads", "equal numbers of bins, more than one" if loss.needs_bins else "all"],
-        ["cost", f"{costs.text(name)} of a step, measured with {costs.setting}"],
+        ["cost", f"{format_cost(costs.get(name))} of the time of student and teacher ({setting})"],
         ["columns", ", ".join(f"`{column}`" for column in loss.columns)],
         ["paper", loss.paper],
     ]

@@ -141,7 +141,7 @@ def make_workspace(folder: Path) -> Path:
     narrow_checkpoint("yolov8n", folder, width=0.25, nc=80, names=names, seed=2, file="yolov8s.pt", sure=True)
     for family in ("yolov8", "yolo11"):
         narrow = yaml.safe_load(narrow_yaml(f"{family}n", folder / "narrow").read_text())
-        narrow["scales"] = {"n": [0.33, 0.125, 1024], "s": [0.33, 0.25, 1024]}
+        narrow["scales"] = {"n": [0.33, 0.125, 1024], "s": [0.33, 0.25, 1024], "l": [0.33, 0.25, 1024]}
         (folder / f"{family}.yaml").write_text(yaml.safe_dump(narrow))
     teachers = {"bccd_teacher": ["RBC", "WBC", "Platelets"], "raccoon_teacher": ["raccoon"]}
     teachers["teacher"] = ["car", "truck", "dog"]
