@@ -1,4 +1,4 @@
-"""Records of tensors that travel between the taps and the losses. No arithmetic of any method lives here."""
+"""The tensors that losses read: outputs of both models, targets, and facts about the pair."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class DetectorOutputs:
-    """What one detector shows on one batch, the same for teacher and student.
+    """The outputs of one detector, teacher or student, on one batch.
 
     B is the batch size, A the number of points (grid cells of all levels, in stride order, row by row).
 
     Attributes:
-        features: Inputs of the head, one (B, C, H, W) map per level in stride order.
-        scores: Raw class logits, (B, A, nc). A teacher's are (B, 0, 0) where no term reads them, and so are its boxes.
-        boxes: Raw box outputs, (B, A, 4 * reg_max): logits of a distribution over distances for each of the sides
-            left, top, right, bottom, or with `reg_max == 1` the four distances themselves, in units of the stride.
-        strides: Pixels per cell of each level.
-        reg_max: Bins of the distance distribution, 1 where the head has none.
+        features: The maps that enter the head, (B, C, H, W) for each level in stride order.
+        scores: Raw class logits, (B, A, nc). A teacher's scores and boxes are (B, 0, 0) if no term reads them.
+        boxes: Raw boxes, (B, A, 4 * reg_max): for each of the sides left, top, right and bottom, the logits of a
+            distribution over distances. With `reg_max == 1`, the four distances in units of the stride.
+        strides: Stride of each level in pixels.
+        reg_max: Bins of the distance distribution, 1 if the head has none.
         one2one_scores: Raw class logits of the second branch of an end-to-end head, (B, A, nc), otherwise None.
-        layers: Outputs of other layers that a recipe names, by layer name, each (B, C, H, W).
+        layers: Outputs of other layers that a recipe reads, by name, (B, C, H, W) each.
     """
 
     features: tuple[Tensor, ...]
@@ -46,19 +46,19 @@ class DetectorOutputs:
 
     @cached_property
     def level_sizes(self) -> tuple[int, ...]:
-        """Points of each level; they sum to A."""
+        """Number of points of each level; their sum is A."""
         return tuple(h * w for h, w in self.shapes)
 
     @cached_property
     def objectness(self) -> Tensor:
         """Largest class probability at each point, (B, A), in [0, 1], float32 and without gradient.
 
-        Heads since YOLOv8 have no objectness output; this is what takes its place throughout the package.
+        Heads since YOLOv8 have no objectness output; the package uses this number instead.
         """
         return self.scores.detach().amax(-1).float().sigmoid()
 
     def part(self, images: slice) -> DetectorOutputs:
-        """Return what the view shows of some of the images of the batch."""
+        """Return the outputs for some images of the batch."""
         return replace(
             self,
             features=tuple(f[images] for f in self.features),
@@ -75,12 +75,12 @@ class DetectorOutputs:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which points the student's own loss made responsible for which object (its task-aligned assigner's answer).
+    """The label assignment of the student's task loss: the objects that points are trained on.
 
     Attributes:
-        foreground: True at points that are trained towards an object, (B, A).
+        foreground: True at points that have an object, (B, A).
         scores: Soft class targets in [0, 1], zero at background points, (B, A, nc).
-        boxes: Target boxes in pixels, xyxy, meaningful at foreground points only, (B, A, 4).
+        boxes: Target boxes in pixels, xyxy, (B, A, 4); undefined at background points.
     """
 
     foreground: Tensor
@@ -98,7 +98,7 @@ class Targets:
         image_index: Image of each box, (M,), int64 in [0, batch_size).
         image_size: Height and width of the images in pixels.
         batch_size: Number of images, including those without a box.
-        assignment: The native loss's label assignment, None before it has run.
+        assignment: The task loss's label assignment, None if no term reads it.
     """
 
     boxes: Tensor
@@ -110,7 +110,7 @@ class Targets:
 
     @cached_property
     def clipped_boxes(self) -> Tensor:
-        """The boxes cut off at the borders of their images, (M, 4), float32 and without gradient."""
+        """The boxes clipped to their images, (M, 4), float32 and without gradient."""
         height, width = self.image_size
         boxes = self.boxes.detach().float().clamp(min=0)
         return torch.minimum(boxes, boxes.new_tensor([width, height, width, height]))
@@ -118,17 +118,17 @@ class Targets:
 
 @dataclass(frozen=True)
 class PairSpec:
-    """Facts about a teacher and a student that hold for the whole run; losses build their modules from them.
+    """Facts about a teacher and a student; losses build their modules from them.
 
     Attributes:
         student_channels: Channels of the student's features per level.
         teacher_channels: Channels of the teacher's features per level.
-        strides: Strides of the levels that both have, in pixels.
-        nc: Number of classes that both have; scores and labels of a step count these.
-        student_reg_max: Bins of the student's distance distribution, 1 for none.
-        teacher_reg_max: Bins of the teacher's distance distribution, 1 for none.
-        student_layer_channels: Channels of other student layers that the recipe names, by layer name.
-        teacher_layer_channels: Channels of other teacher layers that the recipe names, by layer name.
+        strides: Strides of the levels of both models, in pixels.
+        nc: Number of matched classes; the scores and labels of a step refer to these.
+        student_reg_max: Bins of the student's distance distribution, 1 if it has none.
+        teacher_reg_max: Bins of the teacher's distance distribution, 1 if it has none.
+        student_layer_channels: Channels of other student layers that the recipe reads, by layer name.
+        teacher_layer_channels: Channels of other teacher layers that the recipe reads, by layer name.
         student_layer_strides: Strides of those student layers in pixels.
         teacher_layer_strides: Strides of those teacher layers in pixels.
     """
@@ -151,22 +151,22 @@ class PairSpec:
 
     @property
     def same_bins(self) -> bool:
-        """True when both heads predict distance distributions over the same number of bins."""
+        """Whether both heads predict distance distributions over the same number of bins."""
         return self.student_reg_max == self.teacher_reg_max > 1
 
 
 class LossInputs:
-    """One training step as the losses see it, with a memo so that what two terms need is computed once.
+    """The inputs of the losses in one training step, with a memo for results that several terms share.
 
     Args:
-        student: The student's view, with gradient.
-        teacher: The teacher's view, without.
-        targets: Ground truth, None when no term reads it.
+        student: The student's outputs, with gradient.
+        teacher: The teacher's outputs, without gradient.
+        targets: Ground truth, None if no term reads it.
         progress: Fraction of the training that has passed, in [0, 1].
-        align: Function of (adapter kind, level index) that returns the student's features brought to the teacher's
-            channels. The distiller supplies it; without one, features must agree already.
-        precision: Context in which learned layers run, as the student's do; float32 without one.
-        continues: True for the second part of a batch that the losses see in parts.
+        align: Function of (adapter kind, level index) that returns the student's features with the teacher's number of
+            channels. The distiller supplies it; without it, the numbers must be equal.
+        precision: Context in which learned layers run: that of the student's layers. Without it, they run in float32.
+        continues: True for the second sub-batch of a batch.
     """
 
     def __init__(
@@ -189,38 +189,35 @@ class LossInputs:
         self._memo: dict[Hashable, Any] = {}
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return what `make` returned the first time that any term asked for `key` in this step."""
+        """Return the result of `make`, computed once per step and key."""
         if key not in self._memo:
             self._memo[key] = make()
         return self._memo[key]
 
     def aligned(self, kind: str, level: int, as_is: bool = False) -> Tensor:
-        """Return the student's features of one level at the teacher's width, (B, C_teacher, H, W).
+        """Return the student's features of one level with the teacher's channels, (B, C_teacher, H, W).
 
         Args:
-            kind: Name of the adapter, see `yolo_kd.distillation.adapters`.
+            kind: Kind of the adapter, see `yolo_kd.distillation.adapters`.
             level: Index of the level, 0 for the finest.
-            as_is: In the precision in which the adapter ran, for losses that convert part by part; float32 otherwise.
+            as_is: In the adapter's precision, for losses that convert in chunks; otherwise float32.
         """
-
-        def make() -> Tensor:
-            return self.student.features[level] if self._align is None else self._align(kind, level)
-
-        feature = self.once(("aligned", kind, level), make)
+        align = self._align or (lambda _, level: self.student.features[level])
+        feature = self.once(("aligned", kind, level), lambda: align(kind, level))
         return feature if as_is else self.once(("aligned", kind, level, "float32"), feature.float)
 
     def layer(self, module: Callable[..., Tensor], *inputs: Tensor, as_is: bool = False) -> Tensor:
-        """Run a learned layer of a loss in the precision in which the student's layers run.
+        """Run a learned layer of a loss in the precision of the student's layers.
 
         Args:
             module: The layer.
             *inputs: Its arguments.
-            as_is: Return what comes out in that precision, for losses that convert part by part; float32 otherwise.
+            as_is: In that precision, for losses that convert in chunks; otherwise float32.
         """
         return self.layers(lambda *maps: (module(*maps),), *inputs, as_is=as_is)[0]
 
     def layers(self, modules: Callable[..., Sequence[Tensor]], *inputs: Tensor, as_is: bool = False) -> list[Tensor]:
-        """Do the same with layers that have several outputs."""
+        """Run learned layers with several outputs, see `layer`."""
         with self._precision():
             autocast = torch.is_autocast_enabled(inputs[0].device.type)
             outputs = modules(*(x if autocast else x.float() for x in inputs))
@@ -231,8 +228,8 @@ class LossInputs:
 
         Args:
             level: Index of the level, 0 for the finest.
-            as_is: As the teacher left them, for losses that convert part by part. Otherwise float32, laid out like the
-                student's: arithmetic on two memory formats at once is several times slower.
+            as_is: In the teacher's precision, for losses that convert in chunks. Otherwise float32 in the student's
+                memory format: arithmetic on two memory formats is several times slower.
         """
         feature = self.teacher.features[level].detach()
         if as_is:
@@ -250,9 +247,6 @@ def tensors_of(predictions: Any) -> Iterator[Tensor]:
     """Yield every tensor in nested dictionaries, lists and tuples."""
     if isinstance(predictions, Tensor):
         yield predictions
-    elif isinstance(predictions, Mapping):
-        for value in predictions.values():
-            yield from tensors_of(value)
-    elif isinstance(predictions, list | tuple):
-        for value in predictions:
-            yield from tensors_of(value)
+    elif isinstance(predictions, Mapping | list | tuple):
+        for item in predictions.values() if isinstance(predictions, Mapping) else predictions:
+            yield from tensors_of(item)

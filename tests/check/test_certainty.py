@@ -1,4 +1,4 @@
-"""`yolo-kd check` on a pool: how often the teacher's detections are labelled objects, and what thresholds follow."""
+"""`yolo-kd check` on unlabeled images: how often detections are objects, and the thresholds that follow."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def test_thresholds_that_fit() -> None:
     report = outcome(CALIBRATED, UnlabeledOptions(("p",), mode="both"))
     # above 0.4 are those around 0.45 and 0.55, of which 25 and 40 are objects
     assert found(
-        report, "warning", "pool: 200 of the teacher's 600 detections above unlabeled_conf=0.4", "lie below 0.6"
+        report, "warning", "unlabeled: 200 of the teacher's 600 detections above unlabeled_conf=0.4", "lie below 0.6"
     )
-    assert found(report, "warning", "in 32% of cases only", "Write unlabeled_conf=0.6 unlabeled_low=0.4.")
+    assert found(report, "warning", "in only 32% of cases", "Write unlabeled_conf=0.6 unlabeled_low=0.4.")
     ((title, rows),) = report.tables.items()
     assert "64 val images" in title
     assert rows[1] == ("0.1 to 0.2", "100", "5%")
@@ -49,7 +49,7 @@ def test_a_certain_teacher_and_a_blind_one() -> None:
     assert not outcome([0.5] * 9, UnlabeledOptions(("p",))).findings
     blind = outcome([0.1] * 9, UnlabeledOptions(("p",), mode="both"))
     assert found(
-        blind, "warning", "600 of the teacher's 600 detections", "in 10% of cases only", "unlabeled_mode=distill"
+        blind, "warning", "600 of the teacher's 600 detections", "in only 10% of cases", "unlabeled_mode=distill"
     )
 
 

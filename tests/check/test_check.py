@@ -101,7 +101,7 @@ def test_a_student_that_will_start_from_its_teacher(few: None, shapes: Path, tea
 @pytest.mark.e2e
 def test_a_student_of_another_family_starts_as_it_is(few: None, shapes: Path, teacher: Path, tmp_path: Path) -> None:
     report = check(asked(teacher, narrow_yaml("yolo11n", tmp_path), shapes))
-    assert found(report, "warning", "start: inherited 0 of", "C3k2 here, C2f in the teacher", "own family")
+    assert found(report, "warning", "start: inherited 0 of", "C3k2 here, C2f in the teacher", "the student's family")
     assert {f["family"] for f in report.to_dict()["files"].values()} == {"yolov8", "yolo11"}
 
 
@@ -157,7 +157,7 @@ def test_everything_wrong_is_found_at_once(shapes: Path, student: Path, tmp_path
     assert [row["stride"] for row in report.facts["levels"]] == [8, 16, 32, 64]
     assert report.facts["levels"][3]["student"] == ["-", "-"]
     assert "terms" not in report.facts
-    assert found(report, "note", "teacher was not evaluated: its head knows 2 other classes (a, b)")
+    assert found(report, "note", "teacher was not evaluated: its head has 2 other classes (a, b)")
 
 
 def test_missing_files_are_findings(shapes: Path, tmp_path: Path) -> None:
@@ -381,12 +381,12 @@ def repeated_line(data: Path) -> None:
         (class_beyond_the_names, "warning", ("1 of 8 val images are left out", "Label class 7 exceeds")),
         (missing_labels, "warning", ("19% of the train images (3) have no label file", "background")),
         (mostly_background, "warning", ("62% of the val images have no box",)),
-        (no_class, "warning", ("no train image shows 'triangle'", "nobody can learn it")),
-        (no_class, "warning", ("no val image shows 'triangle'", "will not be measured")),
+        (no_class, "warning", ("no train image shows 'triangle'", "it cannot be learned")),
+        (no_class, "warning", ("no val image shows 'triangle'", "its accuracy cannot be measured")),
         (copies, "warning", ("1 train images are copies of others", "again")),
-        (overlap, "warning", ("2 of 8 val images (25%) are in train as well", "leak-")),
-        (tiny_objects, "warning", ("under 4 px wide or high at imgsz=64", "A larger imgsz")),
-        (repeated_line, "note", ("1 train label files hold a line twice",)),
+        (overlap, "warning", ("2 of 8 val images (25%) are also in train", "leak-")),
+        (tiny_objects, "warning", ("less than 4 px wide or high at imgsz=64", "Use a larger imgsz")),
+        (repeated_line, "note", ("1 train label files contain a line twice",)),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -411,7 +411,7 @@ def test_images_of_equal_size_and_ends_are_no_copies(shapes: Path, tmp_path: Pat
 def test_one_folder_for_train_and_val_is_one_big_overlap(shapes: Path, tmp_path: Path) -> None:
     data = copied(shapes, tmp_path / "data")
     data.write_text(f"path: {data.parent}\ntrain: images/train\nval: images/train\nnames: [circle, square, triangle]\n")
-    assert found(scanned(data), "warning", "16 of 16 val images (100%) are in train as well")
+    assert found(scanned(data), "warning", "16 of 16 val images (100%) are also in train")
 
 
 def test_a_truncated_jpeg_is_said_and_left_as_it_is(shapes: Path, tmp_path: Path) -> None:
@@ -460,7 +460,7 @@ def test_accuracy_is_that_of_ultralytics(shapes: Path, tmp_path: Path) -> None:
         (0.60, 0.595, "warning", "not better than the student"),
         (0.60, 0.62, "warning", "not better than the student"),
         (0.50, 0.60, "error", "worse than the student"),
-        (0.001, None, "error", "the teacher finds nothing"),
+        (0.001, None, "error", "the teacher detects nothing"),
     ],
 )
 def test_a_teacher_must_be_ahead(teacher_map: float, student_map: float | None, level: str, part: str) -> None:
@@ -477,7 +477,7 @@ def test_a_teacher_must_be_ahead(teacher_map: float, student_map: float | None, 
 def test_a_class_that_the_teacher_does_not_know() -> None:
     report = Report({})
     quality.judge(report, {"teacher": {"map": 0.4, "classes": {"circle": (0.8, 20), "square": (0.01, 30)}}}, 64)
-    assert found(report, "warning", "does not know 'square'")
+    assert found(report, "warning", "hardly detects 'square'")
 
 
 # ------------------------------------------------------------------------------------------------------ the terms
@@ -488,15 +488,22 @@ def judged(share: float, cosine: float, **term: Any) -> Report:
     entry = SimpleNamespace(ratio=None, weight=2.0, **term)
     distiller = SimpleNamespace(terms={"fgd": entry}, weight=lambda _name: 2.0)
     row = AuditRow("fgd", 1.0, share, share, cosine)
-    terms.judge(report, SimpleNamespace(distiller=distiller), {"fgd": [row, row]}, {}, 2)  # type: ignore[arg-type]
+    terms.judge(report, SimpleNamespace(distiller=distiller), {"fgd": [row, row]}, {})  # type: ignore[arg-type]
     return report
 
 
 def test_terms_are_judged() -> None:
     assert not judged(0.4, 0.1).findings
-    assert found(judged(0.4, -0.5), "warning", "pulls against the task: cosine -0.50", "Lower kd.fgd.weight")
-    assert found(judged(6.0, 0.1), "warning", "drowns the task", "its gradient is 6 x the task's", "kd.fgd.weight=0.1,")
-    assert found(judged(0.001, 0.1), "warning", "hardly pulls", "kd.fgd.weight=6e+02", "weight=auto")
+    assert found(
+        judged(0.4, -0.5),
+        "warning",
+        "works against the task loss: the cosine of their gradients is -0.50",
+        "Lower kd.fgd.weight",
+    )
+    assert found(
+        judged(6.0, 0.1), "warning", "too strong", "its gradient is 6 x that of the task loss", "kd.fgd.weight=0.1,"
+    )
+    assert found(judged(0.001, 0.1), "warning", "too weak", "kd.fgd.weight=6e+02", "weight=auto")
 
 
 def test_a_term_that_does_nothing_is_an_error_if_it_never_does() -> None:
@@ -506,7 +513,7 @@ def test_a_term_that_does_nothing_is_an_error_if_it_never_does() -> None:
         rows = [AuditRow("fgfi", 0.0, 0.0, 0.0, 0.0)] * 2
         sentence = "term 'fgfi' has no gradient into the student on the first batch."
         trainer: Any = SimpleNamespace(distiller=distiller)
-        terms.judge(made, trainer, {"fgfi": rows}, {"fgfi": [sentence] * problems}, 2)
+        terms.judge(made, trainer, {"fgfi": rows}, {"fgfi": [sentence] * problems})
         return made
 
     assert found(report(2), "error", "no gradient into the student on 2 of 2 batches")

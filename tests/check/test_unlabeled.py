@@ -1,4 +1,4 @@
-"""`yolo-kd check` on a pool: foreign images, shared images, and what cannot be used."""
+"""`yolo-kd check` on unlabeled images: foreign images, shared images, and what cannot be used."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def pool(tmp_path: Path, shapes: Path) -> Path:
 @pytest.mark.e2e
 def test_images_of_the_same_kind(few: None, shapes: Path, student: Path, sure: Path, pool: Path) -> None:  # noqa: F811
     report = check(asked(sure, student, shapes, kd="objectness", unlabeled=str(pool), unlabeled_conf=0.3))
-    facts = report.to_dict()["pool"]
+    facts = report.to_dict()["unlabeled"]
     assert facts["images"] == 8
     assert facts["unlabeled_conf"] == 0.3
-    assert facts["confidence"].keys() == {"pool", "train"}
+    assert facts["confidence"].keys() == {"unlabeled", "train"}
     assert 0 <= facts["distance"] <= 1
-    assert not found(report, "warning", "pool:"), texts(report)
+    assert not found(report, "warning", "unlabeled:"), texts(report)
     assert not found(report, "error", ""), texts(report)
 
 
@@ -52,8 +52,8 @@ def test_foreign_and_shared_images(
     report = check(asked(sure, student, shapes, kd="objectness", unlabeled=str(pool)))
     assert found(report, "warning", "2 of 14 images of unlabeled=", "are validation images as well")
     assert found(report, "warning", "1 of 15 images of unlabeled=", "cannot be opened: broken.jpg")
-    assert found(report, "warning", "the unlabeled images look foreign to the teacher"), report.to_dict()["pool"]
-    facts = report.to_dict()["pool"]
+    assert found(report, "warning", "the unlabeled images look foreign to the teacher"), report.to_dict()["unlabeled"]
+    facts = report.to_dict()["unlabeled"]
     assert facts["distance"] > unlabeled.FAR
     assert facts["p_value"] < unlabeled.SURE
     assert sorted((p, p.stat().st_mtime_ns) for p in pool.rglob("*")) == before
@@ -68,7 +68,7 @@ def test_what_cannot_be_used_is_a_finding(
     tmp_path: Path,
 ) -> None:
     report = check(asked(sure, student, shapes, kd="objectness", unlabeled=str(tmp_path / "no")))
-    assert found(report, "error", "pool: unlabeled=", "does not exist")
+    assert found(report, "error", "unlabeled: unlabeled=", "does not exist")
 
 
 @pytest.mark.e2e
@@ -85,7 +85,7 @@ def test_a_data_set_without_labels(
     report = check(asked(sure, student, data, kd="objectness", unlabeled=str(pool)))
     assert found(report, "note", "no training image has labels")
     assert not found(report, "error", ""), texts(report)
-    assert report.to_dict()["pool"]["confidence"].keys() == {"pool", "val"}
+    assert report.to_dict()["unlabeled"]["confidence"].keys() == {"unlabeled", "val"}
 
 
 def test_chance_alone_does_not_look_foreign() -> None:

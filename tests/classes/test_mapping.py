@@ -61,8 +61,8 @@ def test_the_usual_case_touches_nothing() -> None:
     targets = Targets(
         torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), (8, 8), 2
     )
-    assert classes.teacher_view(mapped) is mapped
-    assert classes.student_view(mapped) is mapped
+    assert classes.teacher_outputs(mapped) is mapped
+    assert classes.student_outputs(mapped) is mapped
     assert classes.targets(targets) is targets
     assert classes.teacher_logits(scores) is scores
 
@@ -70,7 +70,7 @@ def test_the_usual_case_touches_nothing() -> None:
 def test_single_classes_keep_their_bits_beside_a_merger() -> None:
     classes = match(ROAD, named("vehicle", "person", "dog"), {"car": "vehicle", "truck": "vehicle"})
     scores, second = torch.randn(2, 4, 4), torch.randn(2, 4, 4)
-    mapped = classes.teacher_view(outputs(scores, second))
+    mapped = classes.teacher_outputs(outputs(scores, second))
     assert mapped.scores.shape == (2, 4, 2)
     assert torch.equal(mapped.scores[..., 1], scores[..., 0])
     p = scores.double().sigmoid()
@@ -84,18 +84,18 @@ def test_single_classes_keep_their_bits_beside_a_merger() -> None:
 def test_a_teacher_that_was_not_asked_for_scores() -> None:
     classes = match(ROAD, named("truck", "car"))
     empty = outputs(torch.zeros(2, 0, 0))
-    assert classes.teacher_view(empty).scores.shape == (2, 0, 0)
+    assert classes.teacher_outputs(empty).scores.shape == (2, 0, 0)
 
 
 def test_the_student_and_the_objectness_are_of_matched_classes() -> None:
     classes = match(named("b", "a"), named("x", "a", "b"))
     scores = torch.randn(2, 4, 3, requires_grad=True)
-    mapped = classes.student_view(outputs(scores, scores))
+    mapped = classes.student_outputs(outputs(scores, scores))
     assert torch.equal(mapped.scores, scores[..., 1:])
     assert torch.equal(mapped.one2one_scores, scores[..., 1:])
     mapped.scores.sum().backward()
     assert torch.equal(scores.grad[..., 0], torch.zeros(2, 4))
-    teacher = classes.teacher_view(outputs(torch.tensor([[[3.0, -1.0]]]).expand(2, 4, 2)))
+    teacher = classes.teacher_outputs(outputs(torch.tensor([[[3.0, -1.0]]]).expand(2, 4, 2)))
     assert torch.equal(teacher.scores[0, 0], torch.tensor([-1.0, 3.0]))
     assert teacher.objectness[0, 0].item() == pytest.approx(torch.tensor(3.0).sigmoid().item())
 

@@ -49,14 +49,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Detectio
 
 
 class Setting:
-    """A student with its criterion, and a batch of labelled images before those of a pool."""
+    """A student with its criterion, and a batch of labeled images before those of a pool."""
 
     def __init__(
         self,
         models: tuple[DetectionModel, DetectionModel],
         mode: str = "distill",
         recipe: dict = TERMS,
-        labelled: int = LABELLED,
+        labeled: int = LABELLED,
         pooled: int = POOLED,
         **keys: Any,
     ):
@@ -68,13 +68,13 @@ class Setting:
         self.distiller = Distiller(load_recipe(recipe), pair_spec(student, teacher))
         self.teacher = Teacher(LoadedDetector(teacher, {}, Path("teacher.pt"), ""), CPU, PLAIN)
         self.attach()
-        self.labelled, self.pooled = labelled, pooled
+        self.labeled, self.pooled = labeled, pooled
         self.batch = {
-            "img": torch.rand(labelled + pooled, 3, 64, 64),
-            "bboxes": torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.3, 0.3, 0.2, 0.3]])[:labelled],
-            "cls": torch.tensor([[0.0], [2.0]])[:labelled],
-            "batch_idx": torch.tensor([0.0, 1.0])[:labelled],
-            UNLABELED_MARK: (False,) * labelled + (True,) * pooled,
+            "img": torch.rand(labeled + pooled, 3, 64, 64),
+            "bboxes": torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.3, 0.3, 0.2, 0.3]])[:labeled],
+            "cls": torch.tensor([[0.0], [2.0]])[:labeled],
+            "batch_idx": torch.tensor([0.0, 1.0])[:labeled],
+            UNLABELED_MARK: (False,) * labeled + (True,) * pooled,
         }
         self.batch[TEACHER_OUTPUTS] = self.teacher(self.batch["img"])
         self.predictions = self.student(self.batch["img"])
@@ -97,11 +97,11 @@ class Setting:
 
     @property
     def own(self) -> slice:
-        return slice(0, self.labelled)
+        return slice(0, self.labeled)
 
     @property
     def others(self) -> slice:
-        return slice(self.labelled, self.labelled + self.pooled)
+        return slice(self.labeled, self.labeled + self.pooled)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -111,7 +111,7 @@ def test_pool_images_have_no_task_loss(family: str, models: dict) -> None:
     expected, own = s.native(s.own, {**s.batch, "img": s.batch["img"][s.own]})
     for name, value in own.items():
         assert items[name] == value
-    torch.testing.assert_close(loss[:3], expected * (s.labelled + s.pooled) / s.labelled)
+    torch.testing.assert_close(loss[:3], expected * (s.labeled + s.pooled) / s.labeled)
     gradients = torch.autograd.grad(loss[:3].sum(), s.outputs, allow_unused=True)
     for gradient in gradients:
         assert gradient[s.own].abs().sum() > 0
@@ -119,7 +119,7 @@ def test_pool_images_have_no_task_loss(family: str, models: dict) -> None:
 
 
 def test_nor_has_the_rest_of_the_batch_a_say(models: dict) -> None:
-    """The task loss on labelled images is the same whatever the pool images show."""
+    """The task loss on labeled images is the same whatever the pool images show."""
     one = Setting(models["yolov8n"])
     first = one.run()[1]
     for branch in one.branches():
@@ -140,10 +140,10 @@ def test_terms_act_on_both_parts(family: str, models: dict) -> None:
     student, teacher = outputs_of(s.predictions, s.student), s.batch[TEACHER_OUTPUTS]
     found = detect(teacher.part(s.others), 0.5, 0.7)
     assert len(found) > 5
-    labelled = {**s.batch, "img": s.batch["img"][s.own]}
+    labeled = {**s.batch, "img": s.batch["img"][s.own]}
     detected = {"img": s.batch["img"][s.others], **labels_of(found, (64, 64))}
     means = []
-    for chosen, labels in ((s.own, labelled), (s.others, detected)):
+    for chosen, labels in ((s.own, labeled), (s.others, detected)):
         native = s.student.init_criterion()
         tap = AssignmentRecorder(native)
         native(part_of(s.predictions, chosen), labels)
@@ -154,7 +154,7 @@ def test_terms_act_on_both_parts(family: str, models: dict) -> None:
         a, b = (mean[column] for mean in means)
         assert items[column] == pytest.approx(a.item(), rel=1e-5)
         assert items[f"{column.removesuffix('_loss')}_pool"] == pytest.approx(b.item(), rel=1e-5)
-        expected = s.labelled * a + s.pooled * b
+        expected = s.labeled * a + s.pooled * b
         assert loss[3 + place].item() == pytest.approx(expected.item(), rel=1e-5), column
         assert b != 0
 
@@ -307,7 +307,7 @@ def test_of_the_teacher_nothing_else_is_computed(mode: str, reads: set, needed: 
 @pytest.mark.parametrize("mode", ["distill", "both"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_a_single_label(family: str, mode: str, models: dict) -> None:
-    s = Setting(models[family], mode, labelled=0)
+    s = Setting(models[family], mode, labeled=0)
     loss, items = s.run()
     task = loss[:3].detach()
     if mode == "distill":
@@ -321,7 +321,7 @@ def test_without_a_single_label(family: str, mode: str, models: dict) -> None:
     assert items["fgd_pool"] > 0
 
 
-def test_audit_and_weights_look_at_labelled_images(models: dict) -> None:
+def test_audit_and_weights_look_at_labeled_images(models: dict) -> None:
     """They find what they would find on these images alone."""
     s = Setting(models["yolov8n"], recipe={"losses": {"at": {"weight": "auto"}}})
     for module in s.student.modules():
@@ -389,7 +389,7 @@ def mapped(models: dict, mode: str) -> Setting:
 @pytest.mark.parametrize("mode", ["distill", "pseudo"])
 def test_detections_count_in_the_students_classes(mode: str, models: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     s = mapped(models, mode)
-    s.batch["cls"][:] = 1.0  # the labelled objects are of a class that both have
+    s.batch["cls"][:] = 1.0  # the labeled objects are of a class that both have
     handed: list = []
     real = labels_of
     monkeypatch.setattr(
@@ -397,7 +397,7 @@ def test_detections_count_in_the_students_classes(mode: str, models: dict, monke
         lambda found, size: handed.append(found) or real(found, size),
     )
     items = s.run()[1]
-    known = MERGED.teacher_view(s.batch[TEACHER_OUTPUTS].part(s.others))
+    known = MERGED.teacher_outputs(s.batch[TEACHER_OUTPUTS].part(s.others))
     plain = detect(known, 0.5, 0.7) if mode == "distill" else pseudo_labels(known, 0.2, 0.5, 0.7).certain
     assert handed[0].labels.tolist() == [MERGED.matched[i] for i in plain.labels.tolist()]
     assert torch.equal(handed[0].boxes, plain.boxes)
@@ -433,7 +433,7 @@ def test_the_pool_says_nothing_of_a_class_that_the_teacher_does_not_know(models:
     assert (gradient[s.own][:, 0] != 0).any()
 
 
-def test_old_classes_are_shielded_on_labelled_images(models: dict) -> None:
+def test_old_classes_are_shielded_on_labeled_images(models: dict) -> None:
     s = Setting(models["yolov8n"])
     s.batch["cls"][:] = 2.0
     kept = KeptClasses(("a", "b", "new"), 2, (2,), 0.05)

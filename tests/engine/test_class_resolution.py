@@ -155,7 +155,7 @@ def test_keep_classes_that_are_refused(tmp_path: Path, shapes: Path, student: Pa
         assert message in refused(tmp_path, data, model, **{**keep, **keys}), message
     all_new = renamed(shapes, tmp_path, "dot", "box", "wedge")
     text = refused(tmp_path, all_new, student, **keep, kd="fgd")
-    assert "fgd looks at labelled objects of the teacher's classes" in text
+    assert "fgd looks at labeled objects of the teacher's classes" in text
 
 
 def test_classes_that_changed_are_named() -> None:
@@ -291,7 +291,7 @@ def test_new_classes_beside_old_ones(
         trainer.train()
     assert seen["old"]
     assert seen["labels"] == seen["val"] == {1, 3, 4}
-    assert seen["kept"].unlabelled == (0, 2)
+    assert seen["kept"].unlabeled == (0, 2)
     assert trainer.distillation.audit_rows
     head = len(trainer.model.model) - 1
     assert YAML.load(trainer.save_dir / "args.yaml")["freeze"] == head, "as it was decided, not as it was asked for"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 
 from yolo_kd.engine.epoch_position import POSITION, EpochPosition, RestOfEpoch
@@ -22,7 +24,7 @@ class Loader:
 
 def test_it_survives_a_checkpoint() -> None:
     position = EpochPosition(3, 8, {"box_loss": 1.5})
-    assert EpochPosition.of_checkpoint({POSITION: position.to_dict()}) == position
+    assert EpochPosition.of_checkpoint({POSITION: asdict(position)}) == position
     assert EpochPosition.of_checkpoint({"epoch": 3}) is None
 
 
@@ -37,8 +39,8 @@ def test_how_many_batches_are_left_out(batches: int, of: int, now: int, done: in
 
 def test_losses_are_means_over_the_whole_epoch() -> None:
     position = EpochPosition(3, 8, {"box_loss": 1.0})
-    assert position.merged({"box_loss": 2.0}, skipped=3, seen=5)["box_loss"] == pytest.approx((3 * 1 + 5 * 2) / 8)
-    assert position.merged({"new_loss": 2.0}, skipped=3, seen=5) == {"new_loss": 2.0}
+    assert position.merged({"box_loss": 2.0}, skipped=3, trained=5)["box_loss"] == pytest.approx((3 * 1 + 5 * 2) / 8)
+    assert position.merged({"new_loss": 2.0}, skipped=3, trained=5) == {"new_loss": 2.0}
 
 
 def test_the_rest_of_an_epoch() -> None:

@@ -90,7 +90,7 @@ def test_a_full_disk_leaves_what_was_there(last: Path, step: str, monkeypatch: p
     assert said is not None
     assert said.exit_code == 1
     assert str(said).startswith(f"{last} could not be written (No space left on device, ")
-    assert str(said).endswith(f"go on with yolo-kd train kd=none resume={last}")
+    assert str(said).endswith(f"continue with yolo-kd train kd=none resume={last}")
 
 
 def test_other_errors_are_not_explained_away(last: Path) -> None:
@@ -208,7 +208,7 @@ def test_neither(last: Path) -> None:
     data = bytearray(last.read_bytes())
     data[data.find(b"weights")] ^= 1
     last.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"the checksum .* is wrong. Its predecessor last.prev.pt is not beside"):
+    with pytest.raises(CheckpointError, match=r"the checksum .* is wrong. Its predecessor last.prev.pt does not exist"):
         saving.usable(last)
     saving.previous_of(last).touch()
     with pytest.raises(CheckpointError, match=r"last.prev.pt cannot be read either: it is empty"):

@@ -1,4 +1,4 @@
-"""Labelled and unlabeled images together: the order of the draws, and that augmentations combine one kind."""
+"""Labeled and unlabeled images together: the order of the draws, and that augmentations combine one kind."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("labelled", "unlabelled", "batch", "ratio"), [(41, 164, 16, 1), (7, 100, 5, 3), (30, 4, 8, 0.5), (0, 21, 8, 1)]
+    ("labeled", "unlabeled", "batch", "ratio"), [(41, 164, 16, 1), (7, 100, 5, 3), (30, 4, 8, 0.5), (0, 21, 8, 1)]
 )
-def test_an_epoch_of_the_sampler(labelled: int, unlabelled: int, batch: int, ratio: float) -> None:
-    sampler = MixedSampler(labelled, unlabelled, batch, ratio, seed=5)
-    total = labelled + unlabelled
+def test_an_epoch_of_the_sampler(labeled: int, unlabeled: int, batch: int, ratio: float) -> None:
+    sampler = MixedSampler(labeled, unlabeled, batch, ratio, seed=5)
+    total = labeled + unlabeled
     assert len(sampler) == -(-total // batch) * batch
     epochs = [list(sampler) for _ in range(4)]
     assert all(len(e) == len(sampler) for e in epochs)
     assert epochs[0] != epochs[1]
     counts_of_unlabeled = set()
     for start in range(0, len(sampler), batch):
-        kinds = [i >= labelled for i in epochs[0][start : start + batch]]
-        assert kinds == sorted(kinds), "labelled images come first"
+        kinds = [i >= labeled for i in epochs[0][start : start + batch]]
+        assert kinds == sorted(kinds), "labeled images come first"
         counts_of_unlabeled.add(sum(kinds))
-    assert counts_of_unlabeled == {round(batch * ratio / (1 + ratio)) if labelled else batch}
+    assert counts_of_unlabeled == {round(batch * ratio / (1 + ratio)) if labeled else batch}
     seen = Counter(i for e in epochs for i in e)
-    for kind in (range(labelled), range(labelled, total)):
+    for kind in (range(labeled), range(labeled, total)):
         counts = {seen[i] for i in kind}
         assert not counts or max(counts) - min(counts) <= 1, "each image of a kind is drawn equally often"
 
@@ -103,21 +103,21 @@ def test_a_batch_has_room_for_both() -> None:
 def test_the_log_says_what_an_epoch_is() -> None:
     text = MixedSampler(41, 164, 16, 1).describe()
     assert text.startswith(
-        "An epoch is 13 steps of 8 labelled and 8 unlabeled images: each of the 41 labelled images is drawn"
+        "An epoch is 13 steps of 8 labeled and 8 unlabeled images: each of the 41 labeled images is drawn"
     )
     assert "2.5 times" in text
-    assert "0.63 times. With unlabeled_ratio=4 the labelled images would repeat less often." in text
+    assert "0.63 times. With unlabeled_ratio=4 the labeled images would repeat less often." in text
     for ratio, batch in ((4, 16), (1, 2)):  # what is asked for already, and all that a batch has room for
         assert MixedSampler(41, 164, batch, ratio).describe().endswith(" times.")
     assert MixedSampler(100, 164, 16, 1).describe().endswith(" times."), "nearly equal"
-    assert "unlabeled_ratio=7" in MixedSampler(40, 10_000, 8, 1).describe(), "a batch holds a labelled one"
+    assert "unlabeled_ratio=7" in MixedSampler(40, 10_000, 8, 1).describe(), "a batch holds a labeled one"
     assert "in each of 2 processes" in MixedSampler(41, 164, 8, 1, world=2).describe()
-    assert "there are no labelled ones" in MixedSampler(0, 164, 8, 1).describe()
+    assert "without labeled ones" in MixedSampler(0, 164, 8, 1).describe()
 
 
 @pytest.fixture
 def coloured(tmp_path: Path) -> Path:
-    """Four labelled images, all red, and five unlabeled images, all blue."""
+    """Four labeled images, all red, and five unlabeled images, all blue."""
     for kind, count, channel in (("images", 4, 0), ("unlabeled", 5, 2)):
         (tmp_path / kind).mkdir()
         for i in range(count):
@@ -131,11 +131,11 @@ def coloured(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def mixed(folder: Path, labelled: bool = True, **keys: object) -> MixedDataset:
+def mixed(folder: Path, labeled: bool = True, **keys: object) -> MixedDataset:
     cfg = get_cfg(overrides={"imgsz": 64, "task": "detect", "fraction": 0.75, "hsv_h": 0.0, **keys})
     data = check_det_dataset(str(folder / "data.yaml"))
     images = readable_images(find_images([str(folder / "unlabeled")]), "unlabeled")
-    own = build_yolo_dataset(cfg, data["train"], 4, data, mode="train") if labelled else None
+    own = build_yolo_dataset(cfg, data["train"], 4, data, mode="train") if labeled else None
     return MixedDataset(own, unlabeled_dataset(images, cfg, 4, data, 32))
 
 
@@ -144,7 +144,7 @@ def test_each_kind_augments_with_its_own(coloured: Path) -> None:
     np.random.seed(0)
     torch.manual_seed(0)
     dataset = mixed(coloured, mosaic=1.0, mixup=1.0, cutmix=1.0, copy_paste=1.0, hsv_s=0.0, hsv_v=0.0, bgr=0.0)
-    assert (dataset.labelled, dataset.unlabelled, len(dataset)) == (3, 5, 8), "fraction is for labelled images"
+    assert (dataset.labeled, dataset.unlabeled, len(dataset)) == (3, 5, 8), "fraction is for labeled images"
     loader = mixed_loader(dataset, MixedSampler(3, 5, 4, 1), 0, CPU)
     grey = 114
     for batch in loader:
@@ -164,8 +164,8 @@ def test_it_serves_what_ultralytics_asks(coloured: Path) -> None:
     new = {p.relative_to(coloured).as_posix() for p in coloured.rglob("*")} - {
         p.relative_to(coloured).as_posix() for p in before
     }
-    assert new == {"labels.cache"}, "that of the labelled images only"
-    assert [len(label["cls"]) for label in dataset.labels] == [1, 1, 1], "plots and class weights count labelled images"
+    assert new == {"labels.cache"}, "that of the labeled images only"
+    assert [len(label["cls"]) for label in dataset.labels] == [1, 1, 1], "plots and class weights count labeled images"
     assert [Path(f).parent.name for f in dataset.im_files] == ["images"] * 3 + ["unlabeled"] * 5
     dataset.close_mosaic(get_cfg(overrides={"imgsz": 64, "task": "detect"}))
     for part in dataset.datasets:
@@ -173,8 +173,8 @@ def test_it_serves_what_ultralytics_asks(coloured: Path) -> None:
 
 
 def test_unlabeled_images_alone(coloured: Path) -> None:
-    dataset = mixed(coloured, labelled=False)
-    assert (dataset.labelled, len(dataset)) == (0, 5)
+    dataset = mixed(coloured, labeled=False)
+    assert (dataset.labeled, len(dataset)) == (0, 5)
     batch = next(iter(mixed_loader(dataset, MixedSampler(0, 5, 4, 1), 0, CPU)))
     assert all(batch[UNLABELED_MARK])
     assert batch["bboxes"].shape == (0, 4)

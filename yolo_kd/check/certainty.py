@@ -1,4 +1,4 @@
-"""Which of a teacher's detections are objects: how certain must it be before its word can stand for a label?"""
+"""Measures how often a teacher's detections are objects, and derives the confidence at which they can be labels."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from yolo_kd.distillation.teacher import Teacher
 from yolo_kd.unlabeled.pseudo_labels import detect, labels_found
 
 IMAGES = 64
-"""Validation images that are looked at, at most, evenly spread."""
+"""Largest number of validation images, evenly spread over the set."""
 OVERLAP = 0.5
-"""A detection that covers a label of its class by at least this is an object."""
+"""A detection is an object if its IoU with a label of its class is at least this."""
 LOWEST, STEPS = 0.1, 9
-"""Confidences are looked at from here to 1, in this many equal steps."""
+"""The confidence range starts here and has this many equal steps up to 1."""
 ENOUGH = 20
-"""Steps with fewer detections say nothing."""
+"""Steps with fewer detections are ignored."""
 LIKELY, SELDOM = 0.5, 0.2
-"""A label should be an object more often than the one; what is one less often than the other is background."""
+"""Detections are labels if at least the first share are objects, and background if less than the second share are."""
 
 
 def check_certainty(
     report: Report,
-    pool: UnlabeledOptions,
+    options: UnlabeledOptions,
     teacher: Teacher,
     dataset: Any,
     classes: ClassMap,
@@ -41,78 +41,73 @@ def check_certainty(
     """Compare the teacher's detections with the labels of validation images, by confidence.
 
     Args:
-        report: Receives a table, the numbers, and a warning if `unlabeled_conf` lets in what is rarely an object.
-        pool: The thresholds of the training.
-        teacher: The teacher, of which scores and boxes are read.
+        report: Receives a table, the numbers, and a warning if `unlabeled_conf` lets in too few objects.
+        options: The thresholds of the training.
+        teacher: The teacher; its scores and boxes are read.
         dataset: Ultralytics' validation set, without augmentation.
-        classes: Which class is which.
-        device: Where the teacher runs.
-        only: Classes of the student that are trained, all by default; labels of others are not in the set.
+        classes: The class map.
+        device: Device of the teacher.
+        only: The student classes that are trained, all by default; the set has no labels of others.
     """
     chosen = evenly_spread(min(len(dataset), IMAGES), len(dataset))
     confidence, hit = [], []
     for index in chosen:
         sample = dataset[index]
-        view = teacher(sample["img"][None].to(device).float() / 255)
-        found = as_student(detect(classes.teacher_view(view), LOWEST, pool.iou), classes, only)
+        outputs = classes.teacher_outputs(teacher(sample["img"][None].to(device).float() / 255))
+        found = as_student(detect(outputs, LOWEST, options.iou), classes, only)
         sides = torch.tensor(sample["img"].shape[-1:-3:-1], device=device).repeat(2)
         boxes = box_convert(sample["bboxes"].to(device), "cxcywh", "xyxy") * sides
         labels = sample["cls"].to(device).flatten().long()
         confidence.append(found.confidence.cpu().numpy())
         overlaps = torch.where(found.labels[:, None] == labels, box_iou(found.boxes, boxes), 0)
         hit.append(labels_found(overlaps.cpu().numpy(), OVERLAP) >= 0)
-    judge(report, pool, np.concatenate(confidence), np.concatenate(hit), len(chosen))
+    judge(report, options, np.concatenate(confidence), np.concatenate(hit), len(chosen))
 
 
-def judge(report: Report, pool: UnlabeledOptions, confidence: np.ndarray, hit: np.ndarray, images: int) -> None:
-    """Report what share of detections are objects, and thresholds that fit that better if there are.
+def judge(report: Report, options: UnlabeledOptions, confidence: np.ndarray, hit: np.ndarray, images: int) -> None:
+    """Report the share of objects among detections by confidence, and better thresholds if there are any.
 
     Args:
         report: Receives them.
-        pool: The thresholds of the training.
-        confidence: Of every detection, (M,).
-        hit: Whether it is an object, (M,).
-        images: On how many images.
+        options: The thresholds of the training.
+        confidence: Confidence of each detection, (M,).
+        hit: True for each detection that is an object, (M,).
+        images: Number of images.
     """
     edges = np.linspace(LOWEST, 1, STEPS + 1).round(3)
-    place = np.digitize(confidence, edges[1:-1])
-    counts = np.bincount(place, minlength=STEPS)
-    hits = np.bincount(place, weights=hit, minlength=STEPS)
-    rows = [("confidence", "detections", "objects")]
-    rows += [
-        (f"{a:g} to {b:g}", str(n), f"{h / n:.0%}")
-        for a, b, n, h in zip(edges[:-1], edges[1:], counts, hits, strict=True)
-        if n
-    ]
-    report.tables[f"the teacher's detections on {images} val images, by the labels there"] = rows
+    step = np.digitize(confidence, edges[1:-1])
+    counts, hits = (np.bincount(step, weights=weights, minlength=STEPS).astype(int) for weights in (None, hit))
+    steps = zip(edges[:-1], edges[1:], counts, hits, strict=True)
+    rows = [(f"{low:g} to {high:g}", str(n), f"{h / n:.0%}") for low, high, n, h in steps if n]
+    title = f"the teacher's detections on {images} val images, compared with the labels"
+    report.tables[title] = [("confidence", "detections", "objects"), *rows]
     report.facts["certainty"] = {
         "images": images,
         "from": edges[:-1].tolist(),
         "detections": counts.tolist(),
-        "objects": hits.astype(int).tolist(),
+        "objects": hits.tolist(),
     }
-    taken = confidence > pool.conf
+    taken = confidence > options.conf
     sure = _first_above(edges, counts, hits, LIKELY)
     doubtful = taken & (confidence <= (1.0 if sure is None else sure))
     if doubtful.sum() < ENOUGH or hit[doubtful].mean() >= LIKELY:
         return
     below = "" if sure is None else f" lie below {sure:g} and"
     text = (
-        f"{int(doubtful.sum())} of the teacher's {int(taken.sum())} detections above unlabeled_conf={pool.conf:g} on "
-        f"{images} val images{below} are labelled objects in {hit[doubtful].mean():.0%} of cases only."
+        f"{int(doubtful.sum())} of the teacher's {int(taken.sum())} detections above unlabeled_conf={options.conf:g} "
+        f"on {images} val images{below} are labeled objects in only {hit[doubtful].mean():.0%} of cases."
     )
     if sure is None:
-        advice = "No confidence makes its detections likely to be objects: use unlabeled_mode=distill."
+        advice = "Its detections are not reliable at any confidence: use unlabeled_mode=distill."
     else:
         possible = _first_above(edges, counts, hits, SELDOM)
         low = min(edges[0] if possible is None else possible, sure - 0.1)
-        advice = f"Write unlabeled_conf={sure:g}"
-        advice += f" unlabeled_low={low:.1g}." if pool.labels else "."
-    report.add("warning", "pool", text, advice)
+        advice = f"Write unlabeled_conf={sure:g}{f' unlabeled_low={low:.1g}' if options.labels else ''}."
+    report.add("warning", "unlabeled", text, advice)
 
 
 def _first_above(edges: np.ndarray, counts: np.ndarray, hits: np.ndarray, share: float) -> float | None:
-    """Return the least edge from which on detections of every step are objects that often, None if there is none."""
+    """Return the lowest edge above which the share of objects is reached in every step, None if there is none."""
     first = None
     for i in reversed(range(STEPS)):
         if counts[i] >= ENOUGH:

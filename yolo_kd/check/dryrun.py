@@ -1,4 +1,4 @@
-"""A dry run of a training: no label cache, no repaired image, no folder and no run of a logger is left behind."""
+"""A dry run of a training, which leaves no label cache, repaired image, folder or logger run behind."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class ImageRecord:
         shape: Height and width in pixels, (0, 0) if the image was refused.
         classes: Class of each box, (N,).
         boxes: Normalised xywh of each box, (N, 4).
-        labelled: True if the label file exists.
-        problem: Why the image was refused, empty if it was not.
-        remark: What Ultralytics corrected silently, empty for nothing.
+        labeled: Whether the label file exists.
+        problem: Why the image was refused, empty otherwise.
+        remark: What Ultralytics corrected silently, empty otherwise.
     """
 
     file: str
@@ -46,18 +46,18 @@ class ImageRecord:
     shape: tuple[int, int]
     classes: np.ndarray
     boxes: np.ndarray
-    labelled: bool
+    labeled: bool
     problem: str = ""
     remark: str = ""
 
 
 @dataclass
 class Trace:
-    """What a dry run recorded.
+    """The record of a dry run.
 
     Attributes:
         folder: Temporary folder, removed at the end.
-        split: The split that is being scanned; set by the caller, empty for none.
+        split: The split being scanned, set by the caller; empty for none.
         records: Images of each split.
         warnings: Warnings of Ultralytics.
     """
@@ -106,14 +106,11 @@ def nothing_written() -> Iterator[Trace]:
         stack.callback(LOGGER.setLevel, level)
         stack.enter_context(redirect_stdout(sys.stderr))
         stack.enter_context(repairs_written_to(folder))
-        for owner, name, replacement in (
-            (labels, "verify_image_label", recorded),
-            (labels, "load_dataset_cache_file", load),
-            (labels, "save_dataset_cache_file", save),
-            (callbacks, "add_integration_callbacks", lambda _instance: None),
-            (engine, "check_amp", _has_amp),
-        ):
-            stack.enter_context(replaced(owner, name, replacement))
+        stack.enter_context(replaced(labels, "verify_image_label", recorded))
+        stack.enter_context(replaced(labels, "load_dataset_cache_file", load))
+        stack.enter_context(replaced(labels, "save_dataset_cache_file", save))
+        stack.enter_context(replaced(callbacks, "add_integration_callbacks", lambda _instance: None))
+        stack.enter_context(replaced(engine, "check_amp", _has_amp))
         LOGGER.setLevel(logging.WARNING)  # this also switches progress bars off
         LOGGER.addFilter(swallow)
         stack.callback(LOGGER.removeFilter, swallow)
@@ -126,10 +123,7 @@ def _has_amp(model: torch.nn.Module) -> bool:
 
 
 def _reason(message: str) -> str:
-    """Return why an image was refused.
-
-    Ultralytics tries a HEIF reader last; its message says that the reader is not installed.
-    """
+    """Return why an image was refused; Ultralytics' last resort is a HEIF reader, whose absence is not the reason."""
     unreadable = "pi_heif" in message or "cannot identify image" in message
     return "the file cannot be read as an image" if unreadable else " ".join(message.split())
 
@@ -139,14 +133,9 @@ def _record(arguments: tuple, result: Sequence[Any]) -> ImageRecord:
     found, rows, shape, *_, message = result
     message = _COLOUR.sub("", message).removeprefix(_COLOUR.sub("", prefix))
     message = message.removeprefix(f"{file}: ").removeprefix("ignoring corrupt image/label: ")
-    rows = np.zeros((0, 5), np.float32) if found is None else rows
-    return ImageRecord(
-        file,
-        label_file,
-        (0, 0) if found is None else (int(shape[0]), int(shape[1])),
-        rows[:, 0].astype(int),
-        rows[:, 1:5],
-        Path(label_file).is_file(),
-        problem=_reason(message) if found is None else "",
-        remark="" if found is None else message,
-    )
+    exists = Path(label_file).is_file()
+    if found is None:
+        rows = np.zeros((0, 5), np.float32)
+        return ImageRecord(file, label_file, (0, 0), rows[:, 0], rows[:, 1:], exists, problem=_reason(message))
+    size = int(shape[0]), int(shape[1])
+    return ImageRecord(file, label_file, size, rows[:, 0].astype(int), rows[:, 1:5], exists, remark=message)

@@ -1,4 +1,4 @@
-"""The two files, how their heads fit each other, and whether the teacher is the better of the two."""
+"""Checks the two models: their files, their heads level by level, and whether the teacher is the better one."""
 
 from __future__ import annotations
 
@@ -22,24 +22,22 @@ from yolo_kd.safe_loading.checkpoint import LoadedDetector
 from yolo_kd.upstream.heads import bins_of, channels_of, family_of, head_of, neck_layers, strides_of
 
 IMAGES = 64
-"""Validation images that both models are tried on, at most."""
+"""Largest number of validation images on which both models are evaluated."""
 SECONDS = 15.0
-"""Time for one model on them; a large teacher sees fewer images."""
+"""Time for one model; a slow teacher is evaluated on fewer images."""
 BLIND = 0.01
-"""A model of less mAP50-95 than this sees nothing."""
+"""A model with less mAP50-95 detects nothing."""
 LEVEL, WORSE = 0.01, 0.05
-"""A teacher ahead of its student by less than the one is no teacher; behind it by more than the other it does harm."""
+"""A teacher must be ahead of its student by the first; one that is behind by more than the second does harm."""
 
 
 def describe_files(report: Report, detectors: Mapping[str, LoadedDetector]) -> None:
-    """Report which files were loaded and what they are."""
+    """Report the files that were loaded and their models."""
     rows: list[tuple[str, ...]] = [("model", "file", "sha256", "family", "parameters", "classes", "trained on")]
     for role, detector in detectors.items():
-        model = detector.model
-        count = sum(p.numel() for p in model.parameters())
+        model, digest = detector.model, detector.sha256[:12]
+        count, family = sum(p.numel() for p in model.parameters()), family_of(model)
         trained = "random weights" if detector.random else _trained_on(detector)
-        digest = detector.sha256[:12]
-        family = family_of(model)
         rows.append((role, str(detector.path), digest, family, f"{count / 1e6:.2f} M", str(head_of(model).nc), trained))
         report.facts.setdefault("files", {})[role] = {
             "path": str(detector.path.resolve()),
@@ -60,7 +58,7 @@ def _trained_on(detector: LoadedDetector) -> str:
 
 
 def describe_levels(report: Report, plan: Plan, detectors: Mapping[str, LoadedDetector]) -> None:
-    """Show both heads level by level, with the adapters that the recipe puts between them."""
+    """Report the levels of both heads, with the recipe's adapters between them."""
     sides = {role: _levels(detector.model) for role, detector in detectors.items()}
     kinds: dict[str, list[str]] = {}
     for term in plan.recipe.terms:
@@ -69,18 +67,15 @@ def describe_levels(report: Report, plan: Plan, detectors: Mapping[str, LoadedDe
     adapter = ", ".join(f"{kind} ({', '.join(names)})" for kind, names in kinds.items()) or "not needed"
     rows = [("level", "stride", "student layer", "channels", "teacher layer", "channels", "adapter")]
     levels = []
-    for stride in sorted({*sides.get("student", {}), *sides.get("teacher", {})}):
-        cells = {role: side.get(stride, ("-", "-")) for role, side in sides.items()}
-        s, t = cells.get("student", ("-", "-")), cells.get("teacher", ("-", "-"))
+    for stride in sorted({stride for side in sides.values() for stride in side}):
+        s, t = (sides.get(role, {}).get(stride, ("-", "-")) for role in ("student", "teacher"))
         name = f"p{stride.bit_length() - 1}"
         rows.append((name, str(stride), *s, *t, adapter if "-" not in (*s, *t) else "-"))
         levels.append({"level": name, "stride": stride, "student": s, "teacher": t, "adapters": kinds})
     for term in plan.recipe.terms:
         if term.student_layers or term.teacher_layers:
-            places = [" ".join(names) or "neck" for names in (term.student_layers, term.teacher_layers)]
-            rows.append(
-                ("-", "-", places[0], "-", places[1], "-", f"{find(term.name).adapter or 'none'} ({term.name})")
-            )
+            s_layers, t_layers = (" ".join(names) or "neck" for names in (term.student_layers, term.teacher_layers))
+            rows.append(("-", "-", s_layers, "-", t_layers, "-", f"{find(term.name).adapter or 'none'} ({term.name})"))
     report.tables["levels"] = rows
     report.facts["levels"] = levels
     report.facts["bins"] = {role: bins_of(detector.model) for role, detector in detectors.items()}
@@ -101,37 +96,29 @@ def check_quality(
     folder: Path,
     classes: ClassMap | None = None,
 ) -> None:
-    """Try teacher and student on the same few validation images.
+    """Evaluate teacher and student on the same few validation images.
 
-    A student whose head was not trained on these classes is left out: training gives it a new head.
+    A student whose head has other classes is left out, since training gives it a new head.
     """
-    names = [str(n).strip().lower() for n in ([*data["names"].values()] if not keys.get("single_cls") else ["object"])]
-    tried: dict[str, LoadedDetector] = {}
-    for role, detector in detectors.items():
-        own = [str(detector.model.names[i]).strip().lower() for i in sorted(detector.model.names)]
-        same_names = own == names or (
-            len(own) == len(names)
-            and ((role == "teacher" and (classes is None or classes.is_identity)) or keys.get("single_cls"))
-        )
-        if detector.random:
-            level = "warning" if role == "teacher" else "note"
-            advice = "It teaches noise; use it to try things out only." if role == "teacher" else ""
-            report.add(level, "quality", f"the {role} has random weights and was not evaluated.", advice)
-        elif not same_names:
-            text = (
-                f"the {role} was not evaluated: its head knows {len(own)} other classes ({some(own)})"
-                f"{', which training replaces' if role == 'student' else ''}."
-            )
-            report.add("note", "quality", text)
-        else:
-            tried[role] = detector
-    if not tried:
-        return
+    single = bool(keys.get("single_cls"))
+    names = ["object"] if single else [str(n).strip().lower() for n in data["names"].values()]
     chosen: list[int] = []
     results: dict[str, dict[str, Any]] = {}
-    for role, detector in tried.items():  # the teacher first: it decides how many images there is time for
-        chosen = chosen or _choose(detector, dataset, keys)
-        results[role] = evaluate(detector, Subset(dataset, chosen), dataset, data, keys, folder)
+    for role, detector in detectors.items():  # the teacher first: it decides how many images there is time for
+        heads = [str(detector.model.names[i]).strip().lower() for i in sorted(detector.model.names)]
+        same = single or (role == "teacher" and (classes is None or classes.is_identity))
+        if detector.random:
+            level = "warning" if role == "teacher" else "note"
+            advice = "It teaches noise; use it only for experiments." if role == "teacher" else ""
+            report.add(level, "quality", f"the {role} has random weights and was not evaluated.", advice)
+        elif heads != names and not (same and len(heads) == len(names)):
+            text = f"the {role} was not evaluated: its head has {len(heads)} other classes ({some(heads)})"
+            report.add("note", "quality", f"{text}{', which training replaces' if role == 'student' else ''}.")
+        else:
+            chosen = chosen or _choose(detector, dataset, keys)
+            results[role] = evaluate(detector, Subset(dataset, chosen), dataset, data, keys, folder)
+    if not results:
+        return
     rows = [("model", "mAP50-95", "mAP50")]
     rows += [(role, number(r["map"]), number(r["map50"])) for role, r in results.items()]
     report.tables[f"accuracy on {len(chosen)} of {len(dataset)} val images"] = rows
@@ -141,28 +128,24 @@ def check_quality(
 
 
 def judge(report: Report, results: Mapping[str, Mapping[str, Any]], images: int) -> None:
-    """Say whether the teacher is worth learning from.
+    """Report whether the teacher is good enough to learn from.
 
     Args:
         report: Receives the finding.
-        results: By role, mAP50-95 as `map` and by class mAP50 and number of boxes as `classes`.
-        images: Number of images that the numbers were taken on.
+        results: By role, mAP50-95 as `map`, and as `classes` mAP50 and number of boxes by class.
+        images: Number of images evaluated.
     """
     teacher = results["teacher"]["map"]
     where = f"on {images} val images"
     if teacher < BLIND:
-        text = f"the teacher finds nothing {where} (mAP50-95 {teacher:.3f})."
-        advice = (
-            "It was trained on other classes, other images or another imgsz, or not long enough: train it on this data."
-        )
-        report.add("error", "quality", text, f"{advice} (yolo-kd train kd=none student=<teacher model> data=...)")
+        text = f"the teacher detects nothing {where} (mAP50-95 {teacher:.3f})."
+        advice = "It was trained on other classes, images or imgsz, or not long enough: train it on this data "
+        report.add("error", "quality", text, f"{advice}(yolo-kd train kd=none student=<teacher model> data=...).")
         return
     weak = [name for name, (ap, count) in results["teacher"]["classes"].items() if ap < BLIND * 5 and count >= 10]
     if weak:
-        text = f"the teacher does not know {some([repr(n) for n in weak])}: mAP50 below {BLIND * 5:g} {where}."
-        report.add(
-            "warning", "quality", text, "Was it trained on these classes? Train it longer, or look at their labels."
-        )
+        text = f"the teacher hardly detects {some([repr(n) for n in weak])}: mAP50 below {BLIND * 5:g} {where}."
+        report.add("warning", "quality", text, "Train it on these classes, or for longer, or check their labels.")
     if "student" not in results:
         report.add("note", "quality", f"the teacher reaches mAP50-95 {teacher:.3f} {where}.")
         return
@@ -171,16 +154,14 @@ def judge(report: Report, results: Mapping[str, Mapping[str, Any]], images: int)
     if teacher < student - WORSE:
         report.add("error", "quality", f"the teacher is worse than the student. {text}.", "Choose a better teacher.")
     elif teacher < student + LEVEL:
-        advice = (
-            "There is little to learn from it: choose a larger teacher, train it longer, or start from a fresh student."
-        )
+        advice = "Choose a larger teacher, train it longer, or start from an untrained student."
         report.add("warning", "quality", f"the teacher is not better than the student. {text}.", advice)
     else:
         report.add("note", "quality", f"{text}: {teacher - student:.3f} to learn.")
 
 
 def _choose(detector: LoadedDetector, dataset: Any, keys: Mapping[str, Any]) -> list[int]:
-    """Return evenly spaced images, as many as there is time for."""
+    """Return evenly spread images, as many as there is time for."""
     size = int(np.max(keys.get("imgsz") or 640))
     device = select_device(devices_of(keys)[0], verbose=False)
     model = deepcopy(detector.model).to(device).eval()
@@ -197,7 +178,7 @@ def _choose(detector: LoadedDetector, dataset: Any, keys: Mapping[str, Any]) -> 
 
 
 def evenly_spread(count: int, among: int) -> list[int]:
-    """Return that many of the indices below `among`, the first and the last included."""
+    """Return `count` of the indices below `among`, including the first and the last."""
     return np.linspace(0, among - 1, count).round().astype(int).tolist()
 
 
@@ -209,35 +190,21 @@ def evaluate(
     keys: Mapping[str, Any],
     folder: Path,
 ) -> dict[str, Any]:
-    """Return mAP of a detector on a part of a data set, as Ultralytics' own validation computes it."""
+    """Return the accuracy of a detector on some images of a data set, as Ultralytics' validation computes it."""
     used = ("imgsz", "single_cls", "max_det", "iou", "split", "classes", "agnostic_nms")
-    validator = DetectionValidator(
-        DataLoader(subset, batch_size=8, collate_fn=dataset.collate_fn),
-        save_dir=folder / "val",
-        args={
-            **{k: keys[k] for k in used if keys.get(k) is not None},
-            "task": "detect",
-            "mode": "val",
-            "data": str(keys["data"]),
-            "device": devices_of(keys)[0],
-            "plots": False,
-            "verbose": False,
-        },
-    )
+    args = {k: keys[k] for k in used if keys.get(k) is not None} | {"task": "detect", "mode": "val"}
+    args |= {"data": str(keys["data"]), "device": devices_of(keys)[0], "plots": False, "verbose": False}
+    loader = DataLoader(subset, batch_size=8, collate_fn=dataset.collate_fn)
+    validator = DetectionValidator(loader, save_dir=folder / "val", args=args)
     validator(model=deepcopy(detector.model))
     box, counts = validator.metrics.box, validator.metrics.nt_per_class
-    classes = {
-        str(data["names"][int(c)]) if not keys.get("single_cls") else "object": (
-            float(box.ap50[i]),
-            int(counts[int(c)]),
-        )
-        for i, c in enumerate(box.ap_class_index)
-    }
+    names = {0: "object"} if keys.get("single_cls") else data["names"]
+    classes = {str(names[int(c)]): (float(box.ap50[i]), int(counts[int(c)])) for i, c in enumerate(box.ap_class_index)}
     return {"map": float(box.map), "map50": float(box.map50), "classes": classes}
 
 
 def devices_of(keys: Mapping[str, Any]) -> list[Any]:
-    """Return the devices that a training was asked to run on, `[None]` for Ultralytics' own choice."""
+    """Return the devices requested for a training, `[None]` for Ultralytics' choice."""
     device = keys.get("device")
     if isinstance(device, str):
         device = [part.strip(" []()") for part in device.split(",")]

@@ -1,7 +1,8 @@
-"""What a check found, as lines for a person and as a dictionary for a program."""
+"""The report of a check, as text and as JSON."""
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +18,10 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        level: `error` (training would fail or could not help), `warning`, or `note`.
-        topic: What was looked at: files, pair, classes, data, quality, terms, cost, setup.
-        text: What was found.
-        advice: What to do about it, empty where there is nothing to do.
+        level: `error` (training would fail or be useless), `warning`, or `note`.
+        topic: What was checked: files, pair, classes, data, quality, unlabeled, terms, cost, setup.
+        text: The finding, a sentence.
+        advice: The remedy, empty if none is needed.
     """
 
     level: str
@@ -31,13 +32,13 @@ class Finding:
 
 @dataclass
 class Report:
-    """Everything that a check found out.
+    """The results of a check.
 
     Attributes:
         command: What was checked: teacher, student, data, recipe.
-        findings: One entry per finding.
-        tables: Tables by title, the first row of each holding the names of the columns.
-        facts: The same in plain numbers, for programs.
+        findings: The findings, in the order in which they were made.
+        tables: Tables by title; the first row of each has the headings.
+        facts: The same numbers for programs.
     """
 
     command: dict[str, Any]
@@ -46,7 +47,7 @@ class Report:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def add(self, level: str, topic: str, text: str, advice: str = "") -> None:
-        """Add a finding, unless the same was found before."""
+        """Add a finding, unless it is already there."""
         assert level in LEVELS
         finding = Finding(level, topic, " ".join(text.split()), " ".join(advice.split()))
         if finding not in self.findings:
@@ -72,20 +73,17 @@ class Report:
         return sorted(self.findings, key=lambda f: LEVELS.index(f.level))
 
     def to_text(self) -> str:
-        """Return the report as it is printed: tables, findings, and the verdict in the last line."""
+        """Return the report for printing: tables, findings, and the verdict in the last line."""
         lines = []
         for title, rows in self.tables.items():
             lines += [title, *(f"  {row}" for row in _aligned(rows)), ""]
         findings = self.sorted_findings()
         margin = " " * 11
         for finding in findings:
-            head = f"  {finding.level:<9}"
-            lines += textwrap.wrap(
-                f"{finding.topic}: {finding.text}", WIDTH, initial_indent=head, subsequent_indent=margin
-            )
-            lines += textwrap.wrap(
-                f"-> {finding.advice}", WIDTH, initial_indent=margin, subsequent_indent=margin + "   "
-            )[: None if finding.advice else 0]
+            head = f"  {finding.level:<9}{finding.topic}: "
+            lines += textwrap.wrap(head + finding.text, WIDTH, subsequent_indent=margin)
+            if finding.advice:
+                lines += textwrap.wrap(f"{margin}-> {finding.advice}", WIDTH, subsequent_indent=margin + "   ")
         counts = {level: sum(f.level == level for f in findings) for level in LEVELS[:2]}
         tally = ", ".join(f"{n} {level}{'s' if n > 1 else ''}" for level, n in counts.items() if n)
         return "\n".join([*lines, "", f"verdict: {self.verdict}{f' ({tally})' if tally else ''}"])
@@ -102,23 +100,21 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def some(values: Sequence[object], limit: int = 3) -> str:
-    """Return the first few of many for a sentence."""
+    """Return the first few values and the number of others, for a sentence."""
     more = f" and {len(values) - limit} more" if len(values) > limit else ""
     return ", ".join(str(v) for v in values[:limit]) + more
 
 
 def percent(part: float, whole: float) -> str:
-    """Return a share in per cent, with one digit where it is small."""
+    """Return a share in per cent, with a decimal if it is small."""
     share = part / whole if whole else 0.0
     return f"{share:.0%}" if share >= 0.1 or not share else f"{share:.1%}"
 
 
 def plain(value: Any) -> Any:
-    """Return a value with tuples as lists and keys as text, for JSON; not a number and infinity become None."""
+    """Return a value in JSON's types; NaN and infinity become None."""
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

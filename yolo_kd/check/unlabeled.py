@@ -1,4 +1,4 @@
-"""The unlabelled pool: can it be used, and does the teacher know what is on its images?"""
+"""Checks unlabeled images: are they usable, and does the teacher recognise their content?"""
 
 from __future__ import annotations
 
@@ -13,93 +13,74 @@ from ultralytics.utils.patches import imread
 from ultralytics.utils.torch_utils import select_device
 
 from yolo_kd.check.certainty import check_certainty
-from yolo_kd.check.models import devices_of
-from yolo_kd.check.report import Report, number
+from yolo_kd.check.models import devices_of, evenly_spread
+from yolo_kd.check.report import Report
 from yolo_kd.classes.mapping import ClassMap
 from yolo_kd.distillation.sub_batches import needs_detections
 from yolo_kd.distillation.teacher import Teacher
 from yolo_kd.engine.setup import Setup
 
 IMAGES = 64
-"""Images of each kind that the teacher is tried on, at most, evenly spread."""
+"""Largest number of images of each kind that the teacher runs on, evenly spread."""
 FAR, SURE = 0.3, 0.01
-"""The pool is foreign if the two distribution functions of the teacher's confidence are further apart than the one and
-chance would do that less often than the other (two-sample Kolmogorov-Smirnov test)."""
+"""Unlabeled images are foreign if the distributions of the teacher's confidence on both kinds of images differ by more
+than the first and chance explains that with less than the second (two-sample Kolmogorov-Smirnov test)."""
 
 
 def check_unlabeled(
-    report: Report,
-    setup: Setup,
-    sets: Mapping[str, Any],
-    keys: Mapping[str, Any],
-    classes: ClassMap | None,
+    report: Report, setup: Setup, sets: Mapping[str, Any], keys: Mapping[str, Any], classes: ClassMap | None
 ) -> None:
-    """Report problems of the pool, whether its images look to the teacher like the labelled ones, and its certainty.
+    """Compare the teacher's confidence on unlabeled and on labeled images, and check its detections.
 
     Args:
         report: Receives findings and numbers.
         setup: The training, with unlabeled images.
-        sets: Ultralytics' data sets: `train`, or without labelled images `val` is compared with.
+        sets: Ultralytics' data sets; `val` serves for the comparison where no training image is labeled.
         keys: Ultralytics' keys of the training.
-        classes: Which class is which, if that is known.
+        classes: The class map, None if the classes do not match.
     """
     plan, teacher, images = setup.plan, setup.teacher, setup.images
     assert plan is not None
     assert plan.unlabeled is not None
     assert teacher is not None
     assert images is not None
-    report.facts["pool"] = {"images": len(images.files), **plan.unlabeled.to_keys()}
     split = "train" if "train" in sets else "val"
-    labelled = sets[split]
+    labeled = sets[split]
     device = select_device(devices_of(keys)[0], verbose=False)
-    reads = plan.recipe.reads
     # where classes are kept, labels do not name all objects
-    judged = needs_detections(plan.unlabeled, reads) and "val" in sets and not plan.choice.keep_classes
-    judged = judged and classes is not None and bool(classes.matched)
-    seen = Teacher(teacher, device, reads=("scores", "boxes") if judged else ("scores",))
+    usable = classes if "val" in sets and not plan.choice.keep_classes else None
+    judged = usable is not None and bool(usable.matched) and needs_detections(plan.unlabeled, plan.recipe.reads)
+    frozen = Teacher(teacher, device, reads=("scores", "boxes") if judged else ("scores",))
     size = int(np.max(keys.get("imgsz") or 640))
     try:
-        pool, known = (
-            _confidence(seen, files, size, labelled.cv2_flag, device) for files in (images.files, labelled.im_files)
+        found, reference = (
+            _confidence(frozen, files, size, labeled.cv2_flag, device) for files in (images.files, labeled.im_files)
         )
-        if judged and classes is not None:
-            check_certainty(report, plan.unlabeled, seen, sets["val"], classes, device, keys.get("classes"))
+        if judged and usable is not None:
+            check_certainty(report, plan.unlabeled, frozen, sets["val"], usable, device, keys.get("classes"))
     finally:
-        seen.close()
-    test = ks_2samp(pool, known)
-    report.facts["pool"] |= {
-        "confidence": {"pool": float(np.median(pool)), split: float(np.median(known))},
-        "distance": float(test.statistic),
-        "p_value": float(test.pvalue),
-    }
+        frozen.close()
+    test = ks_2samp(found, reference)
+    medians = {"unlabeled": float(np.median(found)), split: float(np.median(reference))}
+    numbers = {"confidence": medians, "distance": float(test.statistic), "p_value": float(test.pvalue)}
+    report.facts["unlabeled"] = {"images": len(images.files), **plan.unlabeled.to_keys(), **numbers}
     if test.statistic > FAR and test.pvalue < SURE:
         text = (
-            "the unlabelled images look foreign to the teacher: its most confident detection on an image is "
-            f"{number(float(np.median(pool)))} in the median there and {number(float(np.median(known)))} on {split} "
-            "images "
-            f"(distance of the distributions {test.statistic:.2f}, p = {test.pvalue:.2g}, {len(pool)} and {len(known)} "
-            "images)."
+            "the unlabeled images look foreign to the teacher: the median of its largest confidence on an image is "
+            f"{medians['unlabeled']:.3f} there and {medians[split]:.3f} on {split} images (distance of the "
+            f"distributions {test.statistic:.2f}, p = {test.pvalue:.2g}, {len(found)} and {len(reference)} images)."
         )
-        report.add("warning", "pool", text, "Look at the images: does the teacher know what is on them?")
+        report.add("warning", "unlabeled", text, "Check that the images show the teacher's classes.")
 
 
-def _confidence(
-    teacher: Teacher, files: Sequence[str], size: int, flag: int, device: torch.device, batch: int = 8
-) -> np.ndarray:
-    """Return the teacher's largest class probability on images that are spread evenly over a list, (N,)."""
-    chosen = [files[int(i)] for i in np.linspace(0, len(files) - 1, min(len(files), IMAGES))]
+def _confidence(teacher: Teacher, files: Sequence[str], size: int, flag: int, device: torch.device) -> list[float]:
+    """Return the teacher's largest class probability on each of the chosen images."""
     letterbox = LetterBox((size, size))
     found = []
-    for start in range(0, len(chosen), batch):
-        pixels = []
-        for file in chosen[start : start + batch]:
-            image = imread(file, flags=flag)
-            if image is None:
-                continue
-            image = letterbox(image=image if image.ndim == 3 else image[..., None])
-            image = image if image.ndim == 3 else image[..., None]
-            pixels.append(torch.from_numpy(np.ascontiguousarray(image[..., ::-1].transpose(2, 0, 1))))
-        if pixels:
-            view = teacher(torch.stack(pixels).to(device).float() / 255)
-            found.append(view.objectness.amax(-1).cpu().numpy())
-    return np.concatenate(found)
+    for index in evenly_spread(min(len(files), IMAGES), len(files)):
+        image = imread(files[index], flags=flag)
+        if image is not None:
+            pixels = np.atleast_3d(letterbox(image=np.atleast_3d(image)))[..., ::-1].transpose(2, 0, 1)
+            batch = torch.from_numpy(np.ascontiguousarray(pixels))[None].to(device).float() / 255
+            found.append(teacher(batch).objectness.max().item())
+    return found

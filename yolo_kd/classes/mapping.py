@@ -120,13 +120,13 @@ class ClassMap:
         whole[:, _index(self.matched, mask.device)] = mask
         return whole
 
-    def student_view(self, outputs: DetectorOutputs) -> DetectorOutputs:
+    def student_outputs(self, outputs: DetectorOutputs) -> DetectorOutputs:
         """Return the student's outputs with the matched classes only."""
         if len(self.matched) == len(self.student):
             return outputs
         return _with_scores(outputs, self.student_logits)
 
-    def teacher_view(self, outputs: DetectorOutputs) -> DetectorOutputs:
+    def teacher_outputs(self, outputs: DetectorOutputs) -> DetectorOutputs:
         """Return the teacher's outputs with the matched classes only."""
         if self.is_identity:
             return outputs

@@ -134,7 +134,7 @@ class Distiller(nn.Module):
             Inputs that hold the matched classes only.
         """
         if self.classes is not None:
-            student, teacher = self.classes.student_view(student), self.classes.teacher_view(teacher)
+            student, teacher = self.classes.student_outputs(student), self.classes.teacher_outputs(teacher)
             targets = None if targets is None else self.classes.targets(targets)
         made: dict[str, LossInputs] = {}
         for term in self.terms.values():

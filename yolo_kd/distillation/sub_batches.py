@@ -111,7 +111,7 @@ class UnlabeledReader:
 
     def matched(self, teacher: DetectorOutputs) -> DetectorOutputs:
         """Return the teacher's outputs for the classes that both models have."""
-        return teacher if self.classes is None else self.classes.teacher_view(teacher)
+        return teacher if self.classes is None else self.classes.teacher_outputs(teacher)
 
     def read(
         self, task_loss: Any, predictions: Any, images: Tensor, teacher: DetectorOutputs, chosen: Collection[int] | None

@@ -102,11 +102,11 @@ def kept_problems(
     if keys.get("classes"):
         problems.append("classes= cannot be combined with keep_classes. Leave one of them out.")
     old = {normalised(name) for name in classes.teacher}
-    labelled = any(normalised(str(name)) in old for name in data["names"].values())
+    labeled = any(normalised(str(name)) in old for name in data["names"].values())
     blind = [t.name for t in recipe.terms if find(t.name).reads & {"targets", "assignment"}]
-    if blind and not labelled:
+    if blind and not labeled:
         problems.append(
-            f"{', '.join(blind)} looks at labelled objects of the teacher's classes, and with keep_classes "
+            f"{', '.join(blind)} looks at labeled objects of the teacher's classes, and with keep_classes "
             f"data={keys.get('data')} labels none. Use a recipe without boxes of labels, such as "
             f"kd={KEEPING_RECIPE}."
         )

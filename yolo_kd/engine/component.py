@@ -1,4 +1,4 @@
-"""Components: concerns of a training that share one trainer, each in a class of its own."""
+"""Components, each of which is one concern of a training, and the mixin that makes a trainer their host."""
 
 from __future__ import annotations
 
@@ -16,45 +16,22 @@ from yolo_kd.upstream.heads import OptimizerScope
 Base: Any = object
 """The trainer that `Hosted` is mixed into, for the type checker."""
 
-HOOKS = frozenset(
-    [
-        "construct",
-        "get_dataset",
-        "get_model",
-        "set_model_attributes",
-        "build_dataset",
-        "get_dataloader",
-        "auto_batch",
-        "build_optimizer",
-        "build_pipeline",
-        "setup_train",
-        "resume_training",
-        "load_checkpoint_state",
-        "train",
-        "do_train",
-        "run_callbacks",
-        "preprocess_batch",
-        "optimizer_step",
-        "validate",
-        "recover_from_nan",
-        "get_validator",
-        "label_loss_items",
-        "save_model",
-        "save_metrics",
-        "final_eval",
-        "finish_checkpoint",
-        "provenance",
-    ]
-)
+_HOOKS = """
+construct get_dataset get_model set_model_attributes build_dataset get_dataloader auto_batch build_optimizer
+build_pipeline setup_train resume_training load_checkpoint_state train do_train run_callbacks preprocess_batch
+optimizer_step validate recover_from_nan get_validator label_loss_items save_model save_metrics final_eval
+finish_checkpoint provenance
+"""
+HOOKS = frozenset(_HOOKS.split())
 """Names of the methods of a component that wrap a method of the trainer."""
 
 
 class Component:
     """One concern of a training.
 
-    A method named in `HOOKS` wraps the trainer's method of that name, see `Hosted`. It receives `proceed`, which
-    continues with the next component and finally with Ultralytics' own method, then the arguments of that method, and
-    does its work before, after, around or in place of that. Every method is optional::
+    A method named in `HOOKS` wraps the trainer's method of that name, see `Hosted`. It receives `proceed` and the
+    arguments of that method. Calling `proceed` runs the next component's method and finally Ultralytics' method; the
+    component does its work before or after that call, around it, or instead of it. Every method is optional::
 
         class Stopwatch(Component):
             def validate(self, proceed):
@@ -87,7 +64,7 @@ class Component:
                 raise TypeError(f"{cls.__name__}.{name} wraps no method of a trainer.{did_you_mean(name, HOOKS)}")
 
     def trained_module(self) -> nn.Module | None:
-        """Return a module that the student's optimiser trains besides the student."""
+        """Return a module that the student's optimiser trains in addition to the student."""
         return None
 
 
@@ -110,7 +87,7 @@ class Hosted(Base):
         self.through("construct", partial(super().__init__, cfg, overrides, _callbacks))()
 
     def through(self, hook: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a call that passes through the method of that name of every component that has one."""
+        """Wrap a call in the method `hook` of every component that has one."""
         for component in reversed(self.components):
             if (wrap := getattr(component, hook, None)) is not None:
                 call = partial(wrap, call)
@@ -118,7 +95,7 @@ class Hosted(Base):
 
     @property
     def alone(self) -> bool:
-        """Whether the student trains without a teacher, which the command that resumes the run must say."""
+        """Whether the student trains without a teacher; the command that resumes the run depends on it."""
         return True
 
     def get_dataset(self) -> dict[str, Any]:
@@ -231,10 +208,10 @@ class Hosted(Base):
 
 
 def carry_state(optimizer: torch.optim.Optimizer, components: tuple[Component, ...]) -> None:
-    """Let the components' state travel in the optimiser's state dict, one key for each.
+    """Include the components' state in the optimiser's state dict, one key for each.
 
-    There it is in every checkpoint that can be resumed, resume and the recovery from NaN restore it, and stripping the
-    optimiser from a finished file removes it.
+    So every checkpoint that can be resumed contains it, resume and the recovery from NaN restore it, and stripping the
+    optimiser removes it from the finished file.
     """
     stateful = {c.state_key: c for c in components if c.state_key is not None}
 

@@ -1,9 +1,9 @@
-"""Where in an epoch a training was interrupted, so that it goes on there: no batch too many, none too few."""
+"""The position inside an epoch at which a training was interrupted, so that it continues with the next batch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -12,12 +12,12 @@ POSITION = "yolo_kd_position"  # key in a checkpoint that was written inside an 
 
 @dataclass(frozen=True)
 class EpochPosition:
-    """How far an epoch had got.
+    """The progress of an interrupted epoch.
 
     Attributes:
-        batches: Batches that were trained on.
+        batches: Batches that were trained.
         of: Batches in the epoch.
-        losses: Mean of every logged loss over these batches.
+        losses: Mean of each logged loss over these batches.
     """
 
     batches: int
@@ -26,37 +26,33 @@ class EpochPosition:
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Mapping[str, Any]) -> EpochPosition | None:
-        """Return the position that a checkpoint holds, None for one of a finished epoch."""
+        """Return the position in a checkpoint, None for the checkpoint of a finished epoch."""
         try:
             state = checkpoint[POSITION]
             losses = {str(name): float(value) for name, value in state["losses"].items()}
             return cls(int(state["batches"]), int(state["of"]), losses)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):  # none, or not one of ours
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             return None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain types only."""
-        return asdict(self)
-
     def done(self, batches: int) -> int:
-        """Return how many batches of an epoch of `batches` to leave out; the batch size may be another one now.
+        """Return the number of batches to skip in an epoch of `batches`; the batch size may have changed.
 
-        One always stays, because Ultralytics' epoch needs a batch.
+        At least one batch remains, because Ultralytics' epoch needs one.
         """
         return max(min(round(self.batches * batches / max(self.of, 1)), batches - 1), 0)
 
-    def merged(self, losses: Mapping[str, Any], skipped: int, seen: int) -> dict[str, Any]:
-        """Return mean losses of the epoch so far, from those of the `seen` batches after the `skipped` ones."""
-        share = skipped / max(skipped + seen, 1)
+    def merged(self, losses: Mapping[str, Any], skipped: int, trained: int) -> dict[str, Any]:
+        """Return the mean losses of the whole epoch, given those of the `trained` batches after the `skipped` ones."""
+        share = skipped / max(skipped + trained, 1)
         return {k: v * (1 - share) + self.losses.get(k, v) * share for k, v in losses.items()}
 
 
 class RestOfEpoch:
-    """A data loader of which the first epoch is shorter; everything else is the loader's own.
+    """A data loader with a shorter epoch; it forwards everything else to the loader.
 
     Args:
         loader: The loader.
-        batches: How many batches it hands out.
+        batches: Number of batches.
     """
 
     def __init__(self, loader: Any, batches: int):

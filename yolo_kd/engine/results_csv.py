@@ -1,4 +1,4 @@
-"""`results.csv` across interruptions: one row for every epoch, in order, none twice, none missing."""
+"""Keeps `results.csv` complete across interruptions: one row for each epoch, in order."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from yolo_kd.engine.run_files import write_atomically
 
 
 def cut(csv: Path, epochs: int, saved: Mapping[str, Sequence[Any]] | None) -> float:
-    """Make `results.csv` end with the epoch that a run resumes from.
+    """Cut or complete `results.csv` so that its last row is the epoch that a run resumes from.
 
-    A row is written before its checkpoint, so a run that was killed between the two has a row too many, possibly half
-    of it. Rows that are missing come back from the checkpoint, which holds the table as it was.
+    A row is written before its checkpoint, so a run that was killed between the two has an extra row, possibly an
+    incomplete one. Missing rows are restored from the checkpoint, which contains the table.
 
     Args:
-        csv: The file; it need not exist.
-        epochs: Number of epochs that are finished.
-        saved: The table of the checkpoint, by column.
+        csv: The file, which need not exist.
+        epochs: Number of finished epochs.
+        saved: The checkpoint's table, by column.
 
     Returns:
-        The training time of the last row that stays, in seconds; 0 without rows.
+        The training time of the last remaining row in seconds, 0 without rows.
     """
     text = csv.read_text(encoding="utf-8", errors="replace") if csv.exists() else ""
     header, rows = _saved(saved)
@@ -41,17 +41,15 @@ def cut(csv: Path, epochs: int, saved: Mapping[str, Sequence[Any]] | None) -> fl
 
 
 def _saved(table: Mapping[str, Sequence[Any]] | None) -> tuple[str, dict[int, str]]:
-    """Return header and rows of a checkpoint's table, formatted as Ultralytics does."""
+    """Return the header and the rows by epoch of a checkpoint's table, in Ultralytics' format."""
     if not table or "epoch" not in table:
         return "", {}
     columns = list(table)
-    rows = zip(*(table[c] for c in columns), strict=False)
-    lines = {int(row[columns.index("epoch")]): ",".join(_cell(value) for value in row) for row in rows}
+    lines = {}
+    for row in zip(*table.values(), strict=False):
+        cells = [f"{v:.6g}" if isinstance(v, int | float) else str(v or "") for v in row]
+        lines[int(row[columns.index("epoch")])] = ",".join(cells)
     return ",".join(columns), lines
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, (int, float)) else str(value or "")
 
 
 def _epoch(line: str) -> int:

@@ -1,4 +1,4 @@
-"""Files of a run that survive a kill, a full disk and a damaged file: whole or absent, never half."""
+"""Writes and checks the files of a run, which are whole or absent after a kill and on a full disk."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pickletools
 import shlex
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,20 @@ from ultralytics.engine import trainer as engine
 
 from yolo_kd import patches
 from yolo_kd.errors import CheckpointError, SaveError
+from yolo_kd.safe_loading.restricted import quiet
 
-PARTIAL = ".partial"  # ends the name of a file that is being written
+PARTIAL = ".partial"  # suffix of a file that is being written
 
-_UNWRITABLE = {
-    getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "ESTALE")
-    if hasattr(errno, name)
-}
+_UNWRITABLE = {"ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "ESTALE"}
 
 
 def partial_of(path: Path) -> Path:
-    """Return where the content of `path` stands until it is whole; always the same name, so nothing piles up."""
+    """Return the file that is written in place of `path` until it is whole; one name, so files do not accumulate."""
     return path.with_name(path.name + PARTIAL)
 
 
 def previous_of(path: Path) -> Path:
-    """Return where the predecessor of a checkpoint stands: `last.prev.pt` for `last.pt`."""
+    """Return the path of a checkpoint's predecessor: `last.prev.pt` for `last.pt`."""
     return path.with_name(f"{path.stem}.prev{path.suffix}")
 
 
@@ -43,15 +41,15 @@ def previous_of(path: Path) -> Path:
 
 
 def write_atomically(path: Path, data: bytes, *, keep: Path | None = None) -> None:
-    """Replace a file by new content, so that at every moment the old or the new one is there, whole.
+    """Replace the content of a file, so that the old or the new file exists as a whole at any time.
 
     Args:
-        path: The file. Its folder is made where it is missing.
-        data: Its content.
-        keep: Where the file that stood there stays, from the moment in which the new one is whole; None for nowhere.
+        path: The file. Its folder is created if it is missing.
+        data: The content.
+        keep: Path that keeps the previous file once the new one is whole; None to keep none.
 
     Raises:
-        OSError: If the disk is full or the folder cannot be written to. Then `path` is what it was.
+        OSError: If the disk is full or the folder cannot be written to. `path` is then unchanged.
     """
     partial = partial_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +63,7 @@ def write_atomically(path: Path, data: bytes, *, keep: Path | None = None) -> No
 
 
 def commit(partial: Path, path: Path, *, keep: Path | None = None) -> None:
-    """Put a file that was written beside `path` in its place, once the disk has it."""
+    """Rename a partial file to `path` after it is on the disk."""
     with open(partial, "rb+") as file:
         os.fsync(file.fileno())
     if keep is not None and path.exists():
@@ -75,7 +73,7 @@ def commit(partial: Path, path: Path, *, keep: Path | None = None) -> None:
 
 
 def _second_name(path: Path, name: Path) -> None:
-    """Give a file another name besides its own, without a moment in which either name is missing."""
+    """Give a file a second name, so that neither name is missing at any time."""
     link = partial_of(name)
     link.unlink(missing_ok=True)
     try:
@@ -83,14 +81,12 @@ def _second_name(path: Path, name: Path) -> None:
     except OSError:  # a file system without hard links
         shutil.copyfile(path, link)
     os.replace(link, name)
-    # where both were the same file already, POSIX leaves the link as well
+    # if both names were the same file already, POSIX leaves the link
     link.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the folder's names on the disk as well, where the system can."""
-    if os.name != "posix":
-        return
+    """Write the names in a folder to the disk if the system supports it."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -100,7 +96,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 class RecordedFile:
-    """Stands in for a path that Ultralytics writes checkpoints to, and records what it would have written."""
+    """Replaces a path that Ultralytics writes checkpoints to, and records their content."""
 
     def __init__(self, name: str, files: dict[str, bytes]):
         self.name = name
@@ -110,7 +106,7 @@ class RecordedFile:
         return RecordedFile(name, self._files)
 
     def mkdir(self, *_: Any, **__: Any) -> None:
-        """Make nothing: the folder is made when something is written."""
+        """Do nothing: the folder is created when a file is written."""
 
     def write_bytes(self, data: bytes) -> int:
         """Record the content."""
@@ -120,7 +116,7 @@ class RecordedFile:
 
 @contextmanager
 def recorded(trainer: Any) -> Iterator[dict[str, bytes]]:
-    """Record by name what Ultralytics' `save_model` writes, instead of letting it write in place."""
+    """Record the files that Ultralytics' `save_model` writes, by name, instead of writing them."""
     files: dict[str, bytes] = {}
     paths = {name: getattr(trainer, name) for name in ("wdir", "last", "best")}
     try:
@@ -133,7 +129,7 @@ def recorded(trainer: Any) -> Iterator[dict[str, bytes]]:
 
 
 def with_entry(checkpoint: bytes, key: str, value: Any) -> bytes:
-    """Return a serialised checkpoint of this process with one plain entry more."""
+    """Add a plain entry to a serialised checkpoint of this process."""
     state = torch.load(io.BytesIO(checkpoint), map_location="cpu", weights_only=False)
     buffer = io.BytesIO()
     torch.save({**state, key: value}, buffer)
@@ -141,17 +137,14 @@ def with_entry(checkpoint: bytes, key: str, value: Any) -> bytes:
 
 
 @contextmanager
-def stripping_atomically(
-    last: Path, extra: Mapping[str, Any], quiet: Callable[[], AbstractContextManager] = nullcontext
-) -> Iterator[None]:
-    """Let Ultralytics strip finished checkpoints beside their place, and put them there when they are whole.
+def stripping_atomically(last: Path, extra: Mapping[str, Any]) -> Iterator[None]:
+    """Let Ultralytics strip finished checkpoints into partial files, and rename these when they are whole.
 
-    `last.pt` comes last, after the final validation: until then it is a checkpoint that a run killed here resumes from.
+    `last.pt` is replaced last, after the final validation: until then, a run that is killed can resume from it.
 
     Args:
         last: The run's `last.pt`.
-        extra: Plain entries that the finished files hold besides.
-        quiet: Makes a context in which Ultralytics' announcements are not shown.
+        extra: Plain entries to add to the finished files.
     """
     original = engine.strip_optimizer
     begun: list[Path] = []
@@ -161,9 +154,9 @@ def stripping_atomically(
         partial = partial_of(path)
         begun.append(partial)
         try:
-            with quiet():  # it would announce the name that stands for a moment only
+            with quiet():  # Ultralytics would log the name of the partial file
                 combined = original(f, str(partial), {**(updates or {}), **extra})
-        except RuntimeError as error:  # torch's writer knows no errno
+        except RuntimeError as error:  # torch's writer sets no errno
             if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
                 raise
             raise OSError(errno.ENOSPC, "the file came out too short, the disk may be full", str(path)) from error
@@ -184,56 +177,54 @@ def stripping_atomically(
 
 
 def clear_partials(folder: Path) -> None:
-    """Remove what a kill in the middle of writing has left."""
+    """Remove the partial files of a process that was killed while writing."""
     for file in folder.glob(f"*{PARTIAL}"):
         with suppress(OSError):
             file.unlink()
 
 
 def resume_command(last: Path, alone: bool) -> str:
-    """Return the command that goes on with a run."""
+    """Return the command that resumes a run."""
     return f"yolo-kd train {'kd=none ' if alone else ''}{shlex.quote(f'resume={last}')}"
 
 
 def unwritable(error: OSError, last: Path, alone: bool) -> SaveError | None:
-    """Return the sentence for an error of a full disk or a folder that cannot be written to; None for any other.
+    """Return the error for a full disk or a folder that cannot be written to, None for any other.
 
     Args:
-        error: What the system said.
+        error: The system's error.
         last: The run's `last.pt`.
         alone: Whether the run has no teacher.
     """
-    if error.errno not in _UNWRITABLE:
+    if errno.errorcode.get(error.errno or 0) not in _UNWRITABLE:
         return None
-    where = error.filename or last.parent
     room = ""
     with suppress(OSError):
         room = f", {shutil.disk_usage(last.parent).free / 1e6:.0f} MB are free there"
-    kept = "No checkpoint had been written yet: start the run again once there is room."
+    kept = "There is no checkpoint yet: start the run again once files can be written."
     if last.exists():
-        kept = f"The last checkpoint is whole: once it can be written to, go on with {resume_command(last, alone)}"
-    return SaveError(f"{where} could not be written ({error.strerror or error}{room}). {kept}")
+        kept = f"The last checkpoint is whole. Once files can be written, continue with {resume_command(last, alone)}"
+    return SaveError(f"{error.filename or last.parent} could not be written ({error.strerror or error}{room}). {kept}")
 
 
 # ------------------------------------------------------------------------------------------------ reading
 
 
 def damage(path: Path) -> str:
-    """Say what is wrong with a checkpoint file as a file, or return an empty string.
+    """Return the damage of a checkpoint file, an empty string if there is none.
 
-    Every byte is compared with the checksum that was written with it, which torch does not do when it loads: a file
-    with a flipped bit loads, with a wrong weight. What the file asks to load is not judged here, and nothing is loaded.
+    The content is compared with the checksums in the file. torch does not do so: it loads a file with a flipped bit,
+    with a wrong weight. Nothing is loaded here.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                return ""  # not written by torch, hence nothing that an interruption has done
+                return ""  # not written by torch, so not damaged by an interruption
             if (wrong := archive.testzip()) is not None:
-                return f"the checksum of its part {wrong} is wrong"
+                return f"the checksum of its entry {wrong} is wrong"
             for name in archive.namelist():
                 if name.endswith("/data.pkl"):
-                    for _ in pickletools.genops(archive.read(name)):
-                        pass
+                    deque(pickletools.genops(archive.read(name)), maxlen=0)  # reads them all
     except OSError as error:
         return error.strerror or str(error)
     except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
@@ -243,7 +234,7 @@ def damage(path: Path) -> str:
 
 
 def usable(path: Path) -> Path:
-    """Return the checkpoint to resume from: `path`, or its predecessor where `path` is damaged or missing.
+    """Return the checkpoint to resume from: `path`, or its predecessor if `path` is damaged or missing.
 
     Raises:
         CheckpointError: If neither can be read.
@@ -255,15 +246,15 @@ def usable(path: Path) -> Path:
         if path.name == "last.pt" and (path.parent.parent / "args.yaml").exists():
             raise CheckpointError(
                 f"resume={path} does not exist: this run ended before its first checkpoint, so there is nothing to "
-                "resume. Start it again with the command that it was started with."
+                "resume. Start it again with its original command."
             )
         return path
     if not path.is_file() or not (reason := damage(path)):
         return path
     if not previous.is_file():
         if not zipfile.is_zipfile(path):
-            return path  # the loader says it better: it also knows other kinds of files
-        also = "is not beside it"
+            return path  # the loader's message is better: it distinguishes other kinds of files
+        also = "does not exist"
     elif not (also := damage(previous)):
         return previous
     else:
@@ -275,17 +266,15 @@ def usable(path: Path) -> Path:
 
 
 def restore(path: Path) -> str:
-    """Put the predecessor of a damaged or missing checkpoint in its place, and return a sentence that says so.
+    """Replace a damaged or missing checkpoint by its predecessor, and return a sentence for the log.
 
-    A damaged file is kept beside it, as `last.damaged.pt`.
+    A damaged file is kept as `last.damaged.pt`.
     """
     previous = previous_of(path)
+    state = "is missing"
     if path.exists():
-        reason = damage(path)
-        aside = path.with_name(f"{path.stem}.damaged{path.suffix}")
-        _second_name(path, aside)
-        said = f"{path} is damaged ({reason}) and was set aside as {aside.name}"
-    else:
-        said = f"{path} is missing"
+        kept = path.with_name(f"{path.stem}.damaged{path.suffix}")
+        state = f"is damaged ({damage(path)}) and was renamed to {kept.name}"
+        _second_name(path, kept)
     _second_name(previous, path)
-    return f"{said}; going on from its predecessor {previous.name}, which is one checkpoint older."
+    return f"{path} {state}; continuing from its predecessor {previous.name}, which is one checkpoint older."

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while a training runs: the first asks it to stop at the next good moment, the second ends it."""
+"""Handles SIGINT and SIGTERM during a training: the first signal requests a stop, the second ends the process."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ WATCHED = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A training was stopped by SIGINT, usually Ctrl-C; a `KeyboardInterrupt`, so that callers treat it as one."""
+    """A training was stopped by SIGINT, usually Ctrl-C. It is a `KeyboardInterrupt`, so callers treat it as one."""
 
     exit_code = 128 + signal.SIGINT
 
 
 class Terminated(SystemExit):
-    """A training was stopped by SIGTERM; where nobody catches it, the process exits with 143, as shells expect."""
+    """A training was stopped by SIGTERM. If it is not caught, the process exits with 143, as shells expect."""
 
     exit_code = 128 + signal.SIGTERM
 
@@ -33,18 +33,22 @@ class Terminated(SystemExit):
 
 
 class SignalWatch:
-    """Turns the first SIGINT or SIGTERM into a request, and leaves the second to whoever handled it before.
+    """Turns the first SIGINT or SIGTERM into a request, and leaves the second to the previous handler.
 
-    Handlers are installed on entry and put back on exit, in the main thread only: Python allows no other. A signal that
-    was ignored before (`nohup`, background jobs) stays ignored.
+    Handlers are installed on entry and restored on exit, in the main thread only, as Python requires. A signal that was
+    ignored before (`nohup`, background jobs) stays ignored.
 
     Args:
         forward: Called with the signal when it arrives, for a process that only waits for others; None otherwise.
+
+    Attributes:
+        received: The signal that arrived, None before.
+        patient: Whether the signal waits until the current batch is finished.
     """
 
     def __init__(self, forward: Callable[[int], None] | None = None):
         self.received: int | None = None
-        self.patient = False  # True while there is something to finish first
+        self.patient = False
         self._forward = forward
         self._before: dict[int, Any] = {}
         self._process = os.getpid()
@@ -53,7 +57,7 @@ class SignalWatch:
         if threading.current_thread() is threading.main_thread():
             for number in WATCHED:
                 handler = signal.getsignal(number)
-                if handler not in (signal.SIG_IGN, None):  # None: installed by C code, which could not be put back
+                if handler not in (signal.SIG_IGN, None):  # None: installed by C code, which cannot be restored
                     self._before[number] = signal.signal(number, self._arrived)
         return self
 
@@ -68,12 +72,12 @@ class SignalWatch:
         return signal.Signals(self.received).name if self.received else ""
 
     def stop(self, message: str) -> BaseException:
-        """Return what to raise for the signal that arrived."""
+        """Return the exception for the signal that arrived."""
         return Interrupted(message) if self.received == signal.SIGINT else Terminated(message)
 
     def _arrived(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            return  # a data loader's worker that inherited this handler: its batch is still needed
+            return  # a data loader's worker inherited this handler, and its batch is still needed
         if self.received is not None:
             self.__exit__()
             signal.raise_signal(number)
@@ -83,30 +87,26 @@ class SignalWatch:
         if self._forward is not None:
             self._forward(number)
         elif self.patient:
-            # no logger here: the signal may have come while one was writing
+            # no logger here: the signal may have arrived while one was writing
             with suppress(OSError):
                 os.write(2, _PROMISE.format(self.name).encode())
         else:
             raise self.stop(f"Stopped by {self.name} before the first batch.")
 
     def _expect_dying_workers(self) -> None:
-        """Let workers that got the same signal die quietly; torch would raise in the middle of what is being saved."""
-        if self._before and hasattr(signal, "SIGCHLD"):
-            handler = signal.getsignal(signal.SIGCHLD)
-            if handler is not None:
-                self._before[signal.SIGCHLD] = handler
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        """Let workers that got the same signal end; torch's handler would raise while a file is being saved."""
+        if self._before and hasattr(signal, "SIGCHLD") and (handler := signal.getsignal(signal.SIGCHLD)) is not None:
+            self._before[signal.SIGCHLD] = handler
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 _PROMISE = "\n{}: finishing this batch and saving; a second signal ends at once.\n"
 
 
 def terminate_children(_number: int = signal.SIGTERM) -> None:
-    """Ask every child process to end, which a multi-GPU launcher passes on to its workers."""
+    """Terminate every child process; a multi-GPU launcher passes the signal on to its workers."""
     import psutil
 
     for child in psutil.Process().children():
-        try:
+        with suppress(psutil.NoSuchProcess):
             child.terminate()
-        except psutil.NoSuchProcess:
-            continue

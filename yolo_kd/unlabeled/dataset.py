@@ -1,4 +1,4 @@
-"""Labelled and unlabeled images in one data set, and the order in which a training draws them."""
+"""Labeled and unlabeled images in one data set, and the order in which a training draws them."""
 
 from __future__ import annotations
 
@@ -40,39 +40,34 @@ class UnlabeledDataset(YOLODataset):
     def get_labels(self) -> list[dict]:
         """Return a label without boxes for each image."""
         empty: dict[str, Any] = {"segments": [], "keypoints": None, "normalized": True, "bbox_format": "xywh"}
-        return [
-            {
-                "im_file": file,
-                "shape": shape,
-                "cls": np.zeros((0, 1), np.float32),
-                "bboxes": np.zeros((0, 4), np.float32),
-                **empty,
-            }
-            for file, shape in zip(self._images.files, self._images.shapes, strict=True)
-        ]
+        labels = []
+        for file, shape in zip(self._images.files, self._images.shapes, strict=True):
+            boxes = {"cls": np.zeros((0, 1), np.float32), "bboxes": np.zeros((0, 4), np.float32)}
+            labels.append({"im_file": file, "shape": shape, **boxes, **empty})
+        return labels
 
 
 class MixedDataset(ConcatDataset):
-    """Labelled images followed by unlabeled images, with the interface of an Ultralytics training set.
+    """Labeled images followed by unlabeled images, with the interface of an Ultralytics training set.
 
     Augmentations that combine images, such as mosaic, combine images of one kind.
 
     Args:
-        labelled: The labelled images, None if there are none.
+        labeled: The labeled images, None if there are none.
         unlabeled: The unlabeled images.
     """
 
     rect = False
 
-    def __init__(self, labelled: YOLODataset | None, unlabeled: UnlabeledDataset):
-        super().__init__([unlabeled] if labelled is None else [labelled, unlabeled])
-        self.labelled = 0 if labelled is None else len(labelled)
-        self.unlabelled = len(unlabeled)
-        self.labels = (labelled or unlabeled).labels  # for plots and class weights
+    def __init__(self, labeled: YOLODataset | None, unlabeled: UnlabeledDataset):
+        super().__init__([unlabeled] if labeled is None else [labeled, unlabeled])
+        self.labeled = 0 if labeled is None else len(labeled)
+        self.unlabeled = len(unlabeled)
+        self.labels = (labeled or unlabeled).labels  # for plots and class weights
         self.collate_fn = unlabeled.collate_fn
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**super().__getitem__(index), UNLABELED_MARK: index >= self.labelled}
+        return {**super().__getitem__(index), UNLABELED_MARK: index >= self.labeled}
 
     @property
     def im_files(self) -> list[str]:
@@ -86,18 +81,18 @@ class MixedDataset(ConcatDataset):
 
 
 class MixedSampler(Sampler[int]):
-    """Indices of a `MixedDataset`: each batch has the same number of labelled and then of unlabeled images.
+    """Indices of a `MixedDataset`: each batch has the same number of labeled and then of unlabeled images.
 
     An epoch has as many steps as all images together fill. Each kind is drawn in a separate shuffled order that
-    continues from epoch to epoch; at its end, it is shuffled again. Each labelled image is therefore drawn equally
+    continues from epoch to epoch; at its end, it is shuffled again. Each labeled image is therefore drawn equally
     often, within one draw, and so is each unlabeled image. The order depends on seed and epoch only: a resumed run
     continues with the images that it would have drawn, and each of several processes draws different images.
 
     Args:
-        labelled: Number of labelled images, which have the first indices; may be 0.
+        labeled: Number of labeled images, which have the first indices; may be 0.
         unlabeled: Number of unlabeled images, which follow.
         batch: Images in a batch of this process.
-        ratio: Unlabeled images per labelled image.
+        ratio: Unlabeled images per labeled image.
         seed: Seed of the order.
         rank: Index of this process.
         world: Number of processes.
@@ -107,18 +102,18 @@ class MixedSampler(Sampler[int]):
     """
 
     def __init__(
-        self, labelled: int, unlabeled: int, batch: int, ratio: float, seed: int = 0, rank: int = 0, world: int = 1
+        self, labeled: int, unlabeled: int, batch: int, ratio: float, seed: int = 0, rank: int = 0, world: int = 1
     ):
-        total = labelled + unlabeled
+        total = labeled + unlabeled
         self.batch = max(min(batch, total // world), 1)
-        if labelled and self.batch < 2:
+        if labeled and self.batch < 2:
             raise ConfigError(
                 f"unlabeled= needs two images or more in a batch of each process, one of each kind; here it is "
                 f"{batch} of {total} images. Use a larger batch=."
             )
-        share = share_of_batch(self.batch, ratio) if labelled else self.batch
+        share = share_of_batch(self.batch, ratio) if labeled else self.batch
         self.steps = math.ceil(total / (self.batch * world))
-        self._kinds = (Stream(0, labelled, self.batch - share, seed), Stream(labelled, unlabeled, share, seed + 1))
+        self._kinds = (Stream(0, labeled, self.batch - share, seed), Stream(labeled, unlabeled, share, seed + 1))
         self._rank, self._world = rank, world
         self._epoch, self._skipped = 0, 0
 
@@ -146,29 +141,27 @@ class MixedSampler(Sampler[int]):
     def describe(self) -> str:
         """Return a sentence that describes an epoch."""
         draws = [kind.size * self.steps * self._world / max(kind.images, 1) for kind in self._kinds]
-        labelled, unlabeled = self._kinds
-        if not labelled.images:
-            return (
-                f"An epoch is {self.steps} steps over {unlabeled.images} unlabeled images; there are no labelled ones."
-            )
+        labeled, unlabeled = self._kinds
+        if not labeled.images:
+            return f"An epoch is {self.steps} steps over {unlabeled.images} unlabeled images, without labeled ones."
         return (
-            f"An epoch is {self.steps} steps of {labelled.size} labelled and {unlabeled.size} unlabeled images"
-            f"{f' in each of {self._world} processes' if self._world > 1 else ''}: each of the {labelled.images} "
-            f"labelled images is drawn {draws[0]:.2g} times, each of the {unlabeled.images} unlabeled images "
+            f"An epoch is {self.steps} steps of {labeled.size} labeled and {unlabeled.size} unlabeled images"
+            f"{f' in each of {self._world} processes' if self._world > 1 else ''}: each of the {labeled.images} "
+            f"labeled images is drawn {draws[0]:.2g} times, each of the {unlabeled.images} unlabeled images "
             f"{draws[1]:.2g} times.{self._advice(*draws)}"
         )
 
-    def _advice(self, labelled_draws: float, unlabeled_draws: float) -> str:
-        """Return a ratio that draws both kinds more equally, if labelled images repeat much more often."""
-        labelled, unlabeled = self._kinds
-        even = min(round(unlabeled.images / labelled.images), self.batch - 1)
-        if labelled_draws < 2 * unlabeled_draws or share_of_batch(self.batch, even) == unlabeled.size:
+    def _advice(self, labeled_draws: float, unlabeled_draws: float) -> str:
+        """Return a ratio that draws both kinds more equally, if labeled images repeat much more often."""
+        labeled, unlabeled = self._kinds
+        even = min(round(unlabeled.images / labeled.images), self.batch - 1)
+        if labeled_draws < 2 * unlabeled_draws or share_of_batch(self.batch, even) == unlabeled.size:
             return ""
-        return f" With unlabeled_ratio={even} the labelled images would repeat less often."
+        return f" With unlabeled_ratio={even} the labeled images would repeat less often."
 
 
 class Stream:
-    """An endless sequence of images of one kind: one shuffled order after the other, cut into chunks.
+    """An endless sequence of images of one kind: shuffled orders, one after the other, divided into chunks.
 
     Args:
         first: Index of the first image.
@@ -188,18 +181,17 @@ class Stream:
 
     def _order(self, number: int) -> np.ndarray:
         if number not in self._orders:
-            while len(self._orders) > 1:  # most chunks need no more than two orders
-                self._orders.pop(next(iter(self._orders)))
-            self._orders[number] = np.random.default_rng((self._seed, self.first, number)).permutation(self.images)
+            order = np.random.default_rng((self._seed, self.first, number)).permutation(self.images)
+            self._orders = dict([*self._orders.items()][-1:]) | {number: order}  # a chunk rarely needs more than two
         return self._orders[number]
 
 
 def mixed_loader(
     dataset: MixedDataset, sampler: MixedSampler, workers: int, device: torch.device
 ) -> InfiniteDataLoader:
-    """Return Ultralytics' training loader with another order of images.
+    """Return Ultralytics' training loader with another sampler.
 
-    Ultralytics' own function takes no sampler, so its settings are repeated here.
+    Ultralytics' function takes no sampler, so its settings are repeated here.
 
     Args:
         dataset: The images.
@@ -225,7 +217,7 @@ def mixed_loader(
 
 
 def unlabeled_dataset(images: UnlabeledImages, args: Any, batch: int, data: Any, stride: int) -> UnlabeledDataset:
-    """Build a training set as Ultralytics does; the argument `fraction` applies to labelled images only.
+    """Build a training set as Ultralytics does; the argument `fraction` applies to labeled images only.
 
     Args:
         images: The images.
@@ -247,9 +239,7 @@ def unlabeled_dataset(images: UnlabeledImages, args: Any, batch: int, data: Any,
         pad=0.0,
         prefix=colorstr("unlabeled: "),
         task=args.task,
-        classes=None,
         data=data,
-        fraction=1.0,
     )
 
 
@@ -263,6 +253,6 @@ def share_of_batch(batch: int, ratio: float) -> int:
 
     Args:
         batch: Images in a batch, at least 2.
-        ratio: Unlabeled images per labelled image.
+        ratio: Unlabeled images per labeled image.
     """
     return min(max(round(batch * ratio / (1 + ratio)), 1), batch - 1)

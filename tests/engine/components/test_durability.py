@@ -204,7 +204,7 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_with_143(
     child.send(signal.SIGTERM)
     assert child.wait() == 143, run.output[-3000:]
     assert "SIGTERM: finishing this batch and saving; a second signal ends at once." in run.output
-    said = f"Go on with: yolo-kd train resume={run.last}"
+    said = f"Continue with: yolo-kd train resume={run.last}"
     assert said in run.output
     assert "Traceback" not in run.output
     before = len(run.rows())
@@ -230,7 +230,7 @@ def test_a_signal_to_workers_as_well_stops_it_as_gently(
     assert "Using 2 dataloader workers" in run.output
     child.send(number, group=True)
     assert child.wait() == 128 + number, run.output[-3000:]
-    assert f"Go on with: yolo-kd train resume={run.last}" in run.output
+    assert f"Continue with: yolo-kd train resume={run.last}" in run.output
     assert not damage(run.last)
     assert "yolo_kd_position" in run.saved() or run.saved()["epoch"] + 1 == len(run.rows())
     finished = len(run.rows())
@@ -252,7 +252,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, shapes: Path, models: dict
         os.kill(child.pid, signal.SIGCONT)
         # which of the two Python sees first is not ours to say: the second one decides how it ends
         assert child.wait() in {-signal.SIGTERM, 130, code}, run.output[-3000:]
-        assert "Go on with" not in run.output
+        assert "Continue with" not in run.output
         assert not damage(run.last)
 
 
@@ -311,7 +311,7 @@ def test_a_stopped_run_trains_every_batch_once(
     first.add_callback("on_train_batch_end", step)
     first.add_callback("on_val_start", lambda _: setattr(first, "validated", first.validated + 1))
     first.add_callback(event, strike)
-    with pytest.raises(Terminated, match=rf"Stopped by SIGTERM.*Go on with: yolo-kd train .*resume={run.last}"):
+    with pytest.raises(Terminated, match=rf"Stopped by SIGTERM.*Continue with: yolo-kd train .*resume={run.last}"):
         first.train()
     assert {n: signal.getsignal(n) for n in before} == before
     done = len(steps)
@@ -452,7 +452,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert server.run(run.resume, run.log) == 0, run.output[-3000:]
     what = "is missing" if how == "missing" else "is damaged"
     assert f"{run.last} {what}" in run.output
-    assert "going on from its predecessor last.prev.pt, which is one checkpoint older" in run.output
+    assert "continuing from its predecessor last.prev.pt, which is one checkpoint older" in run.output
     assert run.epochs() == [1, 2, 3, 4]
     assert run.last.with_name("last.damaged.pt").exists() == (how != "missing")
 
@@ -488,13 +488,13 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     run = Run(tmp_path, shapes, models, epochs=3)
     assert server.run(run.command, run.log, file_size=200_000) == 1, run.output[-3000:]
     assert f"error: {run.last} could not be written (File too large" in run.output
-    assert "No checkpoint had been written yet" in run.output
+    assert "There is no checkpoint yet" in run.output
     assert "Traceback" not in run.output
     assert not [*run.last.parent.iterdir()]
     train_here(run, resume=False, until=2)
     before = run.last.read_bytes()
     assert server.run(run.resume, run.log, file_size=200_000) == 1
-    assert f"once it can be written to, go on with yolo-kd train resume={run.last}" in run.output
+    assert f"Once files can be written, continue with yolo-kd train resume={run.last}" in run.output
     assert run.last.read_bytes() == before
     assert server.run(run.resume, run.log) == 0
     assert run.epochs() == [1, 2, 3]
@@ -512,7 +512,7 @@ def test_a_disk_that_fills_up_at_the_very_end(
         raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598")
 
     monkeypatch.setattr(engine, "strip_optimizer", full)
-    with pytest.raises(SaveError, match=r"last.pt could not be written .*go on with yolo-kd train resume="):
+    with pytest.raises(SaveError, match=r"last.pt could not be written .*continue with yolo-kd train resume="):
         train_here(run, resume=False, until=None)
     assert engine.strip_optimizer is full
     monkeypatch.setattr(engine, "strip_optimizer", strip)
@@ -631,8 +631,8 @@ def test_an_image_lost_while_training(
     image = files(own_shapes, "images")[3]
     image.unlink() if how == "deleted" else image.write_bytes(b"no image")
     assert child.wait() == 2, run.output[-3000:]
-    assert f"error: image {image} cannot be read any more" in run.output
-    assert f"go on with: yolo-kd train resume={run.last}" in run.output
+    assert f"error: image {image} can no longer be read" in run.output
+    assert f"continue with: yolo-kd train resume={run.last}" in run.output
     assert "Traceback" not in run.output
     image.unlink(missing_ok=True)
     finished = len(run.rows())

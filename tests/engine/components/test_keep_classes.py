@@ -33,7 +33,7 @@ def test_new_classes_come_after_the_teachers() -> None:
     found = kept({0: "raccoon", 1: "traffic_light", 2: "fox"})
     assert found.by_index == {0: "cat", 1: "Traffic Light", 2: "dog", 3: "raccoon", 4: "fox"}
     assert found.index_of == (3, 1, 4)
-    assert found.unlabelled == (0, 2)
+    assert found.unlabeled == (0, 2)
     assert found.classes.sources == ((0,), (1,), (2,), (), ())
     assert found.classes.matched == (0, 1, 2)
 

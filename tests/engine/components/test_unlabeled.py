@@ -1,4 +1,4 @@
-"""Whole trainings with images that nobody labelled."""
+"""Whole trainings with images that nobody labeled."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SURE = {"unlabeled_conf": 0.5, "unlabeled_low": 0.2}
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
     """A folder of eight images without labels."""
-    folder = tmp_path_factory.mktemp("unlabelled") / "pool"
+    folder = tmp_path_factory.mktemp("unlabeled") / "pool"
     folder.mkdir()
     for image in (shapes.parent / "images" / "test").glob("*.png"):
         shutil.copy(image, folder / f"pool{image.name}")
@@ -187,7 +187,7 @@ def test_the_command_line(
     fast = ["imgsz=64", "batch=8", "epochs=1", "workers=0", "plots=False", "optimizer=AdamW", "val=False"]
     assert main(["train", *words, *fast, f"unlabeled={pool}/*", "unlabeled_ratio=1.5"]) == 0
     said = caplog.text
-    assert "An epoch is 3 steps of 3 labelled and 5 unlabeled images" in said
+    assert "An epoch is 3 steps of 3 labeled and 5 unlabeled images" in said
     assert "Unlabeled images have no task loss" in said
 
 

@@ -1,11 +1,11 @@
-"""Interruptions: whole files, signals, resume inside an epoch, and sentences for errors of disk and data."""
+"""Interruptions of a training: whole files, signals, resume inside an epoch, and messages for disk and data errors."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 from collections.abc import Callable
-from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +19,25 @@ from yolo_kd.engine.component import Component
 from yolo_kd.engine.epoch_position import POSITION, EpochPosition, RestOfEpoch
 from yolo_kd.engine.signals import Interrupted, SignalWatch, Terminated, terminate_children
 from yolo_kd.errors import CheckpointError, ConfigError, DataError, YoloKDError
-from yolo_kd.safe_loading.restricted import quiet
 
 _IMAGE_GONE = re.compile(r"Image Not Found (.+)")
 _NOTHING_TO_LEARN = ("No valid images found", "No labels found")
 
 
 class _NothingToTrain(Exception):
-    """All epochs of the run that is resumed are done."""
+    """All epochs of the resumed run are trained."""
 
 
 class Durability(Component):
     """Loses nothing when a training is interrupted.
 
-    - Checkpoints are replaced whole or not at all, and `last.pt` keeps its predecessor `last.prev.pt` while it runs.
-    - SIGINT and SIGTERM finish the batch, save, and print the command that continues; a second one ends at once.
-    - A resumed run has every epoch once in `results.csv`, trains no batch twice, and completes what a kill at the very
-      end left undone.
+    - Checkpoints are replaced whole or not at all. During the training, `last.prev.pt` is the predecessor of `last.pt`.
+    - On SIGINT or SIGTERM, the batch is finished, a checkpoint is saved, and the command that resumes is printed. A
+      second signal ends the process at once.
+    - In a resumed run, `results.csv` contains each epoch once, no batch is trained twice, and the work after the last
+      epoch is completed.
 
-    It has no state in the optimiser: the position inside an epoch is an entry of the checkpoint itself.
+    The component has no state in the optimiser: the position inside an epoch is an entry of the checkpoint.
     """
 
     def __init__(self, trainer: Any):
@@ -53,7 +53,7 @@ class Durability(Component):
     # ------------------------------------------------------------------------------------------------ set-up
 
     def construct(self, proceed: Callable[[], None]) -> None:
-        """Name the key to change where the run's folder cannot be written to.
+        """Name the key to change if the run's folder cannot be written to.
 
         Raises:
             ConfigError: If the folder cannot be written to.
@@ -65,16 +65,18 @@ class Durability(Component):
             if wdir is None or not error.filename:
                 raise
             folder = wdir.parent
-            named = {wdir, *wdir.parents, *(folder / name for name in ("args.yaml", "kd.yaml", "results.csv"))}
-            if Path(error.filename) not in named:
-                raise
-            raise ConfigError(
-                f"the run's folder {folder} cannot be written to ({error.strerror}). Name another one with project=."
-            ) from error
+            if Path(error.filename) in {
+                wdir,
+                *wdir.parents,
+                *(folder / f for f in ("args.yaml", "kd.yaml", "results.csv")),
+            }:
+                message = f"the run's folder {folder} cannot be written to ({error.strerror}). Choose another project=."
+                raise ConfigError(message) from error
+            raise
         self._last_is_ours = bool(self.trainer.resume)
 
     def setup_train(self, proceed: Callable[[], None]) -> None:
-        """Remove what a kill left, once it is certain that training begins."""
+        """Remove the files of a killed process, once it is certain that the training begins."""
         proceed()
         trainer = self.trainer
         if RANK in {-1, 0}:
@@ -83,7 +85,7 @@ class Durability(Component):
                 run_files.previous_of(trainer.last).unlink(missing_ok=True)  # of an older run in the same folder
 
     def resume_training(self, proceed: Callable[[dict | None], None], checkpoint: dict | None) -> None:
-        """Resume also inside the first epoch and after the last one, which Ultralytics refuses."""
+        """Resume also inside the first epoch and after the last one, where Ultralytics does not."""
         trainer = self.trainer
         if checkpoint is None or not trainer.resume:
             return proceed(checkpoint)
@@ -104,10 +106,10 @@ class Durability(Component):
         return None
 
     def load_checkpoint_state(self, proceed: Callable[[dict], None], checkpoint: dict) -> None:
-        """Restore the state of a training, which may be damaged in a file that is whole.
+        """Restore the state of a training, which may be invalid even in a whole file.
 
         Raises:
-            CheckpointError: If it does not fit this training.
+            CheckpointError: If the state does not fit this training.
         """
         trainer = self.trainer
         try:
@@ -119,14 +121,14 @@ class Durability(Component):
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
             raise CheckpointError(
                 f"{trainer.args.model} cannot be resumed: its training state is damaged or of another model "
-                f"({type(error).__name__}: {' '.join(str(error).split())[:120]}). Resume from another checkpoint of "
-                "the run, or start a new one."
+                f"({reason}). Resume from another checkpoint of the run, or start a new one."
             ) from error
 
     def _is_complete(self, checkpoint: dict) -> bool:
-        """Return whether all epochs of a run are done, or it stopped early, without being finished."""
+        """Return whether a run was killed after its last epoch, or after stopping early."""
         trainer = self.trainer
         if self._position is not None:
             return False
@@ -135,7 +137,7 @@ class Durability(Component):
         return checkpoint["epoch"] + 1 >= trainer.epochs or (trainer.args.val and waited >= trainer.stopper.patience)
 
     def _complete_files(self, checkpoint: dict) -> None:
-        """Write the copies of the checkpoint that a kill right after `last.pt` has prevented."""
+        """Write the copies of the checkpoint that are missing after a kill right after `last.pt` was written."""
         trainer = self.trainer
         if self._position is not None:
             return
@@ -143,10 +145,8 @@ class Durability(Component):
         names = [trainer.best] if fitness is not None and fitness == checkpoint.get("best_fitness") else []
         if trainer.save_period > 0 and checkpoint["epoch"] % trainer.save_period == 0:
             names.append(trainer.wdir / f"epoch{checkpoint['epoch']}.pt")
-        data = Path(trainer.args.model).read_bytes()
         for path in names:
-            if not path.exists() or path.read_bytes() != data:
-                run_files.write_atomically(path, data)
+            run_files.write_atomically(path, Path(trainer.args.model).read_bytes())
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -159,7 +159,7 @@ class Durability(Component):
             SaveError: If the disk is full or the run's folder can no longer be written to.
             DataError: If an image can no longer be read.
         """
-        if RANK != -1:  # one of several ranks must not leave the others waiting, so signals end all of them at once
+        if RANK != -1:  # signals end all ranks at once, so that none waits for another
             return proceed()
         with SignalWatch(terminate_children if self.trainer.ddp else None) as self._watch:
             try:
@@ -175,7 +175,7 @@ class Durability(Component):
                 raise
 
     def do_train(self, proceed: Callable[[], None]) -> None:
-        """Save inside the epoch when the training is interrupted, and turn errors of disk and data into sentences."""
+        """Save inside the epoch on an interruption, and raise errors with sentences for disk and data errors."""
         try:
             proceed()
         except _NothingToTrain:
@@ -184,7 +184,7 @@ class Durability(Component):
             self._save_position()
             raise self._stop() from stop
         except Exception as error:
-            if self._watch.received is not None:  # loader processes got the signal as well, and died of it
+            if self._watch.received is not None:  # the signal also ended the loader processes
                 self._save_position()
                 raise self._stop() from error
             if (sentence := self._sentence(error)) is None:
@@ -194,13 +194,13 @@ class Durability(Component):
             raise sentence from error
 
     def run_callbacks(self, proceed: Callable[[str], None], event: str) -> None:
-        """Count batches, and stop where a signal has asked for it, after every other callback."""
+        """Count batches, and stop after a signal, when all other callbacks have run."""
         proceed(event)
         if event == "on_train_start":
             self._watch.patient = True
             if self._only_finish:
                 raise _NothingToTrain
-            # not before: callbacks are handed to the processes of a multi-GPU run
+            # not earlier: callbacks are passed to the processes of a multi-GPU run
             self.trainer.add_callback("on_val_batch_end", lambda _: self._stop_if_asked())
         elif event == "on_train_epoch_start":
             self._begin_epoch()
@@ -228,21 +228,21 @@ class Durability(Component):
         trainer = self.trainer
         if isinstance(trainer.train_loader, RestOfEpoch):
             trainer.train_loader = trainer.train_loader.loader
-            trainer.train_loader.reset()  # or the next epoch would begin with what this one left
+            trainer.train_loader.reset()  # or the next epoch would begin with the prefetched batches of this one
             trainer.tloss = self._mean_losses()
             self._position = None
 
     def _mean_losses(self) -> dict[str, Any]:
-        """Return the mean losses of the epoch so far, with the batches from before the run was resumed."""
+        """Return the mean losses of the epoch so far, including the batches before the interruption."""
         losses = self.trainer.tloss or {}
         if self._position is None:
             return losses
         return self._position.merged(losses, self.trainer.skipped, self._trained)
 
     def _finish(self) -> None:
-        """Do what comes after the last epoch, for a run that was killed there."""
+        """Do the work after the last epoch, for a run that was killed there."""
         trainer = self.trainer
-        LOGGER.info(f"All {trainer.start_epoch} epochs of {trainer.args.model} are trained; finishing")
+        LOGGER.info(f"All {trainer.start_epoch} epochs of {trainer.args.model} are trained; finishing the run")
         trainer.epoch = trainer.start_epoch - 1
         trainer.final_eval()
         if RANK in {-1, 0}:
@@ -253,30 +253,31 @@ class Durability(Component):
             loader.close()
 
     def _sentence(self, error: Exception) -> YoloKDError | None:
-        """Return the sentence for an error of disk or data, None for an error of the program."""
+        """Return the error with a sentence for a disk or data error, None for an error of the program."""
         trainer = self.trainer
         text = str(error)
         command = run_files.resume_command(trainer.last, trainer.alone)
         if isinstance(error, FileNotFoundError) and (found := _IMAGE_GONE.search(text)):
-            again = f"go on with: {command}" if trainer.last.exists() or self._unsaved else "start the run again."
+            again = f"continue with: {command}" if trainer.last.exists() or self._unsaved else "start the run again."
             return DataError(
-                f"image {found[1]} cannot be read any more: it was removed or damaged while training. "
-                f"Put it back, or delete it to train without it, and {again}"
+                f"image {found[1]} can no longer be read: it was removed or damaged during the training. "
+                f"Restore it, or delete it to train without it, and {again}"
             )
         if any(text.startswith(start) or f": {start}" in text for start in _NOTHING_TO_LEARN):
             return DataError(f"data={trainer.args.data} cannot be trained on: {' '.join(text.split())}")
         return run_files.unwritable(error, trainer.last, trainer.alone) if isinstance(error, OSError) else None
 
     def _stop(self) -> BaseException:
-        """Return what to raise for the signal that arrived, with the command that continues."""
+        """Return the exception for the signal that arrived, with the command that resumes."""
         trainer = self.trainer
         place = ""
         if self._trained:
             done, batches = trainer.skipped + self._trained, len(trainer.train_loader)
             place = f" in epoch {trainer.epoch + 1} of {trainer.epochs}, after {done} of {batches} batches"
         command = run_files.resume_command(trainer.last, trainer.alone)
-        exists = trainer.last.exists()
-        then = f"Go on with: {command}" if exists else "There is no checkpoint yet: start the run again."
+        then = f"Continue with: {command}"
+        if not trainer.last.exists():
+            then = "There is no checkpoint yet: start the run again."
         return self._watch.stop(f"Stopped by {self._watch.name}{place}. {then}")
 
     # ------------------------------------------------------------------------------------------------ files
@@ -285,7 +286,7 @@ class Durability(Component):
         """Save as Ultralytics does, each file whole or not at all."""
         trainer = self.trainer
         if trainer.best_fitness is not None and not trainer.best.exists():
-            trainer.best_fitness = trainer.fitness  # the best of those that are left
+            trainer.best_fitness = trainer.fitness  # the best of the remaining checkpoints
         with run_files.recorded(trainer) as files:
             saved = proceed()
         for name, data in files.items():
@@ -300,9 +301,9 @@ class Durability(Component):
         self._last_is_ours |= last
 
     def _save_position(self) -> None:
-        """Write a `last.pt` that continues inside the current epoch, unless the last one is as new.
+        """Write a `last.pt` that resumes inside the current epoch, unless the last one is up to date.
 
-        It counts as the checkpoint of the epoch before, whose row is the last in `results.csv`.
+        It is a checkpoint of the previous epoch, whose row is the last in `results.csv`.
         """
         trainer = self.trainer
         if RANK not in {-1, 0} or not self._unsaved or trainer.loss is None or not bool(trainer.loss.isfinite()):
@@ -316,7 +317,7 @@ class Durability(Component):
             if done:
                 losses = {name: float(value) for name, value in self._mean_losses().items()}
                 position = EpochPosition(done, len(trainer.train_loader), losses)
-                data = run_files.with_entry(data, POSITION, position.to_dict())
+                data = run_files.with_entry(data, POSITION, asdict(position))
             self._write(trainer.last, data)
         except OSError as error:
             raise run_files.unwritable(error, trainer.last, trainer.alone) or error from error
@@ -325,7 +326,7 @@ class Durability(Component):
         self._unsaved = 0
 
     def save_metrics(self, proceed: Callable[[dict], None], metrics: dict) -> None:
-        """Append to `results.csv`, whose time continues where the run was resumed."""
+        """Append to `results.csv`, whose time includes that before the run was resumed."""
         self.trainer.train_time_start -= self._time_before
         try:
             proceed(metrics)
@@ -342,7 +343,6 @@ class Durability(Component):
             trainer.finish_checkpoint(checkpoint)
             return checkpoint
 
-        with ExitStack() as stack:
-            stack.enter_context(patches.replaced(torch_utils, "torch_load", load_to_strip))
-            stack.enter_context(run_files.stripping_atomically(trainer.last, trainer.provenance(), quiet))
+        stripping = run_files.stripping_atomically(trainer.last, trainer.provenance())
+        with patches.replaced(torch_utils, "torch_load", load_to_strip), stripping:
             proceed()

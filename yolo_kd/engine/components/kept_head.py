@@ -82,7 +82,7 @@ class KeptClasses:
         return ClassMap(self.names[: self.old], self.names, sources)
 
     @cached_property
-    def unlabelled(self) -> tuple[int, ...]:
+    def unlabeled(self) -> tuple[int, ...]:
         """The old classes that the data set does not label, so that its labels say nothing about them."""
         return tuple(i for i in range(self.old) if i not in self.index_of)
 
@@ -109,7 +109,7 @@ class KeptClasses:
             predictions: What the student's head returned; both branches of an end-to-end head are shielded.
             teacher_logits: The teacher's own class logits, (B, A, old).
         """
-        columns = _mask(self.unlabelled, len(self.names), teacher_logits.device)
+        columns = _mask(self.unlabeled, len(self.names), teacher_logits.device)
         old = teacher_logits.masked_fill(~columns[: self.old], ABSENT)
         seen = old.amax(-1).float().sigmoid() >= self.confidence
         return without_classes(

@@ -61,10 +61,10 @@ class Unlabeled(Component):
         place = (0, 1)
         if rank != -1 and distributed.is_initialized():
             place = distributed.get_rank(), distributed.get_world_size()
-        counts = dataset.labelled, dataset.unlabelled
+        counts = dataset.labeled, dataset.unlabeled
         sampler = MixedSampler(*counts, batch_size, self.options.ratio, trainer.args.seed, *place)
         if RANK in {-1, 0}:
-            LOGGER.info(f"{sampler.describe()} {self.options.describe(dataset.labelled > 0)}")
+            LOGGER.info(f"{sampler.describe()} {self.options.describe(dataset.labeled > 0)}")
         return mixed_loader(dataset, sampler, trainer.args.workers, trainer.device)
 
     def run_callbacks(self, proceed: Callable[[str], None], event: str) -> None:
