@@ -12,8 +12,8 @@ from ultralytics.utils import DEFAULT_CFG
 from yolo_kd.config.speed import Speed
 from yolo_kd.distillation.distillation import Distillation
 from yolo_kd.engine.component import Hosted
-from yolo_kd.engine.components import components_of
 from yolo_kd.engine.components.distillation import DistillationComponent
+from yolo_kd.engine.hosting import components_of
 from yolo_kd.engine.plan import Plan
 from yolo_kd.engine.resume import check_resumable, resumed_setup
 from yolo_kd.engine.setup import Setup, read_request

@@ -154,7 +154,7 @@ def test_what_may_be_said_on_resume(tmp_path: Path, shapes: Path, student: Path,
     keys = {"teacher": str(teacher), "kd": "objectness", "unlabeled": str(pool)}
     last = interrupted(tmp_path, shapes, student, after=1, **keys)
     for given in ({"unlabeled_ratio": 2}, {"unlabeled": str(pool), "unlabeled_mode": "both"}):
-        with pytest.raises(ConfigError, match=rf"^{list(given)[-1]} cannot be changed on resume"):
+        with pytest.raises(ConfigError, match=rf"^{list(given)[-1]} cannot be given with resume"):
             DistillationTrainer(overrides={"resume": str(last), **given})
     assert DistillationTrainer(overrides={"resume": str(last), "unlabeled": str(pool)}).plan.unlabeled.ratio == 1
     moved = pool.parent / "moved"
@@ -166,7 +166,7 @@ def test_what_may_be_said_on_resume(tmp_path: Path, shapes: Path, student: Path,
             DistillationTrainer(overrides={"resume": str(last)})
         resumed = DistillationTrainer(overrides={"resume": str(last), "unlabeled": str(moved)})
         resumed.train()
-        assert resumed.args.kd["pool"]["unlabeled"] == [str(moved)], "and so the next resume needs no word of it"
+        assert resumed.args.kd["unlabeled"]["unlabeled"] == [str(moved)], "the next resume needs no key"
         assert len(rows_of(resumed.save_dir)) == resumed.epochs
     finally:
         moved.rename(pool)
@@ -176,7 +176,7 @@ def test_a_run_without_a_pool_gets_none_on_resume(
     tmp_path: Path, shapes: Path, student: Path, teacher: Path, pool: Path
 ) -> None:
     last = interrupted(tmp_path, shapes, student, after=1, teacher=str(teacher), kd="objectness")
-    with pytest.raises(ConfigError, match=r"^unlabeled cannot be changed on resume"):
+    with pytest.raises(ConfigError, match=r"^unlabeled cannot be given on resume"):
         DistillationTrainer(overrides={"resume": str(last), "unlabeled": str(pool)})
 
 
