@@ -28,6 +28,7 @@ PAGE = ROOT / "docs" / "how-to" / "own-loop.md"
 def student(tmp_path: Path) -> DetectionModel:
     model = narrow_model("yolov8n", tmp_path, seed=1).train()
     model.args = get_cfg()
+    model.names = {0: "circle", 1: "square", 2: "triangle"}
     return model
 
 
