@@ -283,7 +283,7 @@ BAD: list[tuple[str, str]] = [
     ("train class_map=circle", "class_map must be index or a mapping"),
     ("train cfg={cfg_map.yaml}", r"the teacher has no class 'circel'\. Did you mean 'circle'\?"),
     ("train keep_classes=yes", "keep_classes must be teacher, received 'yes'"),
-    ("train keep_classes=teacher", "has no class that the teacher does not know"),
+    ("train keep_classes=teacher", "the teacher already has every class of the data set"),
     ("train keep_conf=0.5", "add keep_classes=teacher, or leave keep_conf out"),
     ("train teacher=yolov8s.yaml", "its weights would be random and teach nothing"),
     ("train teacher=yolov8n-p6.yaml random_teacher=true", "levels of stride 8, 16 or 32"),

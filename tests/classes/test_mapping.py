@@ -153,4 +153,4 @@ def test_the_table() -> None:
     text = match(many, {**many, 80: "raccoon"}).table()
     assert len(text.splitlines()) < 20
     assert "80 raccoon  -" in text
-    assert match(ROAD, ROAD).table() == "Classes: all 4 of teacher and student agree"
+    assert match(ROAD, ROAD).table() == "Classes: teacher and student have the same 4"

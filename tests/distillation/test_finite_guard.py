@@ -189,7 +189,7 @@ def test_names_counts_and_what_is_logged(lazy: bool) -> None:
     assert guard.end_epoch(5, state(), True) == ("", False)
     toy(guard, torch.nan)
     assert guard.end_epoch(6, state(), True)[0].startswith("epoch 7: 1 batch was skipped")
-    assert guard.summary().startswith("3 batches were skipped in all because of NaN or infinity in k_loss (3x)")
+    assert guard.summary().startswith("3 batches were skipped in total because of NaN or infinity in k_loss (3x)")
     assert guard.skipped == 3
 
 
@@ -211,7 +211,7 @@ def test_many_in_a_row_are_an_error_that_names_the_term(lazy: bool) -> None:
         toy(guard, torch.nan)
         guard.check(state(), True)
     toy(guard, torch.nan)
-    while guard._seen % LIMIT:  # on a device it is looked at once in a while
+    while guard._screened % LIMIT:  # on a device it is looked at once in a while
         toy(guard, torch.nan)
     with pytest.raises(NumbersError, match=r"the last \d+ batches in a row .* in k_loss .*weights are still finite"):
         guard.check(state(), True)
@@ -255,7 +255,7 @@ def test_an_overflowed_gradient_stops_the_step() -> None:
     good, bad = list(gradients(2.0)), list(gradients(torch.inf))
     assert guard.allows_step(norm_of(good), good, scaled=False)
     assert not guard.allows_step(norm_of(bad), bad, scaled=False)
-    assert guard.summary() == "1 batch was skipped in all because of NaN or infinity in the gradient (1x)."
+    assert guard.summary() == "1 batch was skipped in total because of NaN or infinity in the gradient (1x)."
 
 
 def test_a_step_of_nothing_but_bad_batches_is_none() -> None:
@@ -313,7 +313,7 @@ def test_a_scaler_skips_an_overflow_and_steps_over_an_empty_batch() -> None:
     assert scaler.get_scale() == 512
     step(1.0)
     assert parameter.tolist() == pytest.approx([0.9] * 3)
-    assert guard.summary() == "1 batch was skipped in all because of NaN or infinity in k_loss (1x)."
+    assert guard.summary() == "1 batch was skipped in total because of NaN or infinity in k_loss (1x)."
 
 
 @LAZY
@@ -354,7 +354,7 @@ def test_no_step_waits_for_the_device() -> None:
 @pytest.mark.parametrize("bad", ["features", "scores", "boxes"])
 def test_a_teacher_that_starts_with_nan_is_refused(bad: str) -> None:
     with pytest.raises(
-        NumbersError, match=re.escape(f"the teacher t.pt yields NaN or infinity on the first batch (its {bad})")
+        NumbersError, match=re.escape(f"the teacher t.pt returns NaN or infinity on the first batch (in its {bad})")
     ):
         FiniteGuard().admit(view(bad), "t.pt")
 

@@ -74,7 +74,7 @@ def test_a_bad_batch_of_one_term_is_skipped_and_counted(
     assert [r["epoch"] for r in rows_of(trainer.save_dir)] == ["1", "2", "3"]
     assert all(float(v) == float(v) for r in rows_of(trainer.save_dir) for v in r.values())
     assert "epoch 2: 1 batch was skipped because of NaN or infinity in dis_loss (1x)." in said()
-    assert "1 batch was skipped in all because of NaN or infinity in dis_loss (1x)." in said()
+    assert "1 batch was skipped in total because of NaN or infinity in dis_loss (1x)." in said()
     assert "recovering" not in said()
     assert torch.load(trainer.best, weights_only=False)["yolo_kd"]["skipped_batches"] == 1
 
@@ -127,7 +127,7 @@ def test_a_teacher_that_starts_with_nan_is_refused(
             [*module.parameters()][-1].fill_(float("nan"))
 
     trainer.add_callback("on_train_start", spoil)
-    with pytest.raises(NumbersError, match=rf"the teacher .*model\.pt yields NaN or infinity .*{what}"):
+    with pytest.raises(NumbersError, match=rf"the teacher .*model\.pt returns NaN or infinity .*{what}"):
         trainer.train()
     assert not trainer.last.exists()
 

@@ -129,33 +129,33 @@ def test_equal_placeholders_are_paired_with_a_warning(
         silent = caplog.text
     finally:
         LOGGER.removeHandler(caplog.handler)
-    assert "paired by index because both lists are equal. Write class_map=index" in said
-    assert "paired by index" not in silent
+    assert "matched by index because both lists are equal. Write class_map=index" in said
+    assert "matched by index" not in silent
 
 
 def test_keep_classes_that_are_refused(tmp_path: Path, shapes: Path, student: Path, teacher: Path, road: Path) -> None:
     new = renamed(shapes, tmp_path, "dot", "square", "wedge")
     keep = {"teacher": str(teacher), "keep_classes": "teacher"}
     cases: list[tuple[str, Path, Path, dict]] = [
-        ("there is nothing to add", shapes, student, {}),
+        ("the teacher already has every class", shapes, student, {}),
         ("has random weights. Name a trained checkpoint", new, Path("yolov8n.yaml"), {}),
-        ("does not know disc, ring, star", new, student, {"teacher": str(road)}),
+        ("lacks disc, ring, star", new, student, {"teacher": str(road)}),
         ("cannot be combined with single_cls", new, student, {"single_cls": True}),
         ("inherit cannot be combined with keep_classes", new, student, {"inherit": True}),
         ("classes= cannot be combined", new, student, {"classes": [0]}),
-        ("Leave pretrained= out", new, student, {"pretrained": False}),
+        ("Remove pretrained=", new, student, {"pretrained": False}),
         ("needs a trained teacher", new, student, {"teacher": "yolov8n.yaml", "random_teacher": True}),
         ("keep_classes must be teacher", new, student, {"keep_classes": "student"}),
         ("keep_conf must be a number between 0 and 1", new, student, {"keep_conf": 2}),
         ("keep_blend must be a number above 0 and at most 1", new, student, {"keep_blend": 0}),
-        ("cwd compares features, which freeze=22 leaves as they are", new, student, {"kd": "objectness_cwd"}),
+        ("cwd compares features, which do not change with freeze=22", new, student, {"kd": "objectness_cwd"}),
         ("class_map cannot be given with keep_classes", new, student, {"class_map": "index"}),
     ]
     for message, data, model, keys in cases:
         assert message in refused(tmp_path, data, model, **{**keep, **keys}), message
     all_new = renamed(shapes, tmp_path, "dot", "box", "wedge")
     text = refused(tmp_path, all_new, student, **keep, kd="fgd")
-    assert "fgd looks at labeled objects of the teacher's classes" in text
+    assert "fgd needs labeled objects of the teacher's classes" in text
 
 
 def test_classes_that_changed_are_named() -> None:
@@ -321,7 +321,7 @@ def test_the_check_shows_which_class_is_which(
     main(["check", *words, "class_map={disc: circle, ring: circle}"])
     text = capsys.readouterr().out
     assert "1 disc + 2 ring" in text
-    assert "the teacher knows 2 of the 3 classes" in text
+    assert "the teacher has 2 of the 3 classes" in text
     assert "would stop here" not in text
     new = renamed(shapes, tmp_path, "dot", "box", "wedge")
     own = [f"teacher={student}", f"student={student}", f"data={new}", "imgsz=64", "batch=8", "workers=0"]

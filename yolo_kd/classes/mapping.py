@@ -24,7 +24,7 @@ from yolo_kd.errors import CheckpointError
 from yolo_kd.structures import Assignment, DetectorOutputs, Targets
 
 INDEX = "index"
-_SHOWN = 12  # rows of the table for classes of the same name and index
+_SHOWN = 12  # rows of the table for classes with the same name and index
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,8 @@ class ClassMap:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the mapping as plain types."""
-        return {
-            "teacher": list(self.teacher),
-            "student": list(self.student),
-            "sources": [list(s) for s in self.sources],
-            "by": self.by,
-        }
+        sources = [list(s) for s in self.sources]
+        return {"teacher": list(self.teacher), "student": list(self.student), "sources": sources, "by": self.by}
 
     @classmethod
     def from_dict(cls, state: Any) -> ClassMap:
@@ -122,14 +118,10 @@ class ClassMap:
 
     def student_outputs(self, outputs: DetectorOutputs) -> DetectorOutputs:
         """Return the student's outputs with the matched classes only."""
-        if len(self.matched) == len(self.student):
-            return outputs
         return _with_scores(outputs, self.student_logits)
 
     def teacher_outputs(self, outputs: DetectorOutputs) -> DetectorOutputs:
         """Return the teacher's outputs with the matched classes only."""
-        if self.is_identity:
-            return outputs
         return _with_scores(outputs, self.teacher_logits)
 
     def targets(self, targets: Targets) -> Targets:
@@ -143,7 +135,7 @@ class ClassMap:
         assignment = targets.assignment
         if assignment is not None:
             scores = self.student_logits(assignment.scores)
-            # a foreground point has a class target above zero only in the class of its object
+            # the class targets of a foreground point are zero except in the class of its object
             foreground = assignment.foreground & (scores > 0).any(-1)
             assignment = Assignment(foreground, scores, assignment.boxes)
         return replace(
@@ -159,21 +151,21 @@ class ClassMap:
     def table(self) -> str:
         """Return the mapping as a table for the log."""
         if self.is_identity:
-            return f"Classes: all {len(self.student)} of teacher and student agree"
+            return f"Classes: teacher and student have the same {len(self.student)}"
         rows = self.rows()
         width = max(len(left) for left, _ in rows)
         lines = [f"Classes: {len(self.matched)} of the student's {len(self.student)} have a class of the teacher"]
         return "\n".join([*lines, *(f"  {left.ljust(width)}  {right}" for left, right in rows)])
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return the rows of the table, headings first: a student class and its teacher classes."""
+        """Return the rows of the table, headings first; a row is a student class and its teacher classes."""
         sources = [" + ".join(f"{i} {self.teacher[i]}" for i in s) or "-" for s in self.sources]
-        plain = [i for i, s in enumerate(self.sources) if s == (i,) and self.teacher[i] == self.student[i]]
-        hidden = set(plain[_SHOWN:]) if len(plain) > _SHOWN + 1 else set()
+        same = [i for i, s in enumerate(self.sources) if s == (i,) and self.teacher[i] == self.student[i]]
+        hidden = set(same[_SHOWN:]) if len(same) > _SHOWN + 1 else set()
         cells = [(f"{i} {self.student[i]}", sources[i]) for i in range(len(self.student)) if i not in hidden]
         rows = [("student", "teacher"), *cells]
         if hidden:
-            rows.append((f"{len(hidden)} more", "of the same name and index"))
+            rows.append((f"{len(hidden)} more", "with the same name and index"))
         used = {i for s in self.sources for i in s}
         if unused := [name for i, name in enumerate(self.teacher) if i not in used]:
             rows.append(("(not learned)", short(unused)))
@@ -201,8 +193,10 @@ class MappedTail(nn.Module):
 
 def _with_scores(outputs: DetectorOutputs, mapping: Callable[[Tensor], Tensor]) -> DetectorOutputs:
     """Map the scores of both branches."""
-    second = outputs.one2one_scores
-    return replace(outputs, scores=mapping(outputs.scores), one2one_scores=None if second is None else mapping(second))
+    scores, second = mapping(outputs.scores), outputs.one2one_scores
+    if scores is outputs.scores:
+        return outputs
+    return replace(outputs, scores=scores, one2one_scores=None if second is None else mapping(second))
 
 
 def _either(a: Tensor, b: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Adapters in the student's optimiser: trained there, and gone once Ultralytics strips it from a file."""
+"""Adapters in the student's optimiser: it trains them, and Ultralytics removes them when it strips a file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from yolo_kd.errors import AuditError
 
 
 def check_trained(optimizer: torch.optim.Optimizer, distiller: Distiller) -> None:
-    """Check that an optimiser trains a distiller's adapters; take out what a loss trains itself.
+    """Check that an optimiser trains a distiller's adapters, and remove what a loss trains itself.
 
     Args:
         optimizer: The student's optimiser, built over student and distiller.
@@ -33,7 +33,7 @@ def check_trained(optimizer: torch.optim.Optimizer, distiller: Distiller) -> Non
 
 
 def to_cpu(state: Any) -> Any:
-    """Copy a state dict to the CPU, so that it outlives the modules it came from."""
+    """Copy a state dict to the CPU, independent of its modules."""
     if isinstance(state, torch.Tensor):
         return state.detach().cpu().clone()
     if isinstance(state, Mapping):

@@ -1,4 +1,4 @@
-"""Modules that bring the student's features to the teacher's width. They are trained, but never part of the student."""
+"""Modules that map the student's features to the teacher's number of channels. They are not part of the student."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from yolo_kd.structures import PairSpec
 
 
 def conv1x1(student: int, teacher: int) -> nn.Module:
-    """One 1x1 convolution with bias, also where widths agree: the two feature spaces differ all the same."""
+    """One 1x1 convolution with bias, also for equal channels, because the feature spaces differ."""
     return nn.Conv2d(student, teacher, 1)
 
 
 def mlp(student: int, teacher: int) -> nn.Module:
-    """1x1 convolution, ReLU, 1x1 convolution: the projector of Ultralytics' own distillation."""
+    """1x1 convolution, ReLU, 1x1 convolution: the projector of Ultralytics' distillation."""
     return nn.Sequential(nn.Conv2d(student, teacher, 1), nn.ReLU(inplace=True), nn.Conv2d(teacher, teacher, 1))
 
 

@@ -1,4 +1,4 @@
-"""Gradients of the terms into the student, measured: proof on the first batch, and what weights follow later."""
+"""Measures the gradients of the terms into the student, for the audit and for automatic weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from yolo_kd.distillation.distiller import Distiller
+from yolo_kd.distillation.distiller import Distiller, Term
 from yolo_kd.errors import AuditError
 from yolo_kd.structures import DetectorOutputs, LossInputs
 
@@ -17,14 +17,14 @@ HALF_SCALE = 2.0**14
 
 @dataclass(frozen=True)
 class AuditRow:
-    """What one term does on the first batch, at full strength whatever its schedule says.
+    """The measurement of one term on one batch, without its schedule.
 
     Attributes:
         term: Name of the loss.
-        value: Its weighted value per image.
+        value: Its weighted loss per image.
         gradient: Norm of its gradient into the student's neck features.
-        share: That norm over the norm of the task loss's gradient.
-        cosine: Cosine of the angle between both gradients: 1 pulls the same way, 0 at right angles, -1 against it.
+        share: That norm divided by the norm of the task loss's gradient.
+        cosine: Cosine of the angle between both gradients: 1 same direction, 0 orthogonal, -1 opposite.
     """
 
     term: str
@@ -37,10 +37,10 @@ class AuditRow:
 def audit(
     task_loss: Tensor, student: DetectorOutputs, distiller: Distiller, inputs: Mapping[str, LossInputs]
 ) -> list[AuditRow]:
-    """Measure each term as `measure` does, and stop where one does nothing.
+    """Measure each term as `measure` does, and raise an error if one has no effect.
 
     Raises:
-        AuditError: Naming every term whose value is not finite or whose gradient into the student is zero.
+        AuditError: If the loss of a term is not finite, or its gradient into the student is zero.
     """
     rows, problems = measure(task_loss, student, distiller, inputs)
     if problems:
@@ -51,10 +51,10 @@ def audit(
 def measure(
     task_loss: Tensor, student: DetectorOutputs, distiller: Distiller, inputs: Mapping[str, LossInputs]
 ) -> tuple[list[AuditRow], dict[str, str]]:
-    """Measure each term's value and gradient into the student; costs about one pass through the head per term.
+    """Measure each term's loss and its gradient into the student. A term costs about one pass through the head.
 
-    Gradients are taken at the features that leave the student's neck, where all terms and the task loss meet. A term
-    that reads layers before the neck meets the task loss there, so both its gradient and the share are measured there.
+    Gradients are measured at the student's neck features, which all terms and the task loss depend on. For a term that
+    reads layers before the neck, both gradients are measured at these layers.
 
     Args:
         task_loss: The student's task loss per image, a scalar with its graph.
@@ -63,40 +63,32 @@ def measure(
         inputs: What each term reads, by its name.
 
     Returns:
-        One row per term that is not switched off, and a sentence for each term that does nothing, by its name.
+        One row per term that is not switched off, and a sentence for each term that has no effect, by its name.
     """
     rows, problems = [], {}
-    places: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    sites = _Sites(task_loss, student)
     for name, term in distiller.terms.items():
         if term.weight == 0:
             continue
-        if term.site not in places:
-            places[term.site] = _meeting_place(task_loss, student, term.student_layers)
-        meeting, task = places[term.site]
+        tensors, task = sites.at(term)
         columns = distiller.unweighted(name, inputs[name])
         total = distiller.weight(name) * torch.stack(list(columns.values())).sum()
-        gradients = _gradients(total, meeting)
+        gradients = _gradients(total, tensors)
         gradient, reference = _norm(gradients).item(), _norm(task).item()
         product = gradient * reference
-        cosine = torch.stack([(a * b).sum() for a, b in zip(gradients, task, strict=True)]).sum().item()
-        row = AuditRow(
-            name,
-            total.item(),
-            gradient,
-            gradient / reference if reference else float("inf"),
-            cosine / product if product else 0.0,
-        )
-        rows.append(row)
-        if unbound := next((c for c, v in columns.items() if not torch.isfinite(v)), None):
+        dot = torch.stack([(a * b).sum() for a, b in zip(gradients, task, strict=True)]).sum().item()
+        share, cosine = gradient / reference if reference else float("inf"), dot / product if product else 0.0
+        rows.append(AuditRow(name, total.item(), gradient, share, cosine))
+        if infinite := [f"{c} = {v.item()}" for c, v in columns.items() if not torch.isfinite(v)]:
             problems[name] = (
-                f"term '{name}' is not finite on the first batch ({unbound} = {columns[unbound].item()}). Check that "
-                "the teacher's own predictions are finite on this data."
+                f"term '{name}' is not finite on the first batch ({infinite[0]}). Check that the teacher's predictions "
+                "are finite on this data."
             )
         elif not gradient > 0:
             problems[name] = (
-                f"term '{name}' has no gradient into the student on the first batch (value {row.value:.4g}), so it "
-                "would train nothing. Check that teacher and student are not the same weights and that freeze= leaves "
-                "the student something to learn."
+                f"term '{name}' has no gradient into the student on the first batch (value {total.item():.4g}), so it "
+                "would train nothing. Check that teacher and student do not have the same weights, and that freeze= "
+                "leaves layers of the student to train."
             )
     return rows, problems
 
@@ -108,54 +100,58 @@ def balance(
     inputs: Mapping[str, LossInputs],
     close_mosaic: float = 1.0,
 ) -> None:
-    """Measure the terms whose weights set themselves, as `measure` does, and let these weights follow.
+    """Measure the terms with automatic weights, as `measure` does, and update these weights.
 
-    Nothing here waits for the device. A term that its schedule has switched off keeps its weight.
+    The host does not wait for the device. A term that its schedule has switched off keeps its weight.
 
     Args:
         task_loss: The student's task loss per image, a scalar with its graph.
         student: The student's outputs, with gradient.
-        distiller: Terms and adapters, with weights that set themselves.
+        distiller: Terms and adapters, with automatic weights.
         inputs: What each term reads, by its name.
         close_mosaic: Progress at which mosaic augmentation closes.
     """
     assert distiller.auto is not None
-    places: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
-    norms = []
+    sites, norms = _Sites(task_loss, student), []
     for name in distiller.auto.names:
         term, read = distiller.terms[name], inputs[name]
         if read.progress > 0 and term.schedule(read.progress, close_mosaic) == 0:
             unmeasured = task_loss.new_full((), float("nan"), dtype=torch.float32)
             norms.append((unmeasured, unmeasured))
             continue
-        if term.site not in places:
-            places[term.site] = _meeting_place(task_loss, student, term.student_layers)
-        meeting, task = places[term.site]
+        tensors, task = sites.at(term)
         total = torch.stack(list(distiller.unweighted(name, read).values())).sum()
-        norms.append((_norm(task), _norm(_gradients(total, meeting))))
+        norms.append((_norm(task), _norm(_gradients(total, tensors))))
     distiller.auto.update(*(torch.stack(side) for side in zip(*norms, strict=True)))
 
 
-def _meeting_place(
-    task_loss: Tensor, student: DetectorOutputs, layers: Sequence[str]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the tensors where terms and task loss meet, and the task loss's gradient there.
+class _Sites:
+    """The tensors at which gradients are measured, and the task loss's gradients there, once per site."""
 
-    They are the layers that the term reads, or the features. Where no gradient is seen to flow from the head's outputs
-    into them, the outputs are taken in: alone where `freeze=` stops at the neck, beside the features where `compile=`
-    made one node of neck and head.
-    """
-    inputs = [f for f in ([student.layers[n] for n in layers] or student.features) if f.requires_grad]
-    task = _autograd(task_loss, inputs) if inputs else []
-    if all(g is None for g in task):
-        # the outputs are transposed views; the task loss was computed from their bases
-        inputs += [x if x._base is None else x._base for x in (student.scores, student.boxes)]
-        task = _autograd(task_loss, inputs)
-    return inputs, _filled(task, inputs)
+    def __init__(self, task_loss: Tensor, student: DetectorOutputs):
+        self._task_loss, self._student = task_loss, student
+        self._found: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+
+    def at(self, term: Term) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the tensors for a term: the layers that it reads, or the features.
+
+        The head's outputs are added if the task loss has no gradient into these: without the features if `freeze=` ends
+        at the neck, with them if `compile=` made one node of neck and head.
+        """
+        if term.site not in self._found:
+            student, layers = self._student, term.student_layers
+            inputs = [f for f in ([student.layers[n] for n in layers] or student.features) if f.requires_grad]
+            task = _autograd(self._task_loss, inputs) if inputs else []
+            if all(g is None for g in task):
+                # the outputs are transposed views; the task loss was computed from their bases
+                inputs += [x if x._base is None else x._base for x in (student.scores, student.boxes)]
+                task = _autograd(self._task_loss, inputs)
+            self._found[term.site] = inputs, _filled(task, inputs)
+        return self._found[term.site]
 
 
 def _gradients(loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Return a loss's gradient at each input, float32, zeros where it does not reach one."""
+    """Return a loss's gradient at each input, float32, zeros where there is none."""
     return _filled(_autograd(loss, inputs), inputs)
 
 
@@ -164,7 +160,7 @@ def _filled(found: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Te
 
 
 def _autograd(loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return a loss's gradient at each input, float32, None where it does not reach one."""
+    """Return a loss's gradient at each input, float32, None where there is none."""
     if not loss.requires_grad:
         return [None for _ in inputs]
     # float16 needs a scale, as training has one, or small gradients vanish
@@ -181,7 +177,7 @@ def _norm(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def table(rows: Sequence[AuditRow]) -> str:
-    """Format the audit for the log."""
+    """Return the audit as a table for the log."""
     lines = ["Distillation is on: first batch, gradients into the student's neck"]
     lines.append(f"{'term':>16}{'value':>12}{'gradient':>12}{'of the task loss':>19}")
     lines += [f"{r.term:>16}{r.value:>12.4g}{r.gradient:>12.4g}{r.share:>18.1%}" for r in rows]

@@ -1,4 +1,4 @@
-"""Weights that follow the gradients: the arithmetic and the state of `weight: auto`."""
+"""Automatic weights, which follow the gradients: arithmetic and state of `weight: auto`."""
 
 from __future__ import annotations
 
@@ -9,37 +9,31 @@ import torch
 from torch import Tensor, distributed, nn
 
 LOWEST, HIGHEST = 1e-4, 100.0
-"""Bounds of such a weight: a gradient that dies out must not blow its term up."""
-
-
+"""Bounds of an automatic weight, so that a vanishing gradient does not make a term explode."""
 FRESH = 0.5
-"""Share of a new measurement in the mean: batches differ by a sixth, the first ten steps up to thirtyfold."""
-
-
+"""Share of a new measurement in the mean. Batches differ by a sixth, the first ten steps by up to a factor of 30."""
 EARLY = 10
-"""Steps that are all measured: adapters and generators that start from random numbers hardly pull at first."""
-
-
+"""First steps, all of which are measured: random adapters and generators have weak gradients at first."""
 EVERY = 20
 """Steps between two measurements afterwards."""
 
 
 def is_measured(step: int) -> bool:
-    """Return whether gradients are measured in a step: each of the first, then one now and again."""
+    """Return whether gradients are measured in a step: in each early step, then in one of `EVERY`."""
     return step < EARLY or step % EVERY == 0
 
 
 def balance(log_weight: Tensor, count: Tensor, ratio: Tensor, task: Tensor, term: Tensor) -> tuple[Tensor, Tensor]:
-    """Add one measurement to the running mean of the weights that bring terms to their target ratio.
+    """Update the running mean of the weights at which terms have their target ratio.
 
-    The mean is taken of logarithms, so that twice too strong and twice too weak cancel. It is exponential: the newest
-    measurement counts `FRESH`, and the first counts alone. A measurement without a positive finite gradient on both
-    sides, such as on a batch without objects, changes nothing.
+    The mean is of logarithms, so that twice too strong and twice too weak cancel. It is exponential: the newest
+    measurement has the share `FRESH`, the first measurement all of it. A measurement changes nothing unless both
+    gradients are positive and finite, which they are not on a batch without objects.
 
     Args:
-        log_weight: Logarithm of the present weights, (T,).
-        count: Measurements that each has seen, (T,).
-        ratio: Target gradient of each term over that of the task loss, (T,).
+        log_weight: Logarithm of the current weights, (T,).
+        count: Number of measurements of each term, (T,).
+        ratio: Target ratio of each term's gradient to that of the task loss, (T,).
         task: Norm of the task loss's gradient where each term was measured, (T,).
         term: Norm of each unweighted term's gradient, (T,).
 
@@ -53,9 +47,9 @@ def balance(log_weight: Tensor, count: Tensor, ratio: Tensor, task: Tensor, term
 
 
 class AutoWeights(nn.Module):
-    """The weights of the terms that set them by their gradients; equal on all ranks, and part of the state dict.
+    """The automatic weights of terms, equal on all ranks and part of the state dict.
 
-    Reading and updating them makes no device wait for the processor.
+    Reading and updating them does not wait for the device.
 
     Args:
         ratios: Target ratio by name of the term.
@@ -74,20 +68,20 @@ class AutoWeights(nn.Module):
         self.register_buffer("count", torch.zeros(len(ratios)))
 
     def weight(self, name: str) -> Tensor:
-        """Return the present weight of a term, a scalar on the device."""
+        """Return the current weight of a term, a scalar on the device."""
         return self.log_weight[self.names.index(name)].exp()
 
     def tick(self) -> bool:
-        """Count a training step and return whether gradients are to be measured in it."""
+        """Count a training step, and return whether to measure gradients in it."""
         self.steps += 1
         return is_measured(self.steps - 1)
 
     def update(self, task: Tensor, term: Tensor) -> None:
-        """Take in a measurement, averaged over all ranks that have one.
+        """Update the weights with a measurement, averaged over the ranks that have one.
 
         Args:
             task: Norm of the task loss's gradient where each term was measured, (T,).
-            term: Norm of each unweighted term's gradient, (T,); not a number where it was not measured.
+            term: Norm of each unweighted term's gradient, (T,); NaN where it was not measured.
         """
         valid = torch.isfinite(task) & torch.isfinite(term) & (task > 0) & (term > 0)
         sums = torch.stack([task.where(valid, 0), term.where(valid, 0), valid.to(task.dtype)])

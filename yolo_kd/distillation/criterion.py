@@ -1,4 +1,4 @@
-"""The object that takes the place of the student's loss while it trains."""
+"""The object that replaces the student's loss during a training."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from yolo_kd.distillation.distillation import Distillation
 class DistillationCriterion:
     """Task loss and terms of a `Distillation`, called as Ultralytics calls a criterion.
 
-    It is no `nn.Module`, it deep-copies to None and pickles to None. So the EMA copy of the student builds its own task
-    loss, and a checkpoint written at any moment holds a plain student and nothing of this.
+    It is no `nn.Module`, and it is deep-copied and pickled as None. So the EMA copy of the student builds a task loss
+    itself, and every checkpoint contains a plain student.
 
     Args:
         distillation: The step.

@@ -1,4 +1,4 @@
-"""`Distillation`: a teacher, a student and a recipe, which together make one training step."""
+"""`Distillation`: one training step of a student with a teacher and a recipe."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Distillation:
         distiller: Distiller,
         unlabeled: UnlabeledOptions | None = None,
     ):
-        """Put the pieces together; `build` makes them from a recipe."""
+        """Combine existing objects; `build` makes them from a recipe."""
         self.student: Any = student
         self.teacher: Any = teacher
         self.distiller = distiller
@@ -113,21 +113,24 @@ class Distillation:
             student: An Ultralytics detection model on its device. It is not changed; hooks are added on the first
                 `begin` where the recipe reads layers inside the student.
             teacher: A checkpoint's path, or what `load_detector` returned.
-            recipe: What to distil: a recipe, its name, its file, or a mapping.
-            classes: Which class of the teacher each class of the student is; matched by name when None.
-            device: Where the teacher runs; the student's device when None.
-            speed: How the teacher runs; the fastest verified way when None.
-            unlabeled: How to use unlabeled images, which come last in a batch and are marked under `UNLABELED_MARK`.
+            recipe: A recipe, its name, its file, or a mapping.
+            classes: The class map; None matches classes by name.
+            device: Device of the teacher; None means that of the student.
+            speed: How the teacher runs; None means the fastest verified way.
+            unlabeled: How to use unlabeled images, which are last in a batch and marked by `UNLABELED_MARK`.
 
         Raises:
             CheckpointError: If the teacher cannot be loaded.
             ConfigError: If the recipe has mistakes, or names a layer that a model lacks.
-            PairError: If a loss cannot serve this pair, or no class matches.
+            PairError: If a loss does not support this pair, or no class matches.
         """
         device = torch.device(device) if device is not None else next(student.parameters()).device
         detector = teacher if isinstance(teacher, LoadedDetector) else load_detector(str(teacher), role="teacher")
         recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-        classes = classes or _matched(detector.model, student)
+        if classes is None:
+            classes = match(detector.model.names, student.names)  # type: ignore[arg-type]
+            if not classes.matched:
+                raise PairError(nothing_matched(classes, None, False))
         if not isinstance(getattr(student, "args", None), SimpleNamespace):
             student.args = get_cfg()  # the task loss reads its gains there
         student_layers = find_layers(student, recipe.student_layers, "student", recipe.head_split)
@@ -164,7 +167,7 @@ class Distillation:
             self.guard.admit(taken(outputs), str(self.teacher.path))
 
     def observe(self, predictions: Any, batch: Mapping[str, Any]) -> Observation:
-        """Compute the task loss and what each term reads, see `Observer.observe`.
+        """Compute the task loss and the inputs of each term, see `Observer.observe`.
 
         Args:
             predictions: The student's raw outputs on the images of the batch.
@@ -175,11 +178,11 @@ class Distillation:
     def loss(self, observation: Observation, progress: float = 0.0) -> Losses:
         """Return the task loss and the weighted terms.
 
-        A term's value is the mean over the images on which it acts: all, or with `unlabeled_mode=pseudo` the labeled
-        ones. So a step weighs the same whatever the share of unlabeled images.
+        A term is the mean over the images on which it acts: all images, or with `unlabeled_mode=pseudo` the labeled
+        ones. So the share of unlabeled images does not change the weight of a step.
 
         Args:
-            observation: What `observe` returned.
+            observation: The result of `observe`.
             progress: Fraction of the training that has passed, in [0, 1].
 
         Raises:
@@ -205,7 +208,7 @@ class Distillation:
         return Losses(vector, items)
 
     def after_step(self) -> None:
-        """Let losses that train their modules themselves do so, after the optimiser's step."""
+        """Let losses train their modules, after the optimiser's step."""
         self.distiller.after_step()
 
     # ---------------------------------------------------------------------------------------------- state
@@ -219,7 +222,7 @@ class Distillation:
         return self.distiller.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore the state from `state_dict`."""
         self.distiller.load_state_dict(state)
 
     @property
@@ -232,12 +235,12 @@ class Distillation:
         self._observer.task_loss = task_loss
 
     def protect(self, shield: Shield) -> None:
-        """Hide classes from the task loss where the labels must not deny them; call it before the first `begin`."""
+        """Hide classes that the labels may lack from the task loss; call it before the first `begin`."""
         self._observer.shield = shield
         self.teacher.also_read("scores")
 
     def measure(self, observation: Observation) -> tuple[list[AuditRow], dict[str, str]]:
-        """Measure value and gradient of every term, see `audit.measure`; automatic weights follow first."""
+        """Update automatic weights, then measure the loss and the gradient of each term, see `audit.measure`."""
         sub_batch = observation.acting[0]
         task = observation.task_loss_per_image(sub_batch)
         if self.distiller.auto is not None:
@@ -245,14 +248,14 @@ class Distillation:
         return measure(task, observation.student, self.distiller, sub_batch.inputs)
 
     def rehearsal(self) -> Distillation:
-        """Return a copy for measuring memory: it shares the frozen teacher, and nothing else."""
+        """Return a copy for measuring memory, which shares the frozen teacher only."""
         teacher = self.teacher if isinstance(self.teacher, Runner) else self.teacher.rehearsal()
         copy = Distillation(deepcopy(self.student), teacher, deepcopy(self.distiller))
         copy.audits = False
         return copy
 
     def forget(self) -> None:
-        """Drop what an interrupted step left in the recorders."""
+        """Discard the records of an interrupted step."""
         self._observer.forget()
 
     def detach(self) -> None:
@@ -269,12 +272,12 @@ class Distillation:
     # ---------------------------------------------------------------------------------------------- details
 
     def _follow_and_audit(self, observation: Observation) -> None:
-        """Let automatic weights follow, and audit the first batch that can be audited."""
+        """Update automatic weights, and audit the first batch that can be audited."""
         sub_batch, distiller = observation.acting[0], self.distiller
         task = observation.task_loss_per_image(sub_batch)
         if distiller.auto is not None and distiller.auto.tick():
             balance(task, observation.student, distiller, sub_batch.inputs, self.close_mosaic)
-        # a term that acts near objects has no gradient on a batch without any; then the next batch is audited
+        # a term that acts near objects has no gradient on a batch without objects; then the next batch is audited
         objects = next(iter(sub_batch.inputs.values())).targets
         silent = objects is not None and not len(objects.boxes)
         if self.audits and not silent and task.isfinite():
@@ -283,27 +286,15 @@ class Distillation:
             self.log(table(self.audit_rows))
 
     def _items(self, observation: Observation, like: Tensor, unlabeled: bool) -> dict[str, Tensor]:
-        """Return every column for the labeled or the unlabeled images, zero where these have no value."""
+        """Return all columns for the labeled or the unlabeled images, zero for those that have none."""
         found = next((s for s in observation.sub_batches if s.unlabeled == unlabeled), SubBatch(0))
         columns = (*loss_names_of(self.task_loss), *self.distiller.columns)
         items = dict.fromkeys(columns, like.new_zeros(()))
         return items | dict(found.items) | {name: column.detach() for name, column in found.columns.items()}
 
 
-def _matched(teacher: Any, student: Any) -> ClassMap:
-    """Match the classes of two models by name.
-
-    Raises:
-        PairError: If no class matches.
-    """
-    classes = match(teacher.names, student.names)
-    if not classes.matched:
-        raise PairError(nothing_matched(classes, None, False))
-    return classes
-
-
 def _mean(acting: list[SubBatch], column: str) -> Tensor:
-    """Return the mean of a column over sub-batches, weighted by their images."""
+    """Return the mean of a column over sub-batches, weighted by their numbers of images."""
     if len(acting) == 1:
         return acting[0].columns[column]
     total = sum(s.images for s in acting)

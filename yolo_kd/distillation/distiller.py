@@ -1,4 +1,4 @@
-"""Adapters, terms, weights and schedules: outputs of both models in, named scalars out."""
+"""Computes the terms of a recipe, with adapters, weights and schedules, from the outputs of both models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from yolo_kd.classes.mapping import ClassMap, MappedTail
 from yolo_kd.config.recipe import Recipe
 from yolo_kd.config.schedule import Schedule
-from yolo_kd.config.terms import TermSpec
 from yolo_kd.distillation.adapters import build_adapters
 from yolo_kd.distillation.auto_weight import AutoWeights
 from yolo_kd.errors import PairError
@@ -24,7 +23,7 @@ NECK = "neck"
 
 @dataclass(frozen=True)
 class Term:
-    """A loss with its weight and schedule, and the layers that it reads in place of the neck's features."""
+    """A loss with its weight and schedule, and the layers that it reads instead of the neck's features."""
 
     loss: Loss
     weight: float
@@ -35,27 +34,26 @@ class Term:
 
     @property
     def site(self) -> str:
-        """Name of the layers that the features come from; terms at one site share adapters and aligned features."""
+        """Name of the layers that the features are from; terms at the same site share adapters and aligned features."""
         if not self.student_layers and not self.teacher_layers:
             return NECK
-        return "+".join("-".join(names or (NECK,)) for names in (self.student_layers, self.teacher_layers)).replace(
-            ".", "_"
-        )
+        sides = ("-".join(names or (NECK,)) for names in (self.student_layers, self.teacher_layers))
+        return "+".join(sides).replace(".", "_")
 
 
 class Distiller(nn.Module):
     """The terms of a recipe, and the modules that only distillation trains.
 
-    These modules are the adapters, which terms that read the same kind at the same site share, and the modules of the
-    losses. None of them is ever part of the student.
+    These modules are the adapters, which terms share if they need the same kind at the same site, and the modules of
+    the losses. They are not part of the student.
 
     Args:
         recipe: What to distil.
         pair: Facts about both models; its classes are the matched ones.
-        classes: The class map, None where all classes agree.
+        classes: The class map, None if all classes are the same.
 
     Raises:
-        PairError: If a loss cannot serve this pair.
+        PairError: If a loss does not support this pair.
     """
 
     def __init__(self, recipe: Recipe, pair: PairSpec, classes: ClassMap | None = None):
@@ -67,13 +65,16 @@ class Distiller(nn.Module):
         self.losses = nn.ModuleDict()
         self.terms: dict[str, Term] = {}
         for spec in recipe.terms:
-            self.terms[spec.name] = _term(spec)
-            self.losses[spec.name] = self.terms[spec.name].loss
+            self.losses[spec.name] = loss = (
+                deepcopy(spec.loss) if spec.loss is not None else find(spec.name)(**spec.arguments)
+            )
+            layers = spec.student_layers, spec.teacher_layers
+            self.terms[spec.name] = Term(loss, spec.weight, spec.schedule, *layers, spec.ratio)
         ratios = {name: term.ratio for name, term in self.terms.items() if term.ratio is not None}
         self.auto = AutoWeights(ratios) if ratios else None
         pairs = {name: _pair_at(term, name, pair) for name, term in self.terms.items()}
         self._strides = {term.site: pairs[name].strides for name, term in self.terms.items()}
-        # adapters first, in level order: a lone `ultralytics` term then draws the random numbers that upstream draws
+        # adapters first, in level order: a single `ultralytics` term then uses the same random numbers as Ultralytics
         self.adapters = nn.ModuleDict()
         for name, term in self.terms.items():
             key = f"{term.loss.adapter}@{term.site}"
@@ -84,7 +85,7 @@ class Distiller(nn.Module):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of all scalars, in the order of the recipe; the same in every step."""
+        """Names of all scalars in the order of the recipe, the same in every step."""
         return tuple(column for term in self.terms.values() for column in term.loss.columns)
 
     @property
@@ -94,12 +95,12 @@ class Distiller(nn.Module):
         return {name: f"{self.terms[name].loss.columns[0].removesuffix('_loss')}_w" for name in names}
 
     def weight(self, name: str) -> float | Tensor:
-        """Return the present weight of a term, before its schedule."""
+        """Return the current weight of a term, without its schedule."""
         term = self.terms[name]
         return self.auto.weight(name) if self.auto is not None and term.ratio is not None else term.weight
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the automatic weights by column, for the log; they are not part of the loss."""
+        """Return the automatic weights by column, for the log only."""
         return {column: self.weight(name) for name, column in self.weight_columns.items()}  # type: ignore[misc]
 
     def trained_parameters(self) -> list[nn.Parameter]:
@@ -108,7 +109,7 @@ class Distiller(nn.Module):
         return [p for p in self.parameters() if id(p) not in excluded]
 
     def attach_teacher_head(self, tails: Sequence[tuple[nn.Module, nn.Module]]) -> None:
-        """Give the end of the teacher's head to the losses that run it."""
+        """Pass the last layers of the teacher's head to the losses that run them."""
         if self.classes is not None:
             tails = [(MappedTail(cls, self.classes), box) for cls, box in tails]
         for term in self.terms.values():
@@ -122,16 +123,16 @@ class Distiller(nn.Module):
         targets: Targets | None = None,
         continues: bool = False,
     ) -> dict[str, LossInputs]:
-        """Return what each term reads, by its name; terms at the same site share one object.
+        """Return the inputs of each term by name; terms at the same site share one object.
 
         Args:
             student: The student's outputs, all classes.
             teacher: The teacher's outputs, all classes.
-            targets: Ground truth, None when no term reads it.
+            targets: Ground truth, None if no term reads it.
             continues: True for the second sub-batch of a batch.
 
         Returns:
-            Inputs that hold the matched classes only.
+            Inputs with the matched classes only.
         """
         if self.classes is not None:
             student, teacher = self.classes.student_outputs(student), self.classes.teacher_outputs(teacher)
@@ -154,7 +155,7 @@ class Distiller(nn.Module):
         site = term.site
 
         def precision() -> torch.autocast:
-            # an adapter is a layer like any other and runs in the precision of the student's forward pass
+            # an adapter runs in the precision of the student's forward pass, like any layer
             return torch.autocast(device, dtype=dtype, enabled=autocast)
 
         def align(kind: str, level: int) -> Tensor:
@@ -164,12 +165,12 @@ class Distiller(nn.Module):
         return LossInputs(student, teacher, targets, 0.0, align, precision, continues)
 
     def unweighted(self, name: str, inputs: LossInputs) -> dict[str, Tensor]:
-        """Return the columns of one term before weight and schedule; its arithmetic runs in float32."""
+        """Return the columns of one term without weight and schedule, computed in float32."""
         with torch.autocast(inputs.student.scores.device.type, enabled=False):
             return self.terms[name].loss(inputs)
 
     def forward(self, inputs: Mapping[str, LossInputs], close_mosaic: float = 1.0) -> dict[str, Tensor]:
-        """Return every column, weighted and scheduled, as float32 scalars per image.
+        """Return all columns with weight and schedule, float32 scalars per image.
 
         Args:
             inputs: The inputs of each term, by its name.
@@ -188,21 +189,16 @@ class Distiller(nn.Module):
         return columns
 
     def after_step(self) -> None:
-        """Let losses that train their modules themselves do so."""
+        """Let losses train their modules."""
         for term in self.terms.values():
             term.loss.after_step()
 
 
-def _term(spec: TermSpec) -> Term:
-    loss = deepcopy(spec.loss) if spec.loss is not None else find(spec.name)(**spec.arguments)
-    return Term(loss, spec.weight, spec.schedule, spec.student_layers, spec.teacher_layers, spec.ratio)
-
-
 def _pair_at(term: Term, name: str, pair: PairSpec) -> PairSpec:
-    """Return the pair for a term, with the term's layers in place of the neck's features.
+    """Return the pair for a term, with the term's layers instead of the neck's features.
 
     Raises:
-        PairError: If the two sides do not have the same number of maps at the same strides.
+        PairError: If the layers of the two models differ in number or strides.
     """
     if term.site == NECK:
         return pair
@@ -223,5 +219,5 @@ def _pair_at(term: Term, name: str, pair: PairSpec) -> PairSpec:
 
 
 def _outputs_at(outputs: DetectorOutputs, layers: tuple[str, ...], strides: tuple[int, ...]) -> DetectorOutputs:
-    """Return outputs whose features are those layers' outputs, at those strides."""
+    """Return outputs whose features are the outputs of the layers, at the given strides."""
     return replace(outputs, features=tuple(outputs.layers[n] for n in layers), strides=strides) if layers else outputs

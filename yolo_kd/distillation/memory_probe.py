@@ -1,4 +1,4 @@
-"""What Ultralytics' automatic batch size measures in place of the student: the whole distillation step."""
+"""The whole distillation step as one module, for Ultralytics' automatic batch size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class MemoryProbe(nn.Module):
     """A student with teacher, adapters and terms as one module, for measuring memory.
 
     A forward pass is a whole step on images of noise with one box each; Ultralytics adds what more boxes cost. Copies
-    share the frozen teacher and nothing else: the student and the adapters of the training stay as they are.
+    share the frozen teacher only, so the student and the adapters of the training do not change.
 
     Args:
         distillation: The step to measure, usually `Distillation.rehearsal()`.

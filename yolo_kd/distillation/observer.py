@@ -1,4 +1,4 @@
-"""One batch as both models see it: the task loss, the outputs, and what each term reads."""
+"""Observes one batch: the task loss, the outputs of both models, and the inputs of each term."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ TEACHER_OUTPUTS = "teacher_outputs"
 
 @dataclass
 class Observation:
-    """One batch as both models see it; computed once, and read by the loss, the audit and `yolo-kd check`.
+    """The results of both models on one batch, which the loss, the audit and `yolo-kd check` read.
 
     Attributes:
         images: Number of images, B.
         student: The student's outputs, with gradient, all classes.
         teacher: The teacher's outputs, without gradient, all classes.
-        task_loss: The task loss vector times B, as the mean over the images that have one.
+        task_loss: The task loss vector times B: its mean over the images that have a task loss.
         sub_batches: The labeled images, the unlabeled images, or both.
-        tensors: The tensors through which a loss reaches the student.
+        tensors: The tensors through which gradients reach the student.
         unlabeled: The teacher's outputs on unlabeled images for the matched classes; None without `unlabeled=`.
     """
 
@@ -51,7 +51,7 @@ class Observation:
         return [s for s in self.sub_batches if s.inputs]
 
     def task_loss_per_image(self, sub_batch: SubBatch) -> Tensor:
-        """Return the task loss of a sub-batch per image, a scalar; zero where it has none."""
+        """Return the task loss of a sub-batch per image, a scalar; zero if it has none."""
         if sub_batch.task_loss is None:
             return self.task_loss.new_zeros(())
         return sub_batch.task_loss.sum() / sub_batch.images
@@ -60,8 +60,8 @@ class Observation:
 class Observer:
     """Reads a batch after the student's forward pass.
 
-    It owns the hooks on the student and on its task loss. They exist from `hook` to `detach`, so that the student is
-    plain whenever it is copied or saved.
+    It owns the hooks on the student and on its task loss. These exist from `hook` to `detach`, so that the student has
+    none when it is copied or saved.
 
     Args:
         student: The student.
@@ -69,7 +69,7 @@ class Observer:
         unlabeled: How unlabeled images are used, None without.
 
     Attributes:
-        shield: Hides classes from the task loss where the labels must not deny them, None without.
+        shield: Hides classes that the labels may lack from the task loss, None without.
         unlabeled: The reader of unlabeled images, None without.
     """
 
@@ -99,14 +99,14 @@ class Observer:
         self._task_loss = task_loss
 
     def hook(self) -> None:
-        """Record the student's layers that the recipe reads besides its neck, whose features the head returns."""
+        """Record the student's layers that the recipe reads, except the neck, whose features the head returns."""
         distiller = self._distiller
         if self._layers is None and (distiller.student_layers or distiller.head_split):
             layers = find_layers(self._student, distiller.student_layers, "student", distiller.head_split)
             self._layers = LayerRecorder(layers)
 
     def forget(self) -> None:
-        """Drop what an interrupted step left in the recorders."""
+        """Discard the records of an interrupted step."""
         for recorder in (self._layers, self._assignment):
             if recorder is not None:
                 recorder.take()
@@ -119,10 +119,10 @@ class Observer:
         self._layers = self._assignment = None
 
     def observe(self, predictions: Any, batch: Mapping[str, Any]) -> Observation:
-        """Compute the task loss and what each term reads.
+        """Compute the task loss and the inputs of each term.
 
-        The student sees a batch at once, and its outputs are cut into labeled and unlabeled images. The task loss is
-        computed for each of them alone, so that neither is in a normaliser of the other.
+        The student runs on the whole batch, and its outputs are split into labeled and unlabeled images. The task
+        loss is computed for each separately, so that neither changes a normaliser of the other.
 
         Args:
             predictions: The student's raw outputs.
@@ -132,37 +132,36 @@ class Observer:
         labeled = images - unlabeled_count(batch.get(UNLABELED_MARK, ()))
         layers = self._layers.take() if self._layers else {}
         mixed = labeled < images
-        # going back through one cut is one pass; slices would each fill a whole batch with zeros
+        # one cut has one backward pass; slices would each fill a whole batch with zeros
         raw = cut(predictions, labeled) if mixed else (predictions, None)
         cut_layers = cut(layers, labeled) if mixed else (layers, {})
-        # the labels of a batch are those of its labeled images
-        own = {**batch, "img": batch["img"][:labeled]} if mixed else batch
+        # a batch has labels for its labeled images only
+        labels = {**batch, "img": batch["img"][:labeled]} if mixed else batch
         sub_batches, assignment = [], None
         if labeled:
-            loss, items = self.task_loss(self._shielded(predictions, raw[0], batch, labeled), own)
+            loss, items = self.task_loss(self._shielded(predictions, raw[0], batch, labeled), labels)
             assignment = self._taken_assignment()
             sub_batches.append(SubBatch(labeled, loss, items))
-        teacher = taken(batch[TEACHER_OUTPUTS])  # after the task loss: until here the teacher may still run
+        teacher = taken(batch[TEACHER_OUTPUTS])  # after the task loss, because the teacher may still be running
         student = outputs_of(predictions, self._student, layers)
         if labeled:
-            shown = outputs_of(raw[0], self._student, cut_layers[0]) if mixed else student
-            targets = targets_of(own, assignment) if self._reads_boxes else None
+            first = outputs_of(raw[0], self._student, cut_layers[0]) if mixed else student
+            targets = targets_of(labels, assignment) if self._distiller.reads & NEEDS_BOXES else None
             guide = teacher.part(slice(0, labeled)) if mixed else teacher
-            sub_batches[0].inputs = self._distiller.inputs(shown, guide, targets)
-        others = self.unlabeled.matched(teacher.part(slice(labeled, images))) if self.unlabeled else None
+            sub_batches[0].inputs = self._distiller.inputs(first, guide, targets)
+        rest = teacher.part(slice(labeled, images))
+        matched = self.unlabeled.matched(rest) if self.unlabeled else None
         if mixed:
-            shown = outputs_of(raw[1], self._student, cut_layers[1])
-            guide = teacher.part(slice(labeled, images))
-            sub_batches.append(self._observe_unlabeled(raw[1], batch["img"][labeled:], shown, guide, labeled > 0))
+            last = outputs_of(raw[1], self._student, cut_layers[1])
+            sub_batches.append(self._observe_unlabeled(raw[1], batch["img"][labeled:], last, rest, labeled > 0))
         task_loss = self._combined(sub_batches, student, images)
-        return Observation(
-            images, student, teacher, task_loss, sub_batches, [*tensors_of([predictions, layers])], others
-        )
+        tensors = [*tensors_of([predictions, layers])]
+        return Observation(images, student, teacher, task_loss, sub_batches, tensors, matched)
 
     def _observe_unlabeled(
         self, raw: Any, images: Tensor, student: DetectorOutputs, teacher: DetectorOutputs, continues: bool
     ) -> SubBatch:
-        """Return the contribution of the last images of a batch, which have no labels."""
+        """Return the contribution of the unlabeled images, the last of a batch."""
         assert self.unlabeled is not None
         chosen: Collection[int] | None = getattr(self._student.args, "classes", None)
         matched = self.unlabeled.matched(teacher)
@@ -173,22 +172,18 @@ class Observer:
             sub_batch.inputs = self._distiller.inputs(student, teacher, targets, continues)
         return sub_batch
 
-    @property
-    def _reads_boxes(self) -> bool:
-        return bool(self._distiller.reads & NEEDS_BOXES)
-
     def _taken_assignment(self) -> Assignment | None:
         return self._assignment.take() if self._assignment else None
 
     def _shielded(self, predictions: Any, labeled: Any, batch: Mapping[str, Any], count: int) -> Any:
-        """Return the labeled images' raw outputs as the task loss is to read them."""
+        """Return the raw outputs on labeled images for the task loss."""
         if self.shield is None:
             return labeled
         shielded = self.shield.shield(predictions, taken(batch[TEACHER_OUTPUTS]).scores)
         return shielded if labeled is predictions else part_of(shielded, slice(0, count))
 
     def _combined(self, sub_batches: list[SubBatch], student: DetectorOutputs, images: int) -> Tensor:
-        """Return the task loss times the batch size, as the mean over the images that have one."""
+        """Return the task loss times the batch size: its mean over the images that have one."""
         losses = [(s.images, s.task_loss) for s in sub_batches if s.task_loss is not None]
         if not losses:
             return student.scores.new_zeros(len(loss_names_of(self.task_loss)), dtype=torch.float32)

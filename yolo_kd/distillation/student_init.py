@@ -1,8 +1,9 @@
-"""Starts from the teacher: neck and head where shapes agree, as FGD and MGD do, or everything, thinned."""
+"""Student initialisation: copies the teacher's neck and head, as FGD and MGD do, or thins the whole teacher."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -10,18 +11,20 @@ from torch import Tensor, nn
 from yolo_kd.upstream.channel_groups import Thinning
 from yolo_kd.upstream.heads import class_rows, neck_and_head
 
+OTHER_CLASSES = "the classes are others, or in another order"
+
 
 @dataclass(frozen=True)
 class Inheritance:
-    """What a student took over from its teacher.
+    """The result of a student initialisation.
 
     Attributes:
         taken: Names of the tensors that were copied, in the student's numbering.
-        kept: Names of the tensors of neck and head that were not, with the reason.
-        parameters: Number of values that were copied.
-        total: Number of values in the layers that were looked at.
-        of: What was looked at.
-        how: What was done to it, for the report.
+        kept: Names of the tensors that were not copied, with the reason.
+        parameters: Number of elements that were copied.
+        total: Number of elements in the layers considered.
+        of: The layers considered, for the report.
+        how: How they were copied, for the report.
     """
 
     taken: tuple[str, ...]
@@ -33,7 +36,7 @@ class Inheritance:
 
     @property
     def summary(self) -> str:
-        """One line that says how much was inherited."""
+        """A line with the amount that was copied."""
         share = self.parameters / self.total if self.total else 0.0
         return (
             f"Inherited {len(self.taken)} of {len(self.taken) + len(self.kept)} tensors of {self.of} "
@@ -41,9 +44,9 @@ class Inheritance:
         )
 
     def report(self) -> str:
-        """Say in a few lines what was inherited and what was not, by layer."""
+        """Return a few lines that list the copied and the other layers."""
         lines = [self.summary]
-        for title, names in (("inherited", self.taken), ("kept its own", tuple(self.kept))):
+        for title, names in (("inherited", self.taken), ("unchanged", tuple(self.kept))):
             layers = list(dict.fromkeys(".".join(name.split(".")[:3]) for name in names))
             if layers:
                 more = f" and {len(layers) - 8} more" if len(layers) > 8 else ""
@@ -54,87 +57,98 @@ class Inheritance:
         return "\n".join(lines)
 
 
-@torch.no_grad()
 def inherit(student: nn.Module, teacher: nn.Module, same_classes: bool = True) -> Inheritance:
-    """Copy the teacher's neck and head into the student's, tensor by tensor, where name, layer and shape agree.
+    """Copy the teacher's neck and head into the student's, where layer, name and shape of a tensor agree.
 
-    Layers are paired by their distance from the head, so that two models of one family agree whatever their scale;
-    a layer of another class than its partner is left alone, with all its tensors.
+    Layers are paired by their distance from the head, so that the models of one family are paired at every scale. A
+    layer that is paired with one of another type keeps all its tensors.
 
     Args:
         student: The student, changed in place.
         teacher: The teacher.
-        same_classes: Class i is class i on both sides; otherwise the rows of classes stay the student's.
+        same_classes: Whether class i is class i in both models; otherwise the rows of classes are not copied.
 
     Returns:
         What was copied and what was not.
     """
-    taken: list[str] = []
-    kept: dict[str, str] = {}
-    copied = total = 0
-    theirs = dict(neck_and_head(teacher))
-    rows = class_rows(student)
+    partners = dict(neck_and_head(teacher))
+    own, source, reasons = {}, {}, {}
     for place, (index, layer) in neck_and_head(student):
-        partner = theirs.get(place)
-        same = partner is not None and type(partner[1]) is type(layer)
-        state = partner[1].state_dict() if partner is not None and same else {}
-        for name, tensor in layer.state_dict().items():
-            full = f"model.{index}.{name}"
-            total += tensor.numel()
-            if not same:
-                found = type(partner[1]).__name__ if partner is not None else "nothing"
-                kept[full] = f"the layer is {type(layer).__name__} here and {found} in the teacher"
-            elif not same_classes and full in rows:
-                kept[full] = "the classes are others, or in another order"
-            elif name not in state:
-                kept[full] = "the teacher has no such tensor"
-            elif state[name].shape != tensor.shape:
-                kept[full] = f"shape {tuple(tensor.shape)} here, {tuple(state[name].shape)} in the teacher"
-            else:
-                tensor.copy_(state[name])
-                taken.append(full)
-                copied += tensor.numel()
-    return Inheritance(tuple(taken), kept, copied, total)
+        _, partner = partners.get(place, (0, None))
+        own |= {f"model.{index}.{name}": tensor for name, tensor in layer.state_dict().items()}
+        if partner is not None and type(partner) is type(layer):
+            source |= {f"model.{index}.{name}": tensor for name, tensor in partner.state_dict().items()}
+        else:
+            found = type(partner).__name__ if partner is not None else "nothing"
+            reason = f"the layer is {type(layer).__name__} here and {found} in the teacher"
+            reasons |= {f"model.{index}.{name}": reason for name in layer.state_dict()}
+    if not same_classes:
+        reasons = dict.fromkeys(class_rows(student), OTHER_CLASSES) | reasons
+
+    def equal(_name: str, tensor: Tensor, value: Tensor) -> Tensor | None:
+        return value if value.shape == tensor.shape else None
+
+    return _copied(own, source, reasons.get, equal)
 
 
-@torch.no_grad()
 def thin(student: nn.Module, teacher: nn.Module, same_classes: bool = True, least: float = 0.0) -> Inheritance:
-    """Start a student as a thinned copy of its teacher: of every layer as many channels as it has, evenly spread.
+    """Initialise a student as a thinned copy of its teacher, with evenly spread channels of every layer.
 
     Xu et al., "Initializing Models with Larger Ones", ICLR 2024, arXiv 2311.18823: uniform selection, of the first
-    blocks where the teacher is deeper. Where we depart: what a layer reads of several others is thinned for each of
-    them by itself, see `Thinning`. Models of one family agree in nearly every tensor; what has no counterpart keeps the
-    student's own numbers.
+    blocks if the teacher is deeper. Departure from the paper: the input channels of a layer that reads several others
+    are thinned for each of them separately, see `Thinning`. Models of one family agree in nearly every tensor; a tensor
+    without a counterpart stays as it is.
 
     Args:
         student: The student, changed in place.
         teacher: The teacher.
-        same_classes: Class i is class i on both sides; otherwise the rows of classes stay the student's.
-        least: Share of the student's values below which nothing is taken: single layers of another family are no start.
+        same_classes: Whether class i is class i in both models; otherwise the rows of classes are not copied.
+        least: Share of the student's elements below which nothing is copied, since a few layers alone do not help.
 
     Returns:
         What was copied and what was not.
     """
-    thinning = Thinning(student, teacher)
-    own, theirs, rows = student.state_dict(), teacher.state_dict(), class_rows(student)
+    thinning, rows = Thinning(student, teacher), class_rows(student)
+
+    def refusal(name: str) -> str | None:
+        return OTHER_CLASSES if not same_classes and name in rows else thinning.refuses(name)
+
+    found = _copied(student.state_dict(), teacher.state_dict(), refusal, thinning, least)
+    return replace(found, of="the student", how=", thinned")
+
+
+@torch.no_grad()
+def _copied(
+    own: Mapping[str, Tensor],
+    source: Mapping[str, Tensor],
+    refusal: Callable[[str], str | None],
+    select: Callable[[str, Tensor, Tensor], Tensor | None],
+    least: float = 0.0,
+) -> Inheritance:
+    """Copy tensors into the student's.
+
+    Args:
+        own: The student's tensors by name, changed in place.
+        source: The teacher's tensors by the same names.
+        refusal: Returns the reason why a tensor must not be copied; None or an empty string if there is none.
+        select: Returns what to copy of a teacher's tensor, None if its shape does not fit.
+        least: Share of the student's elements below which nothing is copied.
+    """
     found: dict[str, Tensor] = {}
     kept: dict[str, str] = {}
     for name, tensor in own.items():
-        thinned = None
-        if not same_classes and name in rows:
-            kept[name] = "the classes are others, or in another order"
-        elif reason := thinning.refuses(name):
+        if reason := refusal(name):
             kept[name] = reason
-        elif name not in theirs:
+        elif name not in source:
             kept[name] = "the teacher has no such tensor"
-        elif (thinned := thinning(name, tensor, theirs[name])) is None:
-            kept[name] = f"shape {tuple(tensor.shape)} here, {tuple(theirs[name].shape)} in the teacher"
-        if thinned is not None:
-            found[name] = thinned
+        elif (selected := select(name, tensor, source[name])) is None:
+            kept[name] = f"shape {tuple(tensor.shape)} here, {tuple(source[name].shape)} in the teacher"
+        else:
+            found[name] = selected
     copied, total = (sum(t.numel() for t in tensors.values()) for tensors in (found, own))
     if copied < least * total:
         few = f"only {copied / total:.0%} of the student has a counterpart in the teacher"
         found, kept, copied = {}, kept | dict.fromkeys(found, few), 0
-    for name, thinned in found.items():
-        own[name].copy_(thinned)
-    return Inheritance(tuple(found), kept, copied, total, "the student", ", thinned")
+    for name, selected in found.items():
+        own[name].copy_(selected)
+    return Inheritance(tuple(found), kept, copied, total)

@@ -1,4 +1,4 @@
-"""The labeled and the unlabeled images of a batch: what each contributes to the loss."""
+"""The contributions of labeled and of unlabeled images to the loss."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from yolo_kd.unlabeled.pseudo_labels import Detections, detect, labels_of, pseud
 from yolo_kd.upstream.task_loss import loss_names_of, weighted_by, without_classes
 
 CONFIDENCE, EMPTY = "pool_obj", "pool_none"
-"""Columns: mean largest class probability on unlabeled images, and share of them without a detection."""
+"""Columns: mean of the largest class probability on unlabeled images, and share of images without a detection."""
 NEEDS_BOXES = frozenset({"targets", "assignment"})
 
 
 class Shield(Protocol):
-    """Hides classes from the task loss where the labels must not deny them."""
+    """Hides classes that the labels may lack from the task loss."""
 
     def shield(self, predictions: Any, teacher_logits: Tensor) -> Any:
-        """Return the predictions as the task loss is to read them."""
+        """Return the predictions for the task loss."""
 
 
 @dataclass
 class SubBatch:
-    """What the labeled or the unlabeled images of a batch contribute.
+    """The contribution of the labeled or the unlabeled images of a batch.
 
     Attributes:
         images: Number of images, above 0.
-        task_loss: The task loss times that number, a vector; None where these images have none.
+        task_loss: The task loss times that number, a vector; None if these images have none.
         items: The logged items of the task loss, per image.
-        inputs: What each term reads, by its name; empty where the terms do not act on these images.
-        columns: The weighted terms per image, by column, once they are computed.
+        inputs: The inputs of each term by name, empty if the terms do not act on these images.
+        columns: The weighted terms per image, by column; empty before they are computed.
         unlabeled: Whether the images have no labels.
     """
 
@@ -49,9 +49,9 @@ class SubBatch:
 
 
 def teacher_reads(options: UnlabeledOptions | None, reads: Collection[str]) -> frozenset[str]:
-    """Return what the teacher's head must compute when the terms read `reads`."""
-    detecting = options is not None and needs_detections(options, reads)
-    return frozenset(reads) | ({"scores", "boxes"} if detecting else set())
+    """Return the outputs that the teacher's head must compute if the terms read `reads`."""
+    detects = options is not None and needs_detections(options, reads)
+    return frozenset(reads) | ({"scores", "boxes"} if detects else set())
 
 
 def needs_detections(options: UnlabeledOptions, reads: Collection[str]) -> bool:
@@ -64,8 +64,8 @@ def as_student(found: Detections, classes: ClassMap | None, chosen: Collection[i
 
     Args:
         found: Detections with indices of matched classes.
-        classes: The class map, None where all classes agree.
-        chosen: The classes that `classes=` keeps, None for all.
+        classes: The class map, None if all classes are the same.
+        chosen: The classes in `classes=`, None for all.
     """
     if classes is not None:
         found = replace(found, labels=classes.student_labels(found.labels))
@@ -82,8 +82,8 @@ def pseudo_labeled(
     Args:
         task_loss: The student's task loss.
         predictions: The student's raw outputs on the unlabeled images.
-        found: The teacher's certain detections, with the student's class indices.
-        ignored: True where a score is neither object nor background, (B, nc, A).
+        found: The teacher's confident detections, with the student's class indices.
+        ignored: True for scores that are neither object nor background, (B, nc, A).
         images: The unlabeled images, (B, C, H, W).
 
     Returns:
@@ -100,8 +100,8 @@ class UnlabeledReader:
 
     Args:
         options: How unlabeled images are used.
-        classes: The class map, None where all classes agree.
-        reads: What the terms read.
+        classes: The class map, None if all classes are the same.
+        reads: The outputs that the terms read.
     """
 
     def __init__(self, options: UnlabeledOptions, classes: ClassMap | None, reads: Collection[str]):
@@ -110,30 +110,30 @@ class UnlabeledReader:
         self.reads = frozenset(reads)
 
     def matched(self, teacher: DetectorOutputs) -> DetectorOutputs:
-        """Return the teacher's outputs for the classes that both models have."""
+        """Return the teacher's outputs for the matched classes."""
         return teacher if self.classes is None else self.classes.teacher_outputs(teacher)
 
     def read(
         self, task_loss: Any, predictions: Any, images: Tensor, teacher: DetectorOutputs, chosen: Collection[int] | None
     ) -> tuple[SubBatch, dict[str, Any] | None]:
-        """Return the contribution of unlabeled images without inputs of terms, and a batch of labels for these.
+        """Return the contribution of unlabeled images without the inputs of terms, and labels for these inputs.
 
         Args:
             task_loss: The student's task loss.
             predictions: The student's raw outputs on these images.
             images: (B, C, H, W).
-            teacher: What `matched` returned.
-            chosen: The classes that `classes=` keeps, None for all.
+            teacher: The result of `matched`.
+            chosen: The classes in `classes=`, None for all.
 
         Returns:
-            The sub-batch, and its images with the teacher's detections as labels where a term reads boxes.
+            The sub-batch, and its images with the teacher's detections as labels, None if no term reads boxes.
         """
         options = self.options
         sub_batch = SubBatch(len(images), unlabeled=True)
         labels: dict[str, Any] | None = None
         if options.labels:
             pseudo = pseudo_labels(teacher, options.low, options.conf, options.iou)
-            # the teacher says nothing about a class that it does not have
+            # the teacher cannot decide about a class that it does not have
             ignored = pseudo.ignored if self.classes is None else self.classes.student_mask(pseudo.ignored)
             found = as_student(pseudo.certain, self.classes, chosen)
             sub_batch.task_loss, sub_batch.items, labels = pseudo_labeled(
@@ -148,23 +148,22 @@ class UnlabeledReader:
         return sub_batch, labels if self.reads & NEEDS_BOXES else None
 
     def columns(self, items: Mapping[str, Tensor], teacher: DetectorOutputs, task_loss: Any) -> dict[str, Tensor]:
-        """Return the logged items about unlabeled images: the same columns in every step, finite numbers only.
+        """Return the logged items about unlabeled images, which are finite and the same columns in every step.
 
         Args:
-            items: Items of the task loss and the terms on unlabeled images, zeros on a batch without any.
-            teacher: What `matched` returned.
+            items: Items of the task loss and the terms on unlabeled images, zero for a batch without any.
+            teacher: The result of `matched`.
             task_loss: The student's task loss.
         """
-        absent = set() if self.options.labels else set(loss_names_of(task_loss))
-        terms = {name for name in items if name not in loss_names_of(task_loss)}
-        absent |= set() if self.options.distils else terms
-        columns = {f"{name.removesuffix('_loss')}_pool": value for name, value in items.items() if name not in absent}
+        names, options = loss_names_of(task_loss), self.options
+        logged = [name for name in items if (options.labels if name in names else options.distils)]
+        columns = {f"{name.removesuffix('_loss')}_pool": items[name] for name in logged}
         if "scores" in teacher_reads(self.options, self.reads):
             scores = teacher.scores
             largest = teacher.objectness.amax(-1) if scores.numel() else scores.new_zeros(1)
             columns[CONFIDENCE] = largest.mean()
             columns[EMPTY] = (largest <= self.options.conf).float().mean()
-        # a batch that the finite guard leaves out must not spoil the mean of the epoch
+        # a batch that the finite guard skips must not change the mean of the epoch
         return {name: value.detach().nan_to_num(0.0, 0.0, 0.0) for name, value in columns.items()}
 
 

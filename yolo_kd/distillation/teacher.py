@@ -1,4 +1,4 @@
-"""The frozen teacher: verified, made fast, and run once for each batch."""
+"""The frozen teacher, which is verified, chooses its fastest way to run, and runs once for each batch."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from yolo_kd.safe_loading.checkpoint import LoadedDetector
 from yolo_kd.structures import DetectorOutputs
 
 TOLERANCE = 0.05
-"""Largest relative difference of an output tensor to the plain float32 teacher's, as norm over norm. bfloat16 has 8
+"""Largest difference of an output tensor to that of the plain float32 teacher, norm divided by norm. bfloat16 has 8
 bits; a network of 20 to 50 layers accumulates 1 to 3 %."""
 EXACT = Speed(teacher_precision="fp32")
 PROBE_IMAGES = 4
-"""Images of the first batch with which the ways to run are measured."""
+"""Number of images of the first batch on which the ways to run are measured."""
 PROBE_ROUNDS = 5
 CLEARLY = 1.5
-"""Factor by which a way further down the list must be faster. A smaller one would let noise decide, and a training
-could not be repeated to the bit."""
+"""Factor by which a later way in the list must be faster. With a smaller one, noise would decide, and a training could
+not be repeated bit for bit."""
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -40,21 +40,21 @@ def fingerprint(model: nn.Module) -> str:
 class Teacher:
     """A frozen detector in eval mode.
 
-    It is no `nn.Module` and no model refers to it, so no optimiser, EMA, checkpoint or distributed wrapper finds it. On
-    the first batch it chooses the fastest way to run: the candidates are timed on a few images, and a candidate whose
+    It is no `nn.Module`, and no model refers to it, so no optimiser, EMA, checkpoint or distributed wrapper has it. On
+    the first batch, it chooses the fastest way to run: the candidates are timed on a few images, and a candidate whose
     outputs differ from the plain float32 model's by more than `TOLERANCE` is dropped.
 
     Args:
-        detector: The loaded teacher. It is copied, not changed.
-        device: Where it runs.
+        detector: The loaded teacher, which is copied.
+        device: Device of the teacher.
         speed: How it runs; `teacher_compile="auto"` means no compilation here.
         layers: Names of other layers that the recipe reads.
         head_split: Also return the features inside the head, as `Loss.head_split` describes.
-        reads: What the recipe reads; other branches of the head are not computed.
+        reads: The outputs that the recipe reads; other branches of the head are not computed.
 
     Attributes:
         difference: Largest relative difference to the plain float32 model, on the first batch.
-        on_settled: Called with a sentence for the log when the way is chosen.
+        on_settled: Called with a sentence for the log when the way to run is chosen.
     """
 
     def __init__(
@@ -84,19 +84,9 @@ class Teacher:
         self._stream = torch.cuda.Stream(device) if separate_stream else None
 
     @property
-    def settled(self) -> bool:
-        """Whether the way to run is chosen, which happens on the first batch."""
-        return self._runner is not None
-
-    @property
     def runner(self) -> Runner:
-        """The copy that runs.
-
-        Raises:
-            RuntimeError: Before the first batch.
-        """
-        if self._runner is None:
-            raise RuntimeError("the teacher has processed no batch yet")
+        """The copy that runs, chosen on the first batch."""
+        assert self._runner is not None
         return self._runner
 
     @property
@@ -105,7 +95,7 @@ class Teacher:
         return self.runner.model
 
     def also_read(self, *reads: str) -> None:
-        """Compute more branches of the head; call it before the first batch."""
+        """Compute further outputs of the head; call it before the first batch."""
         self._reads |= {*reads}
 
     def __call__(self, images: Tensor) -> DetectorOutputs:
@@ -113,7 +103,7 @@ class Teacher:
         return self.begin(images).take()
 
     def begin(self, images: Tensor) -> Pending:
-        """Start on a batch; on a CUDA stream of its own the teacher then works while the caller goes on."""
+        """Start on a batch; with a separate CUDA stream, the teacher runs while the caller continues."""
         if self._build is not None:
             self._settle(images, self._build)
         if self._stream is None:
@@ -146,14 +136,14 @@ class Teacher:
                 notes.append(f"; {way} differs by {difference:.1%}, more than {TOLERANCE:.0%}, so it is not used")
             else:
                 differences[runner] = difference
-        if not differences:  # the way that the user chose differs too much
+        if not differences:  # the difference of the requested way is too large
             runner = build(Way("fp32", channels_last=True))
             differences[runner] = largest_difference(runner(probe), exact)
         best, times = _fastest(list(differences), probe)
         self._runner, self.difference = best, differences[best]
         self._build = None  # and with it the plain model
         del build, runner, exact, best, differences
-        release_memory()  # of the other candidates, which would otherwise fragment what lives on
+        release_memory()  # of the other candidates, which would fragment the remaining memory
         self._fingerprint = fingerprint(self._runner.model)
         compiled = self._compile(images) if self._speed.teacher_compile is True else "eager"
         slowest = max(times.values(), default=0.0)
@@ -164,7 +154,7 @@ class Teacher:
         )
 
     def _compile(self, images: Tensor) -> str:
-        """Compile for the shape of the first batch; other shapes (the last batch, multi-scale) stay eager.
+        """Compile for the shape of the first batch; other shapes (the last batch, multi-scale) run eagerly.
 
         Returns:
             The result, for the log.
@@ -184,10 +174,10 @@ class Teacher:
         return "compiled"
 
     def verify_untouched(self) -> None:
-        """Check that the weights are bit for bit those that were loaded, in eval mode and frozen.
+        """Check that the teacher is frozen, in eval mode, and has bit for bit the weights that were loaded.
 
         Raises:
-            AuditError: If anything trained or replaced them.
+            AuditError: If it is not.
         """
         if self._runner is None:
             return
@@ -206,7 +196,7 @@ class Teacher:
 
 
 def _fastest(runners: list[Runner], probe: Tensor) -> tuple[Runner, dict[Way, float]]:
-    """Return the runner to use and the best time of each in seconds; no times where there is one only.
+    """Return the runner to use and the best time of each in seconds; no times if there is one runner.
 
     The first runner wins unless another is faster by `CLEARLY`.
     """

@@ -1,4 +1,4 @@
-"""One way of running a teacher: precision, memory format, fusion; and the list of ways worth trying."""
+"""The ways to run a teacher (precision, memory format, fusion), and a copy of it that runs in one of them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Way:
 
     Attributes:
         precision: A key of `PRECISIONS`.
-        channels_last: Layout of the feature maps.
-        fused: Convolutions are joined with their normalisation, which changes nothing but the rounding.
+        channels_last: Memory format of the feature maps.
+        fused: Whether convolutions are fused with their normalisation, which changes the rounding only.
     """
 
     precision: str
@@ -40,9 +40,9 @@ class Way:
 
 
 def ways(speed: Speed, device: torch.device) -> list[Way]:
-    """Return the ways to try, the most promising first; where the user decides, one.
+    """Return the ways to try, the most promising first; only one if the user chose it.
 
-    The last one is always float32 where the precision is not given, as that is what the others are measured against.
+    If the precision is not given, the last way is float32, with which the others are compared.
     """
     if speed.teacher_precision != AUTO:
         precisions = [speed.teacher_precision]
@@ -51,12 +51,12 @@ def ways(speed: Speed, device: torch.device) -> list[Way]:
     else:
         precisions = ["bf16", "fp32"] if device.type == "cpu" and cpu_has_bf16() else ["fp32"]
     layouts = [True, False] if speed.teacher_channels_last == AUTO else [bool(speed.teacher_channels_last)]
-    # half-precision convolutions want channels-last everywhere; only float32 is worth a second look
+    # half-precision convolutions are fastest in channels-last everywhere; only float32 may be faster without
     return [Way(p, last) for p in precisions for last in layouts if p == "fp32" or last or len(layouts) == 1]
 
 
 class Pending:
-    """Outputs that a CUDA stream may still be computing.
+    """Outputs that may still be computed on a CUDA stream.
 
     Args:
         outputs: The outputs.
@@ -73,21 +73,21 @@ class Pending:
             current = torch.cuda.current_stream()
             current.wait_stream(self._stream)
             for tensor in _tensors(self._outputs).values():
-                tensor.record_stream(current)  # its memory must not be reused before the current stream is done
+                tensor.record_stream(current)  # its memory must not be reused before the current stream has finished
             self._stream = None
         return self._outputs
 
 
 class Runner:
-    """A copy of the teacher that runs one way.
+    """A copy of the teacher that runs in one way.
 
     Args:
         plain: The model, which is copied.
         way: How it runs.
-        device: Where it runs.
+        device: Device of the copy.
         layers: Names of other layers whose outputs are returned.
         head_split: Also return the features inside the head.
-        reads: What the terms read of the head.
+        reads: The outputs of the head that the terms read.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Runner:
             return self.recorder(images)
 
     def begin(self, images: Tensor) -> Pending:
-        """Return the outputs in the form in which `Teacher.begin` does."""
+        """Return the outputs as `Teacher.begin` does."""
         return Pending(self(images))
 
     def close(self) -> None:
@@ -122,7 +122,7 @@ class Runner:
         self.recorder.remove()
 
     def seconds(self, images: Tensor) -> float:
-        """Return the time of a pass; one must have been made already."""
+        """Return the time of a pass in seconds; call the runner once before."""
         start = time.perf_counter()
         self(images)
         if images.device.type == "cuda":
@@ -131,7 +131,7 @@ class Runner:
 
 
 def largest_difference(outputs: DetectorOutputs, reference: DetectorOutputs) -> float:
-    """Return the largest relative difference over all tensors: norm of the difference over the norm."""
+    """Return the largest relative difference of all tensors: norm of the difference divided by the norm."""
     worst = 0.0
     for name, exact in _tensors(reference).items():
         exact, found = exact.float(), _tensors(outputs)[name].float()

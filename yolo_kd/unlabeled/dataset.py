@@ -1,4 +1,4 @@
-"""Labeled and unlabeled images in one data set, and the order in which a training draws them."""
+"""A data set of labeled and unlabeled images, and the order in which a training draws them."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class MixedSampler(Sampler[int]):
         return self.steps * self.batch
 
     def __iter__(self) -> Iterator[int]:
-        # a data loader that prefetches begins the next epoch early, so the epoch is fixed when the pass begins
+        # a prefetching data loader begins the next epoch early, so a pass reads its epoch once, at its beginning
         epoch, first = self._epoch, self._skipped
         self._skipped = 0
         for step in range(first, self.steps):

@@ -23,12 +23,14 @@ from ultralytics.nn import tasks
 
 from tests.support.forked import Server, Writes
 from tests.support.models import narrow_checkpoint
+from yolo_kd.engine.component import Hosted
+from yolo_kd.engine.components.durability import Durability
 from yolo_kd.engine.run_files import damage, previous_of
 from yolo_kd.engine.signals import Interrupted, Terminated
 from yolo_kd.engine.trainer import DistillationTrainer
 from yolo_kd.errors import CheckpointError, SaveError
 
-pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")]
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
 
 FAST = {"imgsz": 64, "batch": 8, "nbs": 8, "workers": 0, "plots": False, "seed": 3, "optimizer": "AdamW", "lr0": 1e-3}
 FAST |= {"teacher_precision": "fp32", "teacher_channels_last": True}  # on models so small the clock would decide
@@ -131,6 +133,7 @@ EPOCHS = 50
 
 @pytest.mark.long
 @pytest.mark.timeout(3000)
+@pytest.mark.e2e
 def test_thirty_kills_cost_nothing_but_the_resumes(
     tmp_path: Path, shapes: Path, models: dict[str, str], server: Server, record_property: Any
 ) -> None:
@@ -195,6 +198,7 @@ def test_thirty_kills_cost_nothing_but_the_resumes(
 # ---------------------------------------------------------------------------------------------- signals
 
 
+@pytest.mark.e2e
 def test_sigterm_saves_says_how_to_go_on_and_exits_with_143(
     tmp_path: Path, shapes: Path, models: dict[str, str], server: Server
 ) -> None:
@@ -220,6 +224,7 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_with_143(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.e2e
 def test_a_signal_to_workers_as_well_stops_it_as_gently(
     tmp_path: Path, shapes: Path, models: dict[str, str], server: Server, number: int
 ) -> None:
@@ -241,6 +246,7 @@ def test_a_signal_to_workers_as_well_stops_it_as_gently(
     assert run.epochs()[: finished + 1] == [*range(1, finished + 2)]
 
 
+@pytest.mark.e2e
 def test_a_second_signal_ends_at_once(tmp_path: Path, shapes: Path, models: dict[str, str], server: Server) -> None:
     run = Run(tmp_path, shapes, models, epochs=200)
     for number, code in ((signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)):
@@ -256,6 +262,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, shapes: Path, models: dict
         assert not damage(run.last)
 
 
+@pytest.mark.e2e
 def test_before_the_first_batch_a_signal_ends_at_once(
     tmp_path: Path, shapes: Path, models: dict[str, str], server: Server
 ) -> None:
@@ -285,6 +292,7 @@ MOMENTS = {
 
 @pytest.mark.parametrize("kd", ["ultralytics", "none"])
 @pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.e2e
 def test_a_stopped_run_trains_every_batch_once(
     tmp_path: Path, shapes: Path, models: dict[str, str], moment: str, kd: str
 ) -> None:
@@ -358,6 +366,7 @@ def _no_adapters(state: dict[str, Any]) -> None:
     state["yolo_kd"] = {"adapters.x": torch.zeros(1)}
 
 
+@pytest.mark.e2e
 def test_damaged_training_state_is_a_sentence(tmp_path: Path, shapes: Path, models: dict[str, str]) -> None:
     run = Run(tmp_path, shapes, models)
     train_here(run, resume=False, until=2)
@@ -371,6 +380,7 @@ def test_damaged_training_state_is_a_sentence(tmp_path: Path, shapes: Path, mode
             train_here(run, resume=True, until=None)
 
 
+@pytest.mark.e2e
 def test_without_saving_a_signal_saves_nevertheless(tmp_path: Path, shapes: Path, models: dict[str, str]) -> None:
     run = Run(tmp_path, shapes, models, save=False)
     trainer: Any = DistillationTrainer(overrides=run.keys)
@@ -382,6 +392,7 @@ def test_without_saving_a_signal_saves_nevertheless(tmp_path: Path, shapes: Path
     assert run.epochs() == [1, 2, 3]
 
 
+@pytest.mark.e2e
 def test_a_signal_in_another_thread_is_left_alone(tmp_path: Path, shapes: Path, models: dict[str, str]) -> None:
     """Python installs handlers in the main thread only; a training elsewhere runs without."""
     run = Run(tmp_path, shapes, models, epochs=1)
@@ -401,6 +412,7 @@ def test_a_signal_in_another_thread_is_left_alone(tmp_path: Path, shapes: Path, 
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.e2e
 def test_a_second_training_in_the_same_process_starts_clean(
     tmp_path: Path, shapes: Path, models: dict[str, str]
 ) -> None:
@@ -441,6 +453,7 @@ def broken(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["cut short", "empty", "zeros", "one bit", "missing"])
+@pytest.mark.e2e
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     tmp_path: Path, shapes: Path, models: dict[str, str], server: Server, how: str
 ) -> None:
@@ -457,6 +470,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert run.last.with_name("last.damaged.pt").exists() == (how != "missing")
 
 
+@pytest.mark.e2e
 def test_two_damaged_checkpoints_are_an_error(
     tmp_path: Path, shapes: Path, models: dict[str, str], server: Server
 ) -> None:
@@ -470,6 +484,7 @@ def test_two_damaged_checkpoints_are_an_error(
     assert {p: p.read_bytes() for p in run.folder.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.e2e
 def test_an_unsafe_checkpoint_is_refused_although_there_is_a_predecessor(
     tmp_path: Path, shapes: Path, models: dict[str, str], server: Server
 ) -> None:
@@ -481,6 +496,7 @@ def test_an_unsafe_checkpoint_is_refused_although_there_is_a_predecessor(
     assert not run.last.with_name("last.damaged.pt").exists()
 
 
+@pytest.mark.e2e
 def test_a_full_disk_leaves_the_checkpoint_before(
     tmp_path: Path, shapes: Path, models: dict[str, str], server: Server
 ) -> None:
@@ -500,6 +516,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     assert run.epochs() == [1, 2, 3]
 
 
+@pytest.mark.e2e
 def test_a_disk_that_fills_up_at_the_very_end(
     tmp_path: Path, shapes: Path, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -528,6 +545,7 @@ def test_a_disk_that_fills_up_at_the_very_end(
 
 
 @pytest.mark.parametrize("place", ["file", "proc"])
+@pytest.mark.e2e
 def test_a_folder_that_cannot_be_written_to(
     tmp_path: Path, shapes: Path, models: dict[str, str], server: Server, place: str
 ) -> None:
@@ -543,6 +561,7 @@ def test_a_folder_that_cannot_be_written_to(
     assert "Traceback" not in run.output
 
 
+@pytest.mark.e2e
 def test_a_folder_removed_while_training_is_made_again(tmp_path: Path, shapes: Path, models: dict[str, str]) -> None:
     run = Run(tmp_path, shapes, models, epochs=4)
     trainer: Any = DistillationTrainer(overrides=run.keys)
@@ -552,6 +571,7 @@ def test_a_folder_removed_while_training_is_made_again(tmp_path: Path, shapes: P
     assert {p.name for p in run.last.parent.iterdir()} == {"last.pt", "best.pt"}
 
 
+@pytest.mark.e2e
 def test_what_a_kill_between_two_files_left_out_is_made_up_for(
     tmp_path: Path, shapes: Path, models: dict[str, str]
 ) -> None:
@@ -573,6 +593,7 @@ def test_what_a_kill_between_two_files_left_out_is_made_up_for(
     assert run.epochs() == [1, 2, 3]
 
 
+@pytest.mark.e2e
 def test_a_run_that_had_stopped_early_is_only_finished(
     tmp_path: Path, shapes: Path, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -622,6 +643,7 @@ def files(data: Path, kind: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("how", ["deleted", "damaged"])
+@pytest.mark.e2e
 def test_an_image_lost_while_training(
     tmp_path: Path, own_shapes: Path, models: dict[str, str], server: Server, how: str
 ) -> None:
@@ -651,6 +673,7 @@ NOT_A_BOX = {
 }
 
 
+@pytest.mark.e2e
 def test_labels_with_nan_and_corrupt_images_are_left_out(
     tmp_path: Path, own_shapes: Path, models: dict[str, str], server: Server
 ) -> None:
@@ -667,6 +690,7 @@ def test_labels_with_nan_and_corrupt_images_are_left_out(
     assert all(math.isfinite(float(v)) for row in run.rows() for k, v in row.items() if k.startswith("train/"))
 
 
+@pytest.mark.e2e
 def test_only_labels_with_nan_is_an_error(
     tmp_path: Path, own_shapes: Path, models: dict[str, str], server: Server
 ) -> None:
@@ -679,6 +703,7 @@ def test_only_labels_with_nan_is_an_error(
 
 
 @pytest.mark.parametrize("kd", ["objectness_fgd", "ultralytics", "objectness"])
+@pytest.mark.e2e
 def test_images_and_whole_batches_without_boxes(
     tmp_path: Path, own_shapes: Path, models: dict[str, str], server: Server, kd: str
 ) -> None:
@@ -689,3 +714,41 @@ def test_images_and_whole_batches_without_boxes(
     assert server.run(run.command, run.log) == 0, run.output[-3000:]
     assert run.epochs() == [1, 2]
     assert all(math.isfinite(float(v)) for row in run.rows() for k, v in row.items() if k.startswith("train/"))
+
+
+# ------------------------------------------------------------------------------------------------ the component alone
+
+
+class Writer:
+    """A trainer as far as saving needs one: each checkpoint is its number."""
+
+    def __init__(self, wdir: Path, overrides: Any = None, _callbacks: Any = None):
+        self.wdir, self.last, self.best = wdir, wdir / "last.pt", wdir / "best.pt"
+        self.resume, self.best_fitness, self.fitness, self.saved = False, None, None, 0
+
+    def save_model(self) -> bool:
+        self.saved += 1
+        self.wdir.mkdir(parents=True, exist_ok=True)
+        self.last.write_bytes(str(self.saved).encode())
+        (self.wdir / f"epoch{self.saved}.pt").write_bytes(b"copy")
+        return True
+
+
+class Saving(Hosted, Writer):
+    def __init__(self, wdir: Path):
+        self.components = (Durability(self),)
+        super().__init__(wdir)
+
+
+def test_alone_it_replaces_whole_files_and_keeps_the_predecessor(tmp_path: Path) -> None:
+    host: Any = Saving(tmp_path / "weights")
+    last = host.last
+    last.parent.mkdir()
+    last.write_bytes(b"of another run")
+    assert host.save_model()
+    assert last.read_bytes() == b"1"
+    assert not previous_of(last).exists(), "the predecessor is of this run"
+    host.save_model()
+    assert (last.read_bytes(), previous_of(last).read_bytes()) == (b"2", b"1")
+    assert sorted(path.name for path in last.parent.iterdir()) == ["epoch1.pt", "epoch2.pt", "last.prev.pt", "last.pt"]
+    assert host.last is last, "the paths are the trainer's again"

@@ -14,9 +14,13 @@ from torch import nn
 from ultralytics.cfg import get_cfg
 from ultralytics.nn.tasks import DetectionModel
 
-from tests.support.models import narrow_model, narrow_yaml
+from tests.support.host import Host
+from tests.support.models import narrow_checkpoint, narrow_model, narrow_yaml
+from yolo_kd.config.class_options import ClassOptions
+from yolo_kd.engine.components.keep_classes import KeepClasses
 from yolo_kd.engine.components.kept_head import KeptClasses, check_extendable, extend_head
 from yolo_kd.errors import PairError
+from yolo_kd.safe_loading.checkpoint import load_detector
 from yolo_kd.upstream.task_loss import ABSENT
 
 OLD = {0: "cat", 1: "Traffic Light", 2: "dog"}
@@ -41,10 +45,10 @@ def test_new_classes_come_after_the_teachers() -> None:
 @pytest.mark.parametrize(
     ("teacher", "data", "message"),
     [
-        (OLD, {0: "DOG", 1: "cat"}, r"no class that the teacher does not know \(DOG, cat\)"),
-        (OLD, {0: "0"}, r"those of the data set say nothing \(0\)"),
-        ({0: "class0"}, {0: "fox"}, r"those of the teacher say nothing \(class0\)"),
-        (OLD, {0: "fox", 1: "Fox"}, "the data set has two classes of one name"),
+        (OLD, {0: "DOG", 1: "cat"}, r"already has every class of the data set \(DOG, cat\)"),
+        (OLD, {0: "0"}, r"those of the data set are meaningless \(0\)"),
+        ({0: "class0"}, {0: "fox"}, r"those of the teacher are meaningless \(class0\)"),
+        (OLD, {0: "fox", 1: "Fox"}, "the data set has two classes of the same name"),
     ],
 )
 def test_names_that_do_not_say_what_is_new(teacher: dict, data: dict, message: str) -> None:
@@ -197,7 +201,7 @@ def test_heads_that_cannot_be_extended(tmp_path: Path) -> None:
     names = [*old.names.values()]
     new = narrow_model("yolov8n", tmp_path, nc=4)
     check_extendable(new, old, names, "s.pt")
-    with pytest.raises(PairError, match=r"student=s\.pt does not know fox"):
+    with pytest.raises(PairError, match=r"student=s\.pt lacks fox"):
         check_extendable(new, old, [*names, "fox"], "s.pt")
     fused = deepcopy(old).fuse(verbose=False)
     with pytest.raises(PairError, match="its layers are fused"):
@@ -212,3 +216,30 @@ def test_heads_that_cannot_be_extended(tmp_path: Path) -> None:
     other: Any = SimpleNamespace(names=old.names, model=[nn.Identity()])
     with pytest.raises(PairError, match="it is Identity without class branches; a Detect head is needed"):
         check_extendable(new, other, names, "s.pt")
+
+
+# ------------------------------------------------------------------------------------------------ the component alone
+
+
+def test_alone_it_extends_the_classes_and_blends_the_finished_weights(tmp_path: Path, shapes: Path) -> None:
+    names = {0: "cat", 1: "circle"}
+    teacher = load_detector(str(narrow_checkpoint("yolov8n", tmp_path, nc=2, names=names)), role="teacher")
+    options = ClassOptions(keep_classes="teacher", keep_blend=0.5)
+    host: Any = Host(lambda trainer: KeepClasses(trainer, options, teacher), tmp_path, data=str(shapes), batch=4)
+    assert host.data["names"] == {0: "cat", 1: "circle", 2: "square", 3: "triangle"}
+    model = host.model = host.get_model(narrow_yaml("yolov8n", tmp_path / "yaml"), teacher.model, verbose=False)
+    assert (model.model[-1].nc, host.args.freeze) == (4, 22)
+    dataset = host.build_dataset(host.data["val"], "val", 4)
+    assert {int(c) for label in dataset.labels for c in label["cls"].flatten()} == {1, 2, 3}
+    host.freeze_layer_names = [f"model.{i}." for i in range(22)]
+    optimizer = host.build_optimizer(model, name="SGD", lr=0.01, momentum=0.9, decay=0.0, iterations=10)
+    start = optimizer.state_dict()["yolo_kd_start"]
+    assert start
+    assert all(name.startswith("model.22.") for name in start)
+    name = "model.22.cv2.0.0.conv.weight"
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    checkpoint = {"model": deepcopy(model)}
+    host.finish_checkpoint(checkpoint)
+    torch.testing.assert_close(checkpoint["model"].state_dict()[name], start[name] + 0.5)

@@ -1,4 +1,4 @@
-"""Whole trainings with images that nobody labeled."""
+"""Training with unlabeled images: the component without the others, and whole trainings."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from ultralytics import YOLO
 from ultralytics.nn.tasks import DetectionModel
 
 from tests.engine.test_trainer import interrupted, make, rows_of, trained, weights_of
-from tests.support.models import narrow_checkpoint
+from tests.support.host import Host
+from tests.support.models import narrow_checkpoint, narrow_model
 from tests.test_processes import two
 from yolo_kd.cli import main
+from yolo_kd.config.unlabeled import UnlabeledOptions
+from yolo_kd.engine.components.unlabeled import Unlabeled
 from yolo_kd.engine.signals import Interrupted
 from yolo_kd.engine.trainer import DistillationTrainer
 from yolo_kd.errors import ConfigError
-
-pytestmark = pytest.mark.e2e
+from yolo_kd.unlabeled.dataset import UNLABELED_MARK, MixedDataset
+from yolo_kd.unlabeled.images import UnlabeledImages
 
 MODES = ("distill", "pseudo", "both")
 SURE = {"unlabeled_conf": 0.5, "unlabeled_low": 0.2}
@@ -52,7 +55,32 @@ def note_images(trainer: DistillationTrainer) -> list[tuple[int, list[str]]]:
     return seen
 
 
+@pytest.mark.parametrize("labeled", [True, False])
+def test_alone_it_mixes_batches_and_sets_the_epoch(tmp_path: Path, shapes: Path, pool: Path, labeled: bool) -> None:
+    data = tmp_path / "data.yaml"
+    train = "train: images/train\n" if labeled else ""
+    data.write_text(f"path: {shapes.parent}\n{train}val: images/val\nnames: [circle, square, triangle]\n")
+    files = tuple(sorted(str(path) for path in pool.iterdir()))
+    images = UnlabeledImages(files, ((96, 96),) * len(files))
+    options = UnlabeledOptions(("pool",), ratio=3.0)
+    host: Any = Host(lambda trainer: Unlabeled(trainer, options, images, labeled), tmp_path, data=str(data), batch=4)
+    host.model = narrow_model("yolov8n", tmp_path / "model")
+    host.train_loader = host.get_dataloader(host.data["train"], 4, -1, "train")
+    assert isinstance(host.train_loader.dataset, MixedDataset)
+    assert (host.train_loader.dataset.labeled, host.train_loader.dataset.unlabeled) == (16 if labeled else 0, 8)
+    batch = next(iter(host.train_loader))
+    assert list(batch[UNLABELED_MARK]) == [not labeled, True, True, True]
+    assert len(batch["bboxes"]) > 0 if labeled else len(batch["bboxes"]) == 0
+    host.epoch, host.skipped = 2, 1
+    host.run_callbacks("on_train_epoch_start")
+    steps = host.train_loader.sampler.steps
+    assert len([*host.train_loader.sampler]) == 4 * (steps - 1), "the skipped batch is not drawn again"
+    validation = host.build_dataset(host.data["val"], "val", 4)
+    assert not isinstance(validation, MixedDataset)
+
+
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.e2e
 def test_every_mode_trains(tmp_path: Path, shapes: Path, student: Path, sure: Path, pool: Path, mode: str) -> None:
     before = sorted(p.name for p in pool.rglob("*"))
     keys = {"unlabeled": str(pool), "unlabeled_mode": mode, **SURE, "mosaic": 1.0, "close_mosaic": 1, "plots": True}
@@ -77,6 +105,7 @@ def test_every_mode_trains(tmp_path: Path, shapes: Path, student: Path, sure: Pa
     assert type(YOLO(trainer.best).model) is DetectionModel
 
 
+@pytest.mark.e2e
 def test_a_ratio_of_zero_is_a_training_without(
     tmp_path: Path, shapes: Path, student: Path, teacher: Path, pool: Path
 ) -> None:
@@ -88,6 +117,7 @@ def test_a_ratio_of_zero_is_a_training_without(
         assert torch.equal(a, b), name
 
 
+@pytest.mark.e2e
 def test_an_end_to_end_student(tmp_path: Path, shapes: Path, pool: Path) -> None:
     """Its criterion is replaced on resume, and must come back with its pool."""
     teacher = narrow_checkpoint("yolo26n", tmp_path, width=0.25, seed=1, file="teacher.pt", sure=True)
@@ -108,6 +138,7 @@ def test_an_end_to_end_student(tmp_path: Path, shapes: Path, pool: Path) -> None
 
 
 @pytest.mark.parametrize("labels", ["none", "missing"])
+@pytest.mark.e2e
 def test_not_a_single_label(tmp_path: Path, shapes: Path, student: Path, sure: Path, pool: Path, labels: str) -> None:
     root = shapes.parent
     lines = [f"path: {root}", f"val: {root / 'images' / 'val'}", "names: [circle, square, triangle]"]
@@ -129,6 +160,7 @@ def test_not_a_single_label(tmp_path: Path, shapes: Path, student: Path, sure: P
     assert [row.term for row in trainer.distillation.audit_rows] == ["objectness"]
 
 
+@pytest.mark.e2e
 def test_resume_inside_an_epoch_draws_what_is_left(
     tmp_path: Path, shapes: Path, student: Path, teacher: Path, pool: Path
 ) -> None:
@@ -150,6 +182,7 @@ def test_resume_inside_an_epoch_draws_what_is_left(
     assert len(rows_of(resumed.save_dir)) == 2
 
 
+@pytest.mark.e2e
 def test_what_may_be_said_on_resume(tmp_path: Path, shapes: Path, student: Path, teacher: Path, pool: Path) -> None:
     keys = {"teacher": str(teacher), "kd": "objectness", "unlabeled": str(pool)}
     last = interrupted(tmp_path, shapes, student, after=1, **keys)
@@ -172,6 +205,7 @@ def test_what_may_be_said_on_resume(tmp_path: Path, shapes: Path, student: Path,
         moved.rename(pool)
 
 
+@pytest.mark.e2e
 def test_a_run_without_a_pool_gets_none_on_resume(
     tmp_path: Path, shapes: Path, student: Path, teacher: Path, pool: Path
 ) -> None:
@@ -180,6 +214,7 @@ def test_a_run_without_a_pool_gets_none_on_resume(
         DistillationTrainer(overrides={"resume": str(last), "unlabeled": str(pool)})
 
 
+@pytest.mark.e2e
 def test_the_command_line(
     tmp_path: Path, shapes: Path, student: Path, teacher: Path, pool: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -191,6 +226,7 @@ def test_the_command_line(
     assert "Unlabeled images have no task loss" in said
 
 
+@pytest.mark.e2e
 def test_two_processes_see_other_images(tmp_path: Path, shapes: Path, student: Path, teacher: Path, pool: Path) -> None:
     two("pool", tmp_path / "seen", shapes, student, teacher, pool)
     seen: list[dict[str, Any]] = [json.loads((tmp_path / f"seen.{rank}").read_text()) for rank in (0, 1)]

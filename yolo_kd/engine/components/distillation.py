@@ -1,4 +1,4 @@
-"""Distillation in a trainer: when the step begins, where its criterion is attached, and what is done at the end."""
+"""Distillation in a trainer: attaches the criterion, begins each step, and verifies the teacher at the end."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class DistillationComponent(Component):
 
     Args:
         trainer: The host.
-        plan: What to distil from which teacher.
+        plan: The plan of the distillation.
         teacher: The loaded teacher.
 
     Attributes:
-        plan: The plan, completed with the class map once the student is known.
+        plan: The plan; it gets the class map when the student exists.
         distillation: The step, None before the student is on its device.
-        inheritance: What the student took from the teacher before training, None for nothing.
+        inheritance: The student initialisation, None if there was none.
     """
 
     state_key = "yolo_kd"
@@ -50,21 +50,21 @@ class DistillationComponent(Component):
         self.plan = plan
         self.distillation: Distillation | None = None
         self.inheritance: Inheritance | None = None
-        self._teacher: LoadedDetector | None = teacher  # until the distillation has its copy
+        self._teacher: LoadedDetector | None = teacher  # until the distillation has a copy
         self._data: Mapping[str, Any] = {}
         self._student_has_weights = False
-        self._batches = (-1, 0)  # epoch, and its batches so far
+        self._batches = (-1, 0)  # epoch, and number of its batches so far
         self._speed_recorded = False
 
     # ------------------------------------------------------------------------------------------------ set-up
 
     def get_dataset(self, proceed: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Remember the data set with the classes of its label files."""
+        """Keep the data set with the classes of its label files."""
         self._data = data = proceed()
         return data
 
     def get_model(self, proceed: Callable[..., nn.Module], cfg: Any, weights: Any, verbose: bool) -> nn.Module:
-        """Remember whether the student has trained weights."""
+        """Record whether the student has trained weights."""
         self._student_has_weights = weights is not None
         return proceed(cfg, weights, verbose)
 
@@ -91,7 +91,7 @@ class DistillationComponent(Component):
         _log(f"Distilling {', '.join(distillation.distiller.terms)} from {teacher.path} ({origin}, frozen)")
 
     def _speed(self) -> Speed:
-        """Return how the teacher runs; an automatic compilation follows the student's."""
+        """Return how the teacher runs; with automatic compilation, it is compiled if the student is."""
         speed, trainer = self.plan.speed, self.trainer
         if speed.teacher_compile != AUTO:
             return speed
@@ -100,14 +100,12 @@ class DistillationComponent(Component):
     def _check_compile(self) -> None:
         recipe = self.plan.recipe
         if self.trainer.args.compile and (recipe.student_layers or recipe.head_split):
-            names = ", ".join([*recipe.student_layers, *(["layers of the head"] if recipe.head_split else [])][:3])
-            raise ConfigError(
-                f"compile= is not compatible with a recipe that reads layers inside the student ({names}). Add "
-                "compile=False."
-            )
+            names = ", ".join([*recipe.student_layers, *["layers of the head"] * recipe.head_split][:3])
+            text = f"compile= is not compatible with a recipe that reads layers inside the student ({names})."
+            raise ConfigError(f"{text} Add compile=False.")
 
     def _initialise(self, student: nn.Module, teacher: LoadedDetector, same_classes: bool) -> None:
-        """Initialise the student from the teacher where the user asks for it, or the recipe of one without weights."""
+        """Initialise the student if the user requests it, or if the recipe does and the student has no weights."""
         plan = self.plan
         how, asked = plan.inherit, plan.inherit is not None
         if not asked:
@@ -119,7 +117,9 @@ class DistillationComponent(Component):
             self.inheritance = thin(student, teacher.model, same_classes, least=0.0 if asked else 0.5)
         else:
             self.inheritance = inherit(student, teacher.model, same_classes)
-        why = f"\n  kd={plan.recipe.name} initialises students without weights so; inherit=false leaves them random"
+        why = (
+            f"\n  kd={plan.recipe.name} initialises students without weights this way; inherit=false leaves them random"
+        )
         _log(f"{self.inheritance.report()}{'' if asked else why}")
 
     def trained_module(self) -> nn.Module | None:
@@ -127,21 +127,21 @@ class DistillationComponent(Component):
         return None if self.distillation is None else self.distillation.distiller
 
     def build_optimizer(self, proceed: Callable[[], torch.optim.Optimizer]) -> torch.optim.Optimizer:
-        """Check that the optimiser trains every adapter, and leave out what a loss trains itself."""
+        """Check that the optimiser trains every adapter, and remove what a loss trains itself."""
         optimizer = proceed()
         if self.distillation is not None:
             check_trained(optimizer, self.distillation.distiller)
         return optimizer
 
     def setup_train(self, proceed: Callable[[], None]) -> None:
-        """Write the resolved plan beside the arguments."""
+        """Write the plan into the run's folder."""
         proceed()
         if RANK in {-1, 0}:
             record = yaml.safe_dump(self.plan.to_dict(), sort_keys=False)
             write_atomically(self.trainer.save_dir / "kd.yaml", record.encode())
 
     def resume_training(self, proceed: Callable[[dict | None], None], checkpoint: dict | None) -> None:
-        """Attach the criterion again where Ultralytics replaced it, as it does for end-to-end heads."""
+        """Attach the criterion again if Ultralytics replaced it, as it does for end-to-end heads."""
         proceed(checkpoint)
         student: Any = unwrap_model(self.trainer.model)
         if self.distillation is not None and not isinstance(student.criterion, DistillationCriterion):
@@ -166,14 +166,14 @@ class DistillationComponent(Component):
             trainer.model = student
 
     def build_pipeline(self, proceed: Callable[[], None]) -> None:
-        """Start the epoch's progress anew where Ultralytics halves the batch after running out of memory."""
+        """Restart the epoch's progress when Ultralytics halves the batch after running out of memory."""
         proceed()
         self._batches = (-1, 0)
         if self.distillation is not None:
             self.distillation.forget()
 
     def get_validator(self, proceed: Callable[[], Any]) -> Any:
-        """Give the validator Ultralytics' keys only, since it checks every key."""
+        """Pass only Ultralytics' keys to the validator, which checks every key."""
         record = self.trainer.args.kd
         del self.trainer.args.kd
         try:
@@ -184,7 +184,7 @@ class DistillationComponent(Component):
     # ------------------------------------------------------------------------------------------------ the step
 
     def preprocess_batch(self, proceed: Callable[[dict], dict], batch: dict) -> dict:
-        """Start the teacher on the batch that the student gets."""
+        """Start the teacher on the batch of the student."""
         batch = proceed(batch)
         trainer, distillation = self.trainer, self.distillation
         if distillation is None or trainer.optimizer is None:  # without an optimiser this is a calibration pass
@@ -211,7 +211,7 @@ class DistillationComponent(Component):
         self._speed_recorded = True
 
     def optimizer_step(self, proceed: Callable[[], None]) -> None:
-        """Step student and adapters under one gradient-norm limit, as Ultralytics does with its projector."""
+        """Step student and adapters with one limit for their gradient norm, as Ultralytics does with its projector."""
         trainer, distillation = self.trainer, self.distillation
         if distillation is None:
             return proceed()
@@ -236,9 +236,9 @@ class DistillationComponent(Component):
         return None
 
     def recover_from_nan(self, proceed: Callable[[int], bool], epoch: int) -> bool:
-        """Report the batches that were left out, and let Ultralytics go back to `last.pt` where weights broke.
+        """Report the skipped batches, and let Ultralytics return to `last.pt` if weights are not finite.
 
-        Ultralytics looks at the loss of the last batch, which the guard has made finite.
+        Ultralytics checks the loss of the last batch, which the guard has made finite.
         """
         trainer, distillation = self.trainer, self.distillation
         if distillation is not None and distillation.guard is not None:
@@ -257,13 +257,13 @@ class DistillationComponent(Component):
 
     @property
     def _recoverable(self) -> bool:
-        """Whether Ultralytics can go back to `last.pt`, which it can after the first epoch."""
+        """Whether Ultralytics can return to `last.pt`, which it can after the first epoch."""
         return self.trainer.epoch > self.trainer.start_epoch and self.trainer.last.exists()
 
     # ------------------------------------------------------------------------------------------------ the end
 
     def do_train(self, proceed: Callable[[], None]) -> None:
-        """Check the teacher at the end, and leave a plain student and a teacher without hooks in any case."""
+        """Verify the teacher at the end, and leave a plain student in any case."""
         try:
             proceed()
             if self.distillation is not None:
@@ -283,23 +283,17 @@ class DistillationComponent(Component):
             student.criterion = None
 
     def label_loss_items(self, proceed: Callable[..., Any], loss_items: Any, prefix: str) -> Any:
-        """Leave terms out of validation columns, where nothing is distilled and they could only be zero."""
-        labeled = proceed(loss_items, prefix)
+        """Remove terms from validation columns, where they are always zero."""
+        items = proceed(loss_items, prefix)
         if prefix != "val" or self.distillation is None:
-            return labeled
+            return items
         distiller = self.distillation.distiller
-        columns = {*distiller.columns, *distiller.weight_columns.values()}
-
-        def is_ours(key: str) -> bool:
-            column = key.removeprefix(f"{prefix}/")
-            return column in columns or is_unlabeled_column(column)
-
-        if isinstance(labeled, list):
-            return [key for key in labeled if not is_ours(key)]
-        return {key: loss for key, loss in labeled.items() if not is_ours(key)}
+        columns = {f"{prefix}/{c}" for c in (*distiller.columns, *distiller.weight_columns.values())}
+        kept = [key for key in items if key not in columns and not is_unlabeled_column(key.removeprefix(f"{prefix}/"))]
+        return kept if isinstance(items, list) else {key: items[key] for key in kept}
 
     def provenance(self, proceed: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Record in the finished files how they were made."""
+        """Record the plan and the audit in the finished files."""
         entries = proceed()
         distillation = self.distillation
         audit = [vars(row) for row in distillation.audit_rows] if distillation else []
@@ -320,6 +314,6 @@ class DistillationComponent(Component):
 
 
 def _log(text: str) -> None:
-    """Log once, whatever the number of processes."""
+    """Log in one process only."""
     if RANK in {-1, 0}:
         LOGGER.info(text)

@@ -1,4 +1,4 @@
-"""Training for new classes without forgetting the teacher's."""
+"""Training for new classes without forgetting the teacher's classes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class KeepClasses(Component):
 
     - The head has all classes, and labels are renumbered accordingly.
     - Only the head is trained, unless `freeze` is given.
-    - The weights of the finished student are a blend of its weights before and after training. The student that is
-      validated is blended likewise.
+    - The weights of the finished student are a blend of those before and after training, and so are the weights that
+      are validated.
 
     Args:
         trainer: The host.
@@ -50,7 +50,7 @@ class KeepClasses(Component):
         return {**data, "names": kept.by_index, "nc": len(kept.names)}
 
     def build_dataset(self, proceed: Callable[..., Any], path: Any, mode: str, batch: int | None) -> Any:
-        """Read labels with the data set's class indices, which label caches hold, then renumber them."""
+        """Read labels with the data set's class indices, as in label caches, then renumber them."""
         assert self.kept is not None
         trainer = self.trainer
         run, trainer.data = trainer.data, self._data_of_labels
@@ -63,7 +63,7 @@ class KeepClasses(Component):
         return dataset
 
     def get_model(self, proceed: Callable[..., nn.Module], cfg: Any, weights: Any, verbose: bool) -> nn.Module:
-        """Initialise the old classes from the student's head; a resumed run has them already."""
+        """Initialise the old classes from the student's head, except in a resumed run."""
         assert self.kept is not None
         trainer = self.trainer
         model = proceed(cfg, weights, verbose)
@@ -73,7 +73,7 @@ class KeepClasses(Component):
         if trainer.args.freeze is None:
             trainer.args.freeze = layers_before_head(model)
             if RANK in {-1, 0}:
-                written = trainer.save_dir / "args.yaml"  # from before the model's layers could be counted
+                written = trainer.save_dir / "args.yaml"  # written before the model's layers could be counted
                 YAML.save(written, {**YAML.load(written), "freeze": trainer.args.freeze})
                 LOGGER.info(
                     f"Old classes are kept: only the head is trained (freeze={trainer.args.freeze}), and the finished "
@@ -88,14 +88,14 @@ class KeepClasses(Component):
         self.trainer.distillation.protect(self.kept)
 
     def build_optimizer(self, proceed: Callable[[], torch.optim.Optimizer]) -> torch.optim.Optimizer:
-        """Remember the student's weights before training, unless Ultralytics builds again with half the batch."""
+        """Copy the student's weights before training, but not again when Ultralytics halves the batch."""
         if self._blend is None:
             student = unwrap_model(self.trainer.model)
             self._blend = Blend.of(student, self.options.keep_blend, self.trainer.freeze_layer_names)
         return proceed()
 
     def validate(self, proceed: Callable[[], Any]) -> Any:
-        """Validate the student that the run would hand out now, so that `best.pt` is the best of these."""
+        """Validate the blended student, so that `best.pt` is the best of the students that would be finished."""
         if self._blend is None or self.kept is None or self.trainer.ema is None:
             return proceed()
         with self._blend.applied(self.trainer.ema.ema, self.kept.new):

@@ -1,8 +1,8 @@
-"""New classes beside old ones: a student that learns what a data set labels and keeps what its teacher knows.
+"""Adds a data set's classes to those of the teacher.
 
-Three things make that: a head for all classes in which the old rows start from the student's own; labels that count in
-the classes of the run; and a task loss in which nobody denies an old class that the teacher sees, since a data set that
-labels only new classes calls everything else background.
+The head has all classes, and the rows of old classes are initialised from the student's head. Labels are renumbered. In
+a data set that labels new classes only, objects of old classes count as background; where the teacher detects an old
+class, it is therefore hidden from the task loss.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from yolo_kd.upstream.task_loss import ABSENT, without_classes
 
 @dataclass(frozen=True)
 class KeptClasses:
-    """The classes of a run that keeps its teacher's.
+    """The classes of a run that keeps its teacher's classes.
 
     Attributes:
         names: All class names, the teacher's first.
         old: Number of the teacher's classes.
         index_of: For each class of the data set, its index in `names`.
-        confidence: Class probability of the teacher from which an old class counts as seen at a point.
+        confidence: Class probability of the teacher from which an old class counts as detected at a point.
     """
 
     names: tuple[str, ...]
@@ -42,84 +42,79 @@ class KeptClasses:
 
     @classmethod
     def of(cls, teacher: Mapping[int, str], data: Mapping[int, str], confidence: float) -> KeptClasses:
-        """Put the data set's classes beside the teacher's; a class that both have stays the teacher's.
+        """Append the data set's new classes to the teacher's.
 
         Raises:
-            PairError: If names say nothing, name a class twice, or there is no new class.
+            PairError: If names are meaningless or not unique, or there is no new class.
         """
         theirs, ours = ([str(names[i]) for i in sorted(names)] for names in (teacher, data))
         for side, names in (("teacher", theirs), ("data set", ours)):
-            if nothing := [n for n in names if is_placeholder(n)]:
+            if placeholders := [n for n in names if is_placeholder(n)]:
                 raise PairError(
-                    f"keep_classes goes by class names, but those of the {side} say nothing ({short(nothing)}). Give "
-                    f"the classes names{' in the data YAML' if names is ours else ''}."
+                    f"keep_classes matches class names, but those of the {side} are meaningless "
+                    f"({short(placeholders)}). Name the classes{' in the data YAML' if names is ours else ''}."
                 )
             if len({normalised(n) for n in names}) < len(names):
-                raise PairError(f"keep_classes goes by class names, but the {side} has two classes of one name.")
-        known = {normalised(n): i for i, n in enumerate(theirs)}
-        names, index_of = [*theirs], []
-        for name in ours:
-            if (found := known.get(normalised(name))) is None:
-                found = len(names)
-                names.append(name)
-            index_of.append(found)
+                raise PairError(f"keep_classes matches class names, but the {side} has two classes of the same name.")
+        old = {normalised(n) for n in theirs}
+        names = [*theirs, *(n for n in ours if normalised(n) not in old)]
         if len(names) == len(theirs):
             raise PairError(
-                f"the data set has no class that the teacher does not know ({short(ours)}), so there is nothing to "
-                "add. Leave keep_classes out."
+                f"the teacher already has every class of the data set ({short(ours)}). Remove keep_classes."
             )
-        return cls(tuple(names), len(theirs), tuple(index_of), confidence)
+        index = {normalised(n): i for i, n in enumerate(names)}
+        return cls(tuple(names), len(theirs), tuple(index[normalised(n)] for n in ours), confidence)
 
     @property
     def by_index(self) -> dict[int, str]:
-        """All names as Ultralytics holds them."""
+        """All names in Ultralytics' form."""
         return dict(enumerate(self.names))
 
     @property
     def classes(self) -> ClassMap:
-        """Which class of the student is which of the teacher."""
+        """The class map."""
         sources = tuple((i,) for i in range(self.old)) + ((),) * len(self.new)
         return ClassMap(self.names[: self.old], self.names, sources)
 
     @cached_property
     def unlabeled(self) -> tuple[int, ...]:
-        """The old classes that the data set does not label, so that its labels say nothing about them."""
+        """Indices of the old classes that the data set does not label."""
         return tuple(i for i in range(self.old) if i not in self.index_of)
 
     @property
     def new(self) -> tuple[int, ...]:
-        """The classes that the teacher does not have."""
+        """Indices of the new classes."""
         return tuple(range(self.old, len(self.names)))
 
     def renumber(self, labels: Sequence[dict[str, Any]]) -> None:
-        """Let the labels of a data set, one dictionary for each image, count in the classes of the run."""
+        """Convert the labels of a data set, one dictionary for each image, to the class indices of the run."""
         table = np.asarray(self.index_of, dtype=np.float32)
         for label in labels:
             label["cls"] = table[label["cls"].astype(int)].astype(label["cls"].dtype).reshape(label["cls"].shape)
 
     def shield(self, predictions: Any, teacher_logits: Tensor) -> Any:
-        """Return the student's predictions as the task loss is to see them.
+        """Return the student's predictions for the task loss.
 
-        Where the teacher sees an old class, with the confidence or more, the labels are no proof that there is none. At
-        these points the scores of all old classes that the data set does not label are replaced by `ABSENT`: they add
-        nothing to the loss, get no gradient, and no object is assigned by them. An old class that the data set labels
-        is left alone everywhere.
+        Where the teacher detects an old class with the confidence or more, missing labels do not mean background. At
+        these points, the scores of all old classes that the data set does not label are replaced by `ABSENT`: they have
+        no loss, no gradient and no influence on the label assignment. Old classes that the data set labels do not
+        change.
 
         Args:
-            predictions: What the student's head returned; both branches of an end-to-end head are shielded.
-            teacher_logits: The teacher's own class logits, (B, A, old).
+            predictions: The raw outputs of the student's head; both branches of an end-to-end head are shielded.
+            teacher_logits: The teacher's class logits, (B, A, old).
         """
         columns = _mask(self.unlabeled, len(self.names), teacher_logits.device)
         old = teacher_logits.masked_fill(~columns[: self.old], ABSENT)
-        seen = old.amax(-1).float().sigmoid() >= self.confidence
+        detected = old.amax(-1).float().sigmoid() >= self.confidence
         return without_classes(
-            predictions, seen[:, None, :] & columns[None, :, None]
-        )  # (B, classes, A), as heads put it
+            predictions, detected[:, None, :] & columns[None, :, None]
+        )  # (B, classes, A) as in heads
 
 
 @lru_cache(maxsize=8)
 def _mask(indices: tuple[int, ...], count: int, device: torch.device) -> Tensor:
-    """Return a mask of `count` classes, made once: a GPU is not to wait for it in every step."""
+    """Return a mask of `count` classes, made once, so that a GPU does not wait for it in each step."""
     return torch.tensor([i in indices for i in range(count)], device=device)
 
 
@@ -128,53 +123,50 @@ def _mask(indices: tuple[int, ...], count: int, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def extend_head(model: nn.Module, source: nn.Module, names: Sequence[str]) -> None:
-    """Let the class branches of a head for more classes start from those of a trained one.
+    """Initialise the class branches of a head for more classes from those of a trained head.
 
-    Each tensor of the trained branches is placed in the leading channels of its larger counterpart, and the rows of the
-    last convolution at the classes of the same name. What old outputs would read of new channels is zero, so every old
-    class has the logits that it had. The rest stays as it was made: random, with the usual bias.
+    Each tensor of the trained branches is copied to the leading channels of its larger counterpart, and the rows of the
+    last convolution to the classes of the same name. The weights of old outputs on new channels are zero, so the logits
+    of old classes do not change. The rest keeps its random initialisation and the usual bias.
 
     Args:
         model: A detector of the same architecture, made for `names`, changed in place.
-        source: The trained one.
+        source: The trained detector.
         names: Class names of `model`.
 
     Raises:
         PairError: If a tensor has no place in the new head.
     """
     head, trained = head_of(model), head_of(source)
-    theirs = {normalised(str(name)): i for i, name in source.names.items()}  # type: ignore[operator, union-attr]
-    pairs = [(i, theirs[normalised(name)]) for i, name in enumerate(names) if normalised(name) in theirs]
-    rows, origins = ([pair[k] for pair in pairs] for k in (0, 1))
+    old = {normalised(str(name)): i for i, name in source.names.items()}  # type: ignore[operator, union-attr]
+    rows = [i for i, name in enumerate(names) if normalised(name) in old]
+    origins = [old[normalised(names[i])] for i in rows]
     for attribute in CLASS_BRANCHES:
-        if getattr(head, attribute, None) is None:
-            continue
-        for branch, old in zip(getattr(head, attribute), getattr(trained, attribute), strict=True):
-            last = f"{len(branch) - 1}."
-            state = old.state_dict()
+        for branch, start in zip(
+            getattr(head, attribute, None) or (), getattr(trained, attribute, None) or (), strict=True
+        ):
+            state = start.state_dict()
             for name, tensor in branch.state_dict().items():
-                values = state[name]
-                if name.startswith(last):
-                    _place(tensor, values[origins], rows)
+                if name.startswith(f"{len(branch) - 1}."):
+                    _place(tensor, state[name][origins], rows)
                 elif tensor.ndim == 0:
-                    tensor.copy_(values)
+                    tensor.copy_(state[name])
                 else:
-                    _place(tensor, values, range(len(values)))
+                    _place(tensor, state[name], range(len(state[name])))
 
 
-def _place(tensor: Tensor, values: Tensor, rows: Sequence[int]) -> None:
-    """Write values into rows of a tensor, into the leading columns of these; their other columns become zero."""
-    block = tensor.new_zeros(len(rows), *tensor.shape[1:])
-    leading = (slice(None), *(slice(0, n) for n in values.shape[1:]))
-    block[leading] = values.to(tensor.dtype)
-    tensor[list(rows)] = block
+def _place(tensor: Tensor, block: Tensor, rows: Sequence[int]) -> None:
+    """Copy a block to the leading columns of some rows of a tensor; the other columns of these rows become zero."""
+    padded = tensor.new_zeros(len(rows), *tensor.shape[1:])
+    padded[(slice(None), *(slice(0, n) for n in block.shape[1:]))] = block.to(tensor.dtype)
+    tensor[list(rows)] = padded
 
 
 def check_extendable(model: nn.Module, source: nn.Module, teacher: Sequence[str], file: Any) -> None:
-    """Check that `extend_head` can be done.
+    """Check that `extend_head` supports a student.
 
     Args:
-        model: A detector of the student's architecture for all classes, as the trainer will build it.
+        model: A detector of the student's architecture for all classes, as the trainer builds it.
         source: The trained student.
         teacher: The teacher's class names.
         file: The student's file, for messages.
@@ -182,28 +174,29 @@ def check_extendable(model: nn.Module, source: nn.Module, teacher: Sequence[str]
     Raises:
         PairError: If the student lacks a class of the teacher, or its head cannot be extended.
     """
-    own = {normalised(str(name)) for name in source.names.values()}  # type: ignore[operator]
-    if lacking := [name for name in teacher if normalised(name) not in own]:
+    names = {normalised(str(name)) for name in source.names.values()}  # type: ignore[operator]
+    if lacking := [name for name in teacher if normalised(name) not in names]:
         raise PairError(
-            f"keep_classes=teacher keeps the classes that the student knows, but student={file} does not know "
-            f"{short(lacking)}. Name a student that was trained on the teacher's classes."
+            f"keep_classes=teacher needs a student with the teacher's classes, but student={file} lacks "
+            f"{short(lacking)}. Name a student that was trained on these classes."
         )
     refused = f"the head of student={file} cannot be extended by classes"
     head, trained = head_of(model), head_of(source)
     if not isinstance(trained, Detect) or getattr(trained, "cv3", None) is None:
         raise PairError(f"{refused}: it is {type(trained).__name__} without class branches; a Detect head is needed.")
     for attribute in CLASS_BRANCHES:
-        if (getattr(head, attribute, None) is None) != (getattr(trained, attribute, None) is None):
-            raise PairError(f"{refused}: its branch {attribute} was removed. Name the checkpoint that training wrote.")
-        if getattr(head, attribute, None) is None:
+        branches, trained_branches = getattr(head, attribute, None), getattr(trained, attribute, None)
+        if branches is None and trained_branches is None:
             continue
-        new, old = (getattr(h, attribute).state_dict() for h in (head, trained))
+        if branches is None or trained_branches is None:
+            raise PairError(f"{refused}: its branch {attribute} was removed. Name the checkpoint of its training.")
+        new, old = branches.state_dict(), trained_branches.state_dict()
         if new.keys() != old.keys():
             raise PairError(f"{refused}: its layers are fused or of another kind. Name the checkpoint of its training.")
-        classes = {f"{i}.{len(branch) - 1}" for i, branch in enumerate(getattr(head, attribute))}
+        classes = {f"{i}.{len(branch) - 1}" for i, branch in enumerate(branches)}
         for name, tensor in old.items():
-            # the rows of the last convolution are classes and are placed by name, so only its columns count
-            skip = 1 if name.rpartition(".")[0] in classes else 0
+            # the rows of the last convolution are matched by class name, so only its columns are compared
+            skip = int(name.rpartition(".")[0] in classes)
             if any(a > b for a, b in zip(tensor.shape[skip:], new[name].shape[skip:], strict=True)):
                 raise PairError(
                     f"{refused}: {attribute}.{name} is {tuple(tensor.shape)} and would become {tuple(new[name].shape)}."

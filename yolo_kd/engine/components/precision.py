@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from yolo_kd.upstream.cpu_bf16 import cpu_bf16_autocast, is_cpu_bf16
 
 
 class Precision(Component):
-    """Trains on a CPU with all threads, and with bfloat16 where the user asks for it, which Ultralytics does not.
+    """Lets a training on a CPU use all threads, and bfloat16 if requested, which Ultralytics does not support.
 
     Args:
         trainer: The host.
@@ -31,7 +31,7 @@ class Precision(Component):
         return is_cpu_bf16(vars(self.trainer.args), self.trainer.device.type)
 
     def set_model_attributes(self, proceed: Callable[[], None]) -> None:
-        """Lay the student out channels-last under bfloat16, which is a fifth faster; Ultralytics does it on a GPU."""
+        """Use channels-last under bfloat16, which is a fifth faster; Ultralytics does so on a GPU."""
         if self._is_bf16 and self.trainer.args.channels_last is None:
             self.trainer.model = self.trainer.model.to(memory_format=torch.channels_last)
         proceed()
@@ -42,10 +42,8 @@ class Precision(Component):
             return proceed()
         before = torch.get_num_threads()
         torch.set_num_threads(thread_count(self.threads))
-        with ExitStack() as stack:
-            stack.callback(torch.set_num_threads, before)
-            stack.enter_context(reused_memory())
-            if self._is_bf16:
-                stack.enter_context(cpu_bf16_autocast())
-            proceed()
-        return None
+        try:
+            with reused_memory(), cpu_bf16_autocast() if self._is_bf16 else nullcontext():
+                return proceed()
+        finally:
+            torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""Training on images without labels besides the labeled ones."""
+"""Training on unlabeled images in addition to labeled ones."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from yolo_kd.unlabeled.images import UnlabeledImages
 
 
 class Unlabeled(Component):
-    """Puts unlabeled images behind the labeled ones of every batch.
+    """Appends unlabeled images to the labeled images of each batch.
 
     Args:
         trainer: The host.
         options: How unlabeled images are used.
         images: The images.
-        labeled: Whether there are labeled training images as well.
+        labeled: Whether there are also labeled training images.
     """
 
     def __init__(self, trainer: Any, options: UnlabeledOptions, images: UnlabeledImages, labeled: bool):
@@ -33,12 +33,12 @@ class Unlabeled(Component):
         self.labeled = labeled
 
     def train(self, proceed: Callable[[], Any]) -> Any:
-        """Let the data YAML name no training images, for the duration."""
+        """Accept a data YAML without training images, for the duration."""
         with optional_train():
             return proceed()
 
     def get_dataset(self, proceed: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Let the data YAML name no training images."""
+        """Accept a data YAML without training images."""
         with optional_train():
             return proceed()
 
@@ -58,17 +58,17 @@ class Unlabeled(Component):
         trainer = self.trainer
         with torch_distributed_zero_first(rank):
             dataset = trainer.build_dataset(path, mode, batch_size)
-        place = (0, 1)
+        rank_and_world = (0, 1)
         if rank != -1 and distributed.is_initialized():
-            place = distributed.get_rank(), distributed.get_world_size()
+            rank_and_world = distributed.get_rank(), distributed.get_world_size()
         counts = dataset.labeled, dataset.unlabeled
-        sampler = MixedSampler(*counts, batch_size, self.options.ratio, trainer.args.seed, *place)
+        sampler = MixedSampler(*counts, batch_size, self.options.ratio, trainer.args.seed, *rank_and_world)
         if RANK in {-1, 0}:
             LOGGER.info(f"{sampler.describe()} {self.options.describe(dataset.labeled > 0)}")
         return mixed_loader(dataset, sampler, trainer.args.workers, trainer.device)
 
     def run_callbacks(self, proceed: Callable[[str], None], event: str) -> None:
-        """Tell the sampler which epoch begins, and how much of it an interrupted process has trained."""
+        """Set the sampler's epoch, and the number of batches that an interrupted process has trained."""
         proceed(event)
         if event == "on_train_epoch_start" and isinstance(sampler := self.trainer.train_loader.sampler, MixedSampler):
             sampler.begin(self.trainer.epoch, self.trainer.skipped)
