@@ -7,8 +7,9 @@ after the hash of its checkpoint and settings, so a comparison that is called ag
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import math
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from ultralytics.utils.torch_utils import get_flops, get_num_params
 from yolo_kd.classes.match import indices_of
 from yolo_kd.classes.names import short
 from yolo_kd.compare.records import METRICS, AuditRow, Evaluation, SplitResult
-from yolo_kd.compare.runs import fingerprint, write_text
+from yolo_kd.compare.runs import write_text
 from yolo_kd.compare.size_metrics import ImageResult, ap_by_size
 from yolo_kd.errors import CheckpointError
 from yolo_kd.safe_loading.checkpoint import load_checkpoint_file, load_detector, sha256
@@ -148,7 +149,8 @@ def evaluate(checkpoint: Path, settings: Settings, cache: Path) -> Evaluation:
         OtherClassesError: If it does not have the data set's classes.
     """
     digest = sha256(checkpoint)
-    key = fingerprint([_VERSION, digest, settings.data, settings.splits, dict(settings.keys)])
+    identity = [_VERSION, digest, settings.data, settings.splits, dict(settings.keys)]
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     kept = cache / f"{key}.json"
     if all(predictions_file(cache, key, split).exists() for split in settings.splits):
         with contextlib.suppress(OSError, ValueError):  # missing or damaged: evaluate again
@@ -172,26 +174,24 @@ def _validate(checkpoint: Path, settings: Settings, split: str) -> tuple[SplitRe
         made.append(RecordingValidator(**arguments))
         return made[-1]
 
-    scratch = tempfile.mkdtemp(prefix="yolo_kd-")
-    try:
-        with restricted_loading(settings.trust), optional_train(), quiet():
-            metrics = YOLO(str(checkpoint), task="detect").val(
-                validator=validator, data=settings.data, split=split, plots=False, verbose=False, save_dir=scratch,
-                **settings.keys,
-            )  # fmt: skip
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="yolo_kd-", ignore_cleanup_errors=True) as scratch,
+        restricted_loading(settings.trust),
+        optional_train(),
+        quiet(),
+    ):
+        metrics = YOLO(str(checkpoint), task="detect").val(
+            validator=validator, data=settings.data, split=split, plots=False, verbose=False, save_dir=scratch,
+            **settings.keys,
+        )  # fmt: skip
     images = made[0].images
     names: list[str] = [metrics.names[c] for c in made[0].index_of]
-    present = {int(c): i for i, c in enumerate(metrics.box.ap_class_index)}
+    maps = {int(c): round(float(metrics.box.maps[c]), 6) for c in metrics.box.ap_class_index}
     numbers = (metrics.box.map, metrics.box.map50, metrics.box.mp, metrics.box.mr)
     result = SplitResult(
         images=len(images),
         metrics={name: round(float(number), 6) for name, number in zip(METRICS, numbers, strict=True)},
-        classes={
-            name: round(float(metrics.box.maps[c]), 6) if c in present else None
-            for name, c in zip(names, made[0].index_of, strict=True)
-        },
+        classes={name: maps.get(c) for name, c in zip(names, made[0].index_of, strict=True)},
         sizes=ap_by_size(images, range(len(names))),
     )
     return result, images

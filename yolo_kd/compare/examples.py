@@ -6,10 +6,12 @@ import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from ultralytics.utils.patches import imread
 
 from yolo_kd.compare.size_metrics import ImageResult, overlaps
@@ -19,7 +21,8 @@ CONFIDENCE = 0.25  # predictions below it are neither counted nor drawn
 IOU = 0.5
 EACH_WAY = 3  # images in which the arm gains, and in which it loses
 _SIDE = 360  # pixels of a panel's longer side
-_FOUND, _FALSE, _MISSED = (0, 158, 115), (230, 120, 0), (255, 255, 255)
+_DPI = 64  # a power of two, so that sizes in inches are exact
+_FOUND, _FALSE, _MISSED = "#009e73", "#e67800", "#ffffff"
 
 
 @dataclass(frozen=True)
@@ -137,57 +140,43 @@ def jpeg(pixels: np.ndarray) -> str:
 
 def draw_labels(pixels: np.ndarray, image: ImageResult, names: Mapping[int, str]) -> np.ndarray:
     """Draw the labeled objects."""
-    canvas, scale = _canvas(pixels)
-    for box, c in zip(image.true_boxes, image.true_classes, strict=True):
-        _box(canvas, box * scale, _FOUND, str(names.get(int(c), c)))
-    return canvas
+    labels = [str(names.get(int(c), c)) for c in image.true_classes]
+    return _drawn(pixels, [(box, _FOUND, "-", label) for box, label in zip(image.true_boxes, labels, strict=True)])
 
 
 def draw_predictions(pixels: np.ndarray, image: ImageResult, names: Mapping[int, str]) -> np.ndarray:
     """Draw predictions that found an object (solid), other predictions (dashed) and missed objects (dotted)."""
-    canvas, scale = _canvas(pixels)
     found, wrong, missed = outcome(image)
-    for t in missed:
-        _box(canvas, image.true_boxes[t] * scale, _MISSED, "missed", dash=(2, 4))
-    for group, color, dash in ((wrong, _FALSE, (7, 5)), (found, _FOUND, None)):
+    boxes = [(image.true_boxes[t], _MISSED, ":", "missed") for t in missed]
+    for group, color, line in ((wrong, _FALSE, "--"), (found, _FOUND, "-")):
         for p in group:
             label = f"{names.get(int(image.classes[p]), image.classes[p])} {image.scores[p]:.2f}"
-            _box(canvas, image.boxes[p] * scale, color, label, dash)
-    return canvas
+            boxes.append((image.boxes[p], color, line, label))
+    return _drawn(pixels, boxes)
 
 
-def _canvas(pixels: np.ndarray) -> tuple[np.ndarray, float]:
-    scale = _SIDE / max(pixels.shape[:2])
-    size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
-    way = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    return np.ascontiguousarray(cv2.resize(pixels, size, interpolation=way)), scale
+def _drawn(pixels: np.ndarray, boxes: Sequence[tuple[np.ndarray, str, str, str]]) -> np.ndarray:
+    """Draw boxes with a dark outline, which stands out on any image, and their labels inside the image.
 
-
-def _box(
-    canvas: np.ndarray, box: np.ndarray, color: tuple[int, int, int], label: str, dash: tuple[int, int] | None = None
-) -> None:
-    """Draw a box with a dark outline, which stands out on any image, and its label inside the image."""
-    height, width = canvas.shape[:2]
-    x1, y1, x2, y2 = (int(v) for v in np.clip(box.round(), 0, [width - 1, height - 1] * 2))
-    sides = (((x1, y1), (x2, y1)), ((x2, y1), (x2, y2)), ((x2, y2), (x1, y2)), ((x1, y2), (x1, y1)))
-    for tone, thick in (((0, 0, 0), 4), (color, 2)):
-        for a, b in sides:
-            _line(canvas, a, b, tone, thick, dash)
-    (w, h), _ = cv2.getTextSize(label, cv2.FONT_HERSHEY_SIMPLEX, 0.38, 1)
-    x, y = min(x1, max(0, width - w - 4)), max(h + 5, y1 - 3)
-    cv2.rectangle(canvas, (x, y - h - 3), (x + w + 3, y + 3), (0, 0, 0), -1)
-    cv2.putText(canvas, label, (x + 2, y), cv2.FONT_HERSHEY_SIMPLEX, 0.38, (255, 255, 255), 1, cv2.LINE_AA)
-
-
-def _line(
-    canvas: np.ndarray, a: tuple[int, int], b: tuple[int, int], color: tuple[int, int, int], thick: int, dash: Any
-) -> None:
-    if dash is None:
-        cv2.line(canvas, a, b, color, thick)
-        return
-    on, off = dash
-    length = max(abs(b[0] - a[0]), abs(b[1] - a[1]), 1)
-    for start in range(0, length, on + off):
-        end = min(start + on, length)
-        points = [tuple(round(p + (q - p) * at / length) for p, q in zip(a, b, strict=True)) for at in (start, end)]
-        cv2.line(canvas, points[0], points[1], color, thick)
+    Args:
+        pixels: The image.
+        boxes: Corners, colour, line style and label of each box.
+    """
+    height, width = pixels.shape[:2]
+    sides = [max(1, round(side * _SIDE / max(height, width))) for side in (width, height)]
+    figure = Figure(figsize=(sides[0] / _DPI, sides[1] / _DPI), dpi=_DPI)
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+    axes.set_axis_off()
+    axes.imshow(pixels, extent=(0, width, height, 0), aspect="auto")
+    for box, color, line, label in boxes:
+        x1, y1, x2, y2 = np.clip(box, 0, [width, height] * 2)
+        for tone, thick in (("black", 4.5), (color, 2.25)):
+            axes.add_patch(
+                Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=tone, linewidth=thick, linestyle=line)
+            )
+        x, side = (x1, "left") if x1 < width / 2 else (x2, "right")
+        above = "bottom" if y1 > height / 10 else "top"
+        axes.text(x, y1, label, fontsize=9, color="white", backgroundcolor="black", ha=side, va=above)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]

@@ -42,12 +42,12 @@ def settle(run: Run) -> bool:
     checkpoint = _read_checkpoint(run.last)
     if not checkpoint or not run.best.exists():
         return False
-    stripped = checkpoint.get("optimizer") is None and checkpoint["epoch"] == -1
-    if not stripped and checkpoint["epoch"] < run.epochs - 1:
+    if checkpoint.get("optimizer") is None and checkpoint["epoch"] == -1:
+        return True
+    if checkpoint["epoch"] < run.epochs - 1:
         return False
-    if not stripped:  # stopped after the last epoch, before Ultralytics removed the optimiser from the files
-        for file in (run.last, run.best):
-            strip_optimizer(file)
+    for file in (run.last, run.best):  # stopped before Ultralytics removed the optimiser from the files
+        strip_optimizer(file)
     return True
 
 
@@ -195,9 +195,6 @@ def _reason(log: Path, code: int) -> str:
         how = f"It was ended by signal {-code}.{hint}"
     else:
         how = f"It ended with exit code {code}."
-    try:
-        text = log.read_bytes()[-20_000:].decode("utf-8", "replace")
-    except OSError:
-        text = ""
+    text = log.read_bytes()[-20_000:].decode("utf-8", "replace")
     lines = [line.rpartition("\r")[2].rstrip() for line in text.splitlines()]
     return "\n".join([how, *[line for line in lines if line.strip()][-_LOG_LINES:]])

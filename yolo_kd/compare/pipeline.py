@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,13 @@ from ultralytics.cfg import get_cfg
 from ultralytics.data import build_yolo_dataset
 
 from yolo_kd.compare.arms import DISTILLED, Arm, Comparison, parse_compare
-from yolo_kd.compare.evaluate import OtherClassesError, Settings, audit_of, evaluate, settings_of
+from yolo_kd.compare.evaluate import OtherClassesError, audit_of, evaluate, settings_of
 from yolo_kd.compare.latency import export_onnx, onnx_latency
 from yolo_kd.compare.launcher import train_all
 from yolo_kd.compare.progress import Progress
 from yolo_kd.compare.records import AuditRow, Evaluation
 from yolo_kd.compare.report import write_report
-from yolo_kd.compare.runs import FAILED, FINISHED, Run, attempted, keys_of, locked, plan_runs
+from yolo_kd.compare.runs import FAILED, FINISHED, Run, attempting, keys_of, locked, plan_runs
 from yolo_kd.compare.summary import Measurements, summarise, teacher_of
 from yolo_kd.engine.checks_before import read_dataset
 from yolo_kd.engine.setup import prepare
@@ -127,43 +126,36 @@ def measure(comparison: Comparison, runs: Sequence[Run], data: Mapping[str, Any]
     folder, cache = comparison.folder, comparison.folder / "evaluations"
     problems: list[str] = []
     notes: list[str] = []
-    attempt: Callable[..., Any] = partial(attempted, problems)
     trust = any(arm.options.trust_checkpoints for arm in comparison.arms)
     settings = settings_of(keys_of(comparison.arms[0]), data, trust)
     say("Evaluating on " + " and ".join(settings.splits))
     teachers: dict[str, Evaluation] = {}
     for path in dict.fromkeys(t for arm in comparison.arms if (t := teacher_of(arm)) and t.endswith(".pt")):
-        if result := attempt(path, partial(_evaluate_teacher, path, settings, cache, notes), None):
-            teachers[path] = result
+        with attempting(problems, path):
+            try:
+                teachers[path] = evaluate(Path(path), settings, cache)
+            except OtherClassesError as error:  # with class_map=, which is no failure
+                notes.append(f"The teacher {Path(path).name} has no row of its own: {error}")
     evaluations: dict[str, Evaluation] = {}
     firsts: dict[str, Path] = {}  # one checkpoint of each arm
     for run in (run for run in runs if run.status == FINISHED):
         firsts.setdefault(run.arm.name, run.best)
-        if result := attempt(run.name, partial(evaluate, run.best, settings, cache), None):
-            evaluations[run.name] = result
+        with attempting(problems, run.name):
+            evaluations[run.name] = evaluate(run.best, settings, cache)
     say("Measuring the exported students")
     exports = {name: (checkpoint, folder / "onnx" / f"{name}.onnx") for name, checkpoint in firsts.items()}
     exports |= {path: (Path(path), folder / "onnx" / "teachers" / f"{n}.onnx") for n, path in enumerate(teachers)}
     files: dict[str, Path] = {}
     for name, (checkpoint, target) in exports.items():
-        work = partial(export_onnx, checkpoint, target, settings.imgsz, trust)
-        if file := attempt(f"export of {name}", work, None):
-            files[name] = file
-    latencies = attempt("latency", partial(onnx_latency, files), None) or {}
-    audits: dict[str, tuple[AuditRow, ...]] = {
-        arm.name: attempt(f"audit of {arm.name}", partial(audit_of, firsts[arm.name], trust), None) or ()
-        for arm in comparison.arms
-        if arm.name in firsts and arm.kind == DISTILLED
-    }
+        with attempting(problems, f"export of {name}"):
+            files[name] = export_onnx(checkpoint, target, settings.imgsz, trust)
+    latencies: dict[str, float] = {}
+    with attempting(problems, "latency"):
+        latencies = onnx_latency(files)
+    audits: dict[str, tuple[AuditRow, ...]] = {}
+    for name in (arm.name for arm in comparison.arms if arm.name in firsts and arm.kind == DISTILLED):
+        with attempting(problems, f"audit of {name}"):
+            audits[name] = audit_of(firsts[name], trust)
     return Measurements(
         settings, evaluations, teachers, latencies, audits, data["names"], cache, tuple(problems), tuple(notes)
     )
-
-
-def _evaluate_teacher(path: str, settings: Settings, cache: Path, notes: list[str]) -> Evaluation | None:
-    """Evaluate a teacher. One of other classes (class_map=) has no metrics on this data set, which is no failure."""
-    try:
-        return evaluate(Path(path), settings, cache)
-    except OtherClassesError as error:
-        notes.append(f"The teacher {Path(path).name} has no row of its own: {error}")
-        return None

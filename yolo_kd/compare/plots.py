@@ -7,12 +7,12 @@ their size there; a wide page shows several side by side.
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -105,10 +105,8 @@ def learning_curves(summary: Summary) -> str:
             if not curves:
                 continue
             epochs, mean, low, high = _band([[value for _, value in curve] for curve in curves], 100)
-            color, line, marker = style_of(number)
-            axes.fill_between(epochs, low, high, color=color, alpha=0.12, linewidth=0)
-            axes.plot(epochs, mean, color=color, linestyle=line, marker=marker, markersize=4,
-                      markevery=(number * 2, max(1, len(epochs) // 6)), label=arm.name)  # fmt: skip
+            axes.fill_between(epochs, low, high, color=style_of(number)[0], alpha=0.12, linewidth=0)
+            _curve(axes, number, epochs, mean, arm.name, first=number * 2)
         for teacher in summary.teachers:
             value = teacher.splits["val"].metrics[summary.metric] * 100
             axes.axhline(value, color="black", linewidth=1, linestyle=(0, (1, 3)), label="teacher")
@@ -116,14 +114,22 @@ def learning_curves(summary: Summary) -> str:
     return out.getvalue()
 
 
+def _curve(axes: Axes, number: int, epochs: Sequence[int], mean: Sequence[float], label: str, first: int = 0) -> None:
+    """Draw one line in the style of a number, with about six markers from the index `first` on."""
+    color, line, marker = style_of(number)
+    every = (first, max(1, len(epochs) // 6))
+    axes.plot(epochs, mean, color=color, linestyle=line, marker=marker, markersize=4, markevery=every, label=label)
+
+
 def _band(
     curves: Sequence[Sequence[float | None]], scale: float = 1.0
 ) -> tuple[list[int], list[float], list[float], list[float]]:
     """Return epochs and the mean, minimum and maximum over curves, cut to the shortest curve."""
     length = min(len(curve) for curve in curves)
-    columns = [[math.nan if (value := curve[i]) is None else value * scale for curve in curves] for i in range(length)]
-    mean = [sum(column) / len(column) for column in columns]
-    return list(range(1, length + 1)), mean, [min(c) for c in columns], [max(c) for c in columns]
+    table = np.array([curve[:length] for curve in curves], float) * scale  # None becomes NaN
+    ends = (table.mean(0), table.min(0), table.max(0))
+    mean, low, high = (column.tolist() for column in ends)
+    return list(range(1, length + 1)), mean, low, high
 
 
 def loss_terms(summary: Summary, arm: str) -> str | None:
@@ -136,9 +142,7 @@ def loss_terms(summary: Summary, arm: str) -> str | None:
         for number, name in enumerate(runs[0].terms):
             epochs, mean, _, _ = _band([run.terms[name] for run in runs if name in run.terms])
             drawn += mean
-            color, line, marker = style_of(number)
-            axes.plot(epochs, mean, color=color, linestyle=line, marker=marker, markersize=4,
-                      markevery=max(1, len(epochs) // 6), label=name)  # fmt: skip
+            _curve(axes, number, epochs, mean, name)
         if drawn and all(v > 0 for v in drawn) and max(drawn) > 30 * min(drawn):
             axes.set_yscale("log")
         axes.set_title(arm, loc="left")

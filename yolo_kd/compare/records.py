@@ -53,21 +53,21 @@ class Spread(Record):
         sd: Sample standard deviation, None below two seeds.
     """
 
-    n: int
+    n: int = 0
     mean: float | None = None
     sd: float | None = None
 
 
-class Paired(Record):
+class Paired(Spread):
     """Differences between an arm and the reference, seed by seed, in the unit of the metric.
 
     Attributes:
         n: Number of pairs.
+        mean: Mean difference, None without pairs.
+        sd: Standard deviation of the differences, None below two pairs.
         seeds: Seeds that both arms finished.
         differences: Arm minus reference, in the order of `seeds`.
         dropped: Seeds that only one of the two finished. They are left out.
-        mean: Mean difference, None without pairs.
-        sd: Standard deviation of the differences, None below two pairs.
         low: Lower end of the 95 % t interval of the mean, None below two pairs.
         high: Upper end of that interval.
         p_t: Two-sided p of the paired t test, None below two pairs and where all differences are equal.
@@ -76,12 +76,9 @@ class Paired(Record):
         p_holm: `p_t` after Holm's correction for the number of arms, None without `p_t` and for the reference.
     """
 
-    n: int = 0
     seeds: tuple[int, ...] = ()
     differences: tuple[float, ...] = ()
     dropped: tuple[int, ...] = ()
-    mean: float | None = None
-    sd: float | None = None
     low: float | None = None
     high: float | None = None
     p_t: float | None = None

@@ -6,18 +6,17 @@ import base64
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from yolo_kd.compare import examples, plots
 from yolo_kd.compare.evaluate import load_predictions, predictions_file
 from yolo_kd.compare.records import GROUPS, Evaluation, Group, Summary, run_name
-from yolo_kd.compare.runs import attempted, write_text
+from yolo_kd.compare.runs import attempting, write_text
 from yolo_kd.compare.size_metrics import ImageResult
 from yolo_kd.compare.summary import Measurements, runs_csv
-from yolo_kd.compare.tables import Table, group_table, marked, tables
-
-TEMPLATE = "report.html.j2"
+from yolo_kd.compare.tables import group_table, marked, tables
 
 
 @dataclass
@@ -38,9 +37,9 @@ class Drawings:
     differences: dict[str, str] = field(default_factory=dict)
     curves: str = ""
     terms: list[tuple[str, str, list[str]]] = field(default_factory=list)
-    groups: dict[Group, dict[str, str]] = field(default_factory=dict)
+    groups: dict[Group, dict[str, str]] = field(default_factory=lambda: {kind: {} for kind in GROUPS})
     examples: list[examples.Example] = field(default_factory=list)
-    no_examples: str = ""
+    no_examples: str = "They could not be drawn."
     problems: list[str] = field(default_factory=list)
 
 
@@ -71,28 +70,7 @@ def write_report(folder: Path, summary: Summary, measured: Measurements) -> dict
 
 def markdown(summary: Summary) -> str:
     """Return the report without its pictures, for pasting into an issue."""
-    lines = [f"**{summary.verdict}**", ""]
-    if len(summary.verdicts) > 1:
-        lines += [*(f"- {sentence}" for sentence in summary.verdicts), ""]
-    for table in tables(summary):
-        lines += [f"### {table.title}", "", *_markdown_table(table), ""]
-    if summary.problems:
-        lines += ["### Failed", ""]
-        lines += [f"- {_cell(problem.splitlines()[0])}" for problem in summary.problems] + [""]
-    lines += ["### How to read it", "", *(f"- {note}" for note in summary.notes), ""]
-    lines += ["### Record", "", "```", summary.commands.comparison]
-    lines += [f"{name} {version}" for name, version in summary.versions.items()]
-    lines += [f"teacher sha256 {teacher.sha256}" for teacher in summary.teachers]
-    return "\n".join([*lines, "```"]) + "\n"
-
-
-def _markdown_table(table: Table) -> list[str]:
-    lines = ["| " + " | ".join(map(_cell, table.head)) + " |", "|---" * len(table.head) + "|"]
-    return lines + ["| " + " | ".join(map(_cell, row)) + " |" for row in table.rows]
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return _rendered("report.md.j2", summary=summary, tables=tables(summary))
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -100,25 +78,26 @@ def _cell(text: str) -> str:
 
 def draw(summary: Summary, measured: Measurements) -> Drawings:
     """Draw everything; a picture that cannot be drawn is replaced by the reason."""
-    drawn, splits = Drawings(), summary.splits
-    attempt = partial(attempted, drawn.problems)
-    drawn.differences = attempt("differences", lambda: {s: svg_uri(plots.differences(summary, s)) for s in splits}, {})
-    drawn.curves = attempt("curves", lambda: svg_uri(plots.learning_curves(summary)), "")
-    drawn.terms = attempt("terms", lambda: _terms(summary), [])
-    drawn.groups = {kind: attempt(kind, partial(_groups, summary, kind), {}) for kind in GROUPS}
-    not_drawn: tuple[list[examples.Example], str] = ([], "They could not be drawn.")
-    drawn.examples, drawn.no_examples = attempt("examples", lambda: _examples(summary, measured), not_drawn)
+    drawn = Drawings()
+    attempt = partial(attempting, drawn.problems)
+    with attempt("differences"):
+        drawn.differences = {split: svg_uri(plots.differences(summary, split)) for split in summary.splits}
+    with attempt("curves"):
+        drawn.curves = svg_uri(plots.learning_curves(summary))
+    with attempt("terms"):
+        drawn.terms = _terms(summary)
+    for kind in GROUPS:
+        with attempt(kind):
+            drawings = {split: plots.groups(summary, kind, split) for split in summary.splits}
+            drawn.groups[kind] = {split: svg_uri(svg) for split, svg in drawings.items() if svg is not None}
+    with attempt("examples"):
+        drawn.examples, drawn.no_examples = _examples(summary, measured)
     return drawn
 
 
 def svg_uri(svg: str) -> str:
     """Return SVG text as a data URI: an image of its own, so that its ids cannot clash with those of other plots."""
     return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
-
-
-def _groups(summary: Summary, kind: Group) -> dict[str, str]:
-    drawn = {split: plots.groups(summary, kind, split) for split in summary.splits}
-    return {split: svg_uri(svg) for split, svg in drawn.items() if svg is not None}
 
 
 def _terms(summary: Summary) -> list[tuple[str, str, list[str]]]:
@@ -159,15 +138,9 @@ def _examples(summary: Summary, measured: Measurements) -> tuple[list[examples.E
 
 def html(summary: Summary, drawn: Drawings) -> str:
     """Return the page: one file that loads nothing."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     best = next(iter(summary.ranking), "")
-    return environment.get_template(TEMPLATE).render(
+    return _rendered(
+        "report.html.j2",
         summary=summary,
         drawn=drawn,
         tables=tables(summary),
@@ -177,3 +150,15 @@ def html(summary: Summary, drawn: Drawings) -> str:
         confidence=examples.CONFIDENCE,
         iou=examples.IOU,
     )
+
+
+def _rendered(template: str, **content: Any) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=template.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(content)

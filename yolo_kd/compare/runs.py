@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import functools
-import hashlib
-import json
 import math
 import os
 import sys
@@ -14,13 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from yolo_kd._version import __version__
 from yolo_kd.compare.arms import UPSTREAM, Arm, Comparison
 from yolo_kd.compare.records import Attempt, Identity, RunState, Status, run_name
+from yolo_kd.config.source import shown
 from yolo_kd.config.unlabeled import SOURCE_KEY
 from yolo_kd.engine.run_files import write_atomically
 from yolo_kd.errors import ConfigError
@@ -32,7 +31,6 @@ RUNNING: Status = "running"
 WAITING: Status = "waiting"
 MAP_COLUMN = "metrics/mAP50-95(B)"  # of results.csv
 DEFAULTS = {"plots": False}  # keys that a comparison sets where the user does not
-T = TypeVar("T")
 _PATHS = ("teacher", "student", "data", "kd", "model", "distill_model")
 
 
@@ -133,13 +131,13 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, text.encode())
 
 
-def attempted(problems: list[str], what: str, work: Callable[[], T], otherwise: T) -> T:
-    """Do something after the trainings; an error becomes a line of the report and does not end the comparison."""
+@contextlib.contextmanager
+def attempting(problems: list[str], what: str) -> Iterator[None]:
+    """Turn an error of work after the trainings into a line of the report; it does not end the comparison."""
     try:
-        return work()
+        yield
     except Exception as error:
         problems.append(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}")
-        return otherwise
 
 
 def _number(text: str | None) -> float:
@@ -204,20 +202,13 @@ def keys_of(arm: Arm) -> dict[str, Any]:
     if arm.kind == UPSTREAM:
         keys = {"model": options.student, "distill_model": options.teacher, **arm.extra, **keys}
     else:
-        keys = {"student": options.student, **options.own_keys, **_absolute(options.pool), **keys}
+        keys = {"student": options.student, **options.own_keys, **keys}
+        if options.unlabeled:
+            keys[SOURCE_KEY] = [os.path.abspath(source) for source in options.unlabeled.source]
     for key in _PATHS:  # so that a comparison can be continued from another folder
         if isinstance(keys.get(key), str) and os.path.isfile(keys[key]):
             keys[key] = os.path.abspath(keys[key])
     return {k: list(v) if isinstance(v, tuple) else v for k, v in keys.items()}
-
-
-def _absolute(unlabeled: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of unlabeled images with paths that do not depend on the current folder."""
-    if SOURCE_KEY not in unlabeled:
-        return dict(unlabeled)
-    source = unlabeled[SOURCE_KEY]
-    folders = source if isinstance(source, list | tuple) else [source]
-    return {**unlabeled, SOURCE_KEY: [os.path.abspath(folder) for folder in folders]}
 
 
 def _state(run: Run) -> RunState | None:
@@ -241,13 +232,9 @@ def _differing(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "")
         elif prefix == "files ":
             lines.append(f"the content of {key}= has changed")
         else:
-            lines.append(f"{prefix}{key} was {_short(was)}, now {_short(now)}")
+            before, after = ("not given" if value is None else shown(value) for value in (was, now))
+            lines.append(f"{prefix}{key} was {before}, now {after}")
     return lines
-
-
-def _short(value: Any) -> str:
-    text = "not given" if value is None else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 @contextlib.contextmanager
@@ -277,8 +264,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def fingerprint(value: Any) -> str:
-    """Return a short hash of plain data."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

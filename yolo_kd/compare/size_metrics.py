@@ -85,15 +85,11 @@ def ap_by_size(images: Sequence[ImageResult], classes: Sequence[int]) -> dict[st
 
 def _class_ap(images: Sequence[ImageResult], c: int, limits: tuple[float, float]) -> tuple[float | None, int]:
     """Return a class's AP in a range of areas, and the number of its labeled objects there."""
-    scores, hits, ignored, objects = [], [], [], 0
-    for image in images:
-        s, h, i, n = _match(image, c, limits)
-        scores.append(s)
-        hits.append(h)
-        ignored.append(i)
-        objects += n
+    matched = [_match(image, c, limits) for image in images]
+    objects = sum(count for *_, count in matched)
     if not objects:
         return None, 0
+    scores, hits, ignored, _ = zip(*matched, strict=True)
     order = np.argsort(-np.concatenate(scores), kind="mergesort")
     hit, ignore = (np.concatenate(x, axis=1)[:, order] for x in (hits, ignored))
     true = np.cumsum(hit & ~ignore, axis=1, dtype=float)
@@ -107,7 +103,7 @@ def _area_under(true: np.ndarray, false: np.ndarray, objects: int) -> float:
     precision = true / np.maximum(true + false, np.spacing(1))
     best = np.maximum.accumulate(precision[::-1])[::-1]
     at = np.searchsorted(recall, _RECALLS, side="left")
-    return float(np.where(at < len(best), np.append(best, 0.0)[np.minimum(at, len(best))], 0.0).mean())
+    return float(np.append(best, 0.0)[at].mean())  # 0 where no prediction reaches a recall
 
 
 def _match(image: ImageResult, c: int, limits: tuple[float, float]) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
@@ -120,23 +116,21 @@ def _match(image: ImageResult, c: int, limits: tuple[float, float]) -> tuple[np.
     mine = mine[np.argsort(-image.scores[mine], kind="mergesort")][:_MAX_PREDICTIONS]
     boxes, scores = image.boxes[mine], image.scores[mine]
     objects = image.true_boxes[image.true_classes == c]
-    outside_object, outside = (
-        (size < limits[0]) | (size >= limits[1]) for size in (areas(objects, image.shape), areas(boxes, image.shape))
-    )
+    sizes = (areas(found, image.shape) for found in (objects, boxes))
+    outside_object, outside = ((size < limits[0]) | (size >= limits[1]) for size in sizes)
     hit = np.zeros((len(IOUS), len(boxes)), bool)
     ignored = np.zeros_like(hit)
-    if len(objects) and len(boxes):
-        iou = overlaps(boxes, objects)
-        free = np.ones((len(IOUS), len(objects)), bool)
-        rows = np.arange(len(IOUS))
-        for p in range(len(boxes)):
-            fits = free & (iou[p] >= IOUS[:, None] - 1e-10)
-            # an object inside the limits wins over one outside, however well that one fits
-            worth = np.where(fits, iou[p] + 2.0 * ~outside_object, -1.0)
-            pick = worth.argmax(1)
-            taken = worth[rows, pick] >= 0
-            free[rows[taken], pick[taken]] = False
-            hit[:, p] = taken
-            ignored[:, p] = taken & outside_object[pick]
+    iou = overlaps(boxes, objects)
+    free = np.ones((len(IOUS), len(objects)), bool)
+    rows = np.arange(len(IOUS))
+    for p in range(len(boxes) if len(objects) else 0):
+        fits = free & (iou[p] >= IOUS[:, None] - 1e-10)
+        # an object inside the limits wins over one outside, however well that one fits
+        worth = np.where(fits, iou[p] + 2.0 * ~outside_object, -1.0)
+        pick = worth.argmax(1)
+        taken = worth[rows, pick] >= 0
+        free[rows[taken], pick[taken]] = False
+        hit[:, p] = taken
+        ignored[:, p] = taken & outside_object[pick]
     ignored |= ~hit & outside
     return scores, hit, ignored, int((~outside_object).sum())

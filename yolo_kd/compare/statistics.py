@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -21,13 +20,14 @@ _DECIMALS = 12  # of differences of metrics and of their sums; smaller digits ar
 
 GAIN, LOSS, NOISE, UNCERTAIN = "better", "worse", "inside the noise", "not safe"
 THIN, NOTHING = "not enough evidence", "no result"
+BEST_FIRST = (GAIN, UNCERTAIN, NOISE, LOSS, THIN, NOTHING)
 
 
-def spread(numbers: Sequence[float]) -> Spread:
+def spread(numbers: Sequence[float] | np.ndarray) -> Spread:
     """Return mean and sample standard deviation; numbers that are not finite are left out."""
     kept = [v for v in numbers if math.isfinite(v)]
     if not kept:
-        return Spread(n=0)
+        return Spread()
     sd = float(np.std(kept, ddof=1)) if len(kept) > 1 else None
     return Spread(n=len(kept), mean=float(np.mean(kept)), sd=sd)
 
@@ -46,27 +46,24 @@ def paired(arm: Mapping[int, float], reference: Mapping[int, float]) -> Paired:
         return Paired(dropped=dropped)
     # 0.3 - 0.1 and 0.4 - 0.2 are equal but for their last bits
     differences = np.round([ours[s] - theirs[s] for s in seeds], _DECIMALS)
-    n = len(seeds)
-    mean = float(differences.mean())
-    result: dict[str, Any] = {
-        "n": n,
-        "seeds": seeds,
-        "differences": tuple(differences.tolist()),
-        "dropped": dropped,
-        "mean": mean,
-        "p_exact": _sign_flip(differences),
-        "p_smallest": min(1.0, 2.0 / 2**n) if n <= EXACT_PAIRS else 1 / (_SAMPLED + 1),
-    }
-    if n > 1:
-        if np.ptp(differences) == 0:
-            result |= {"mean": float(differences[0]), "sd": 0.0}
-            result |= {"low": result["mean"], "high": result["mean"]}
-        else:
-            test = stats.ttest_1samp(differences, 0.0)
-            interval = test.confidence_interval(CONFIDENCE)
-            result |= {"sd": float(differences.std(ddof=1)), "p_t": float(test.pvalue)}
-            result |= {"low": float(interval.low), "high": float(interval.high)}
-    return Paired(**result)
+    flat = len(seeds) > 1 and np.ptp(differences) == 0
+    ends: dict[str, float] = {}
+    if flat:  # without rounding errors of a mean and of a standard deviation
+        same = float(differences[0])
+        ends = {"mean": same, "sd": 0.0, "low": same, "high": same}
+    elif len(seeds) > 1:
+        test = stats.ttest_1samp(differences, 0.0)
+        interval = test.confidence_interval(CONFIDENCE)
+        ends = {"low": float(interval.low), "high": float(interval.high), "p_t": float(test.pvalue)}
+    exact = len(seeds) <= EXACT_PAIRS
+    return Paired(
+        seeds=seeds,
+        differences=tuple(differences.tolist()),
+        dropped=dropped,
+        p_exact=_sign_flip(differences),
+        p_smallest=min(1.0, 2.0 / 2 ** len(seeds)) if exact else 1 / (_SAMPLED + 1),
+        **{**dict(spread(differences)), **ends},
+    )
 
 
 def _sign_flip(differences: np.ndarray) -> float:
@@ -89,12 +86,9 @@ def _sign_flip(differences: np.ndarray) -> float:
 def holm(p_values: Mapping[str, float | None]) -> dict[str, float | None]:
     """Return p values after Holm's correction for the number of tests; None stays None and does not count."""
     given = sorted((p, name) for name, p in p_values.items() if p is not None)
-    adjusted: dict[str, float | None] = dict.fromkeys(p_values)
-    highest = 0.0
-    for rank, (p, name) in enumerate(given):
-        highest = max(highest, min(1.0, (len(given) - rank) * p))
-        adjusted[name] = highest
-    return adjusted
+    steps = [(len(given) - rank) * p for rank, (p, _) in enumerate(given)]
+    adjusted = np.minimum(np.maximum.accumulate(steps), 1.0).tolist() if given else []
+    return {**p_values, **dict(zip((name for _, name in given), adjusted, strict=True))}
 
 
 def judge(result: Paired) -> str:

@@ -204,15 +204,7 @@ def _headline(ranked: Sequence[Verdict], reference: str) -> str:
     """Return the sentence at the top: the verdict on the best arm, or what holds for all arms."""
     if not ranked:
         return "There is nothing to compare."
-    order = (
-        statistics.GAIN,
-        statistics.UNCERTAIN,
-        statistics.NOISE,
-        statistics.LOSS,
-        statistics.THIN,
-        statistics.NOTHING,
-    )
-    best = min(ranked, key=lambda verdict: order.index(verdict.word))
+    best = min(ranked, key=lambda verdict: statistics.BEST_FIRST.index(verdict.word))
     words = {verdict.word for verdict in ranked}
     if len(ranked) > 1 and statistics.GAIN not in words and words & {statistics.NOISE, statistics.UNCERTAIN}:
         return f"No arm is better than {reference} beyond doubt. The best so far: {best.sentence}"
