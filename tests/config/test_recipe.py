@@ -9,19 +9,20 @@ import sys
 import textwrap
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pydantic import Field
 
 from yolo_kd.config.recipe import Recipe, describe, load_recipe, shipped_recipes
 from yolo_kd.config.schedule import Schedule
 from yolo_kd.config.terms import TermSpec
 from yolo_kd.errors import ConfigError
 from yolo_kd.losses import base
-from yolo_kd.losses.base import Loss, check_levels, check_range
+from yolo_kd.losses.base import AtLeastZero, LevelNames, Loss, check_key
 from yolo_kd.structures import LossInputs
 
 
@@ -46,9 +47,9 @@ def probe(monkeypatch):
             limit: float | None = 0.5,
         ):
             super().__init__()
-            check_range("alpha", alpha, 0)
-            check_range("size", size, 1)
-            check_levels(levels)
+            check_key("alpha", alpha, AtLeastZero)
+            check_key("size", size, Annotated[int, Field(ge=1)])
+            check_key("levels", levels, LevelNames | None)
             if mode == "bad":
                 raise ValueError("two things do not fit")
             if mode == "worse":
@@ -63,7 +64,7 @@ def probe(monkeypatch):
 
         def __init__(self, *, lam: float):
             super().__init__()
-            check_range("lam", lam, 0)
+            check_key("lam", lam, AtLeastZero)
 
     class Bare(Loss):
         name = "bare"

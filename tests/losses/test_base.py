@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
+from typing import Annotated, ClassVar, Literal, get_type_hints
 
 import pytest
 import torch
+from pydantic import Field
 
 import yolo_kd.losses
 from tests.support.loss_contract import make_inputs, make_loss, make_pair
@@ -13,11 +16,12 @@ from yolo_kd.errors import ConfigError, PairError
 from yolo_kd.losses import base
 from yolo_kd.losses.base import (
     READABLE,
+    AboveZero,
+    AtLeastZero,
     FeatureLoss,
+    LevelNames,
     Loss,
-    check_choice,
-    check_levels,
-    check_range,
+    check_key,
     find,
     parameters,
     registered,
@@ -140,7 +144,7 @@ def test_a_loss_must_say_what_it_computes(registry):
 def test_levels_are_in_stride_order(registry, levels, indices):
     loss = define(FeatureLoss)(levels=levels)
     loss.build(make_pair())
-    assert loss.levels == indices
+    assert loss.level_indices == indices
 
 
 def test_a_level_that_the_pair_lacks(registry):
@@ -153,7 +157,7 @@ def test_a_level_that_the_pair_lacks(registry):
 def test_levels_of_other_strides(registry):
     loss = define(FeatureLoss)(levels=["p6"])
     loss.build(make_pair(student_channels=(8,) * 4, teacher_channels=(8,) * 4, strides=(8, 16, 32, 64)))
-    assert loss.levels == (3,)
+    assert loss.level_indices == (3,)
 
 
 @pytest.mark.parametrize("adapter", [None, "conv1x1"])
@@ -167,7 +171,7 @@ def test_a_feature_loss_adds_up_its_levels(registry, adapter, levels):
     loss = make_loss(define(FeatureLoss, adapter=adapter, level_loss=level_loss, strength=0.5), pair, levels=levels)
     inputs = make_inputs(pair)
     expected = 0.0
-    for i in loss.levels:
+    for i in loss.level_indices:
         student = inputs.student.features[i] if adapter is None else inputs.aligned(adapter, i)
         expected += student.mean().item() ** 2 + inputs.teacher.features[i].mean().item()
     assert loss(inputs)["mine_loss"].item() == pytest.approx(0.5 * expected, rel=1e-5)
@@ -189,49 +193,127 @@ def test_maps_in_float32_have_the_students_memory_format(registry):
     assert student.stride() == teacher.stride()
 
 
-def test_a_choice_that_is_not_there():
-    assert check_choice("mask", "boxes", ("none", "boxes")) == "boxes"
-    with pytest.raises(ValueError, match=r"^mask must be none or boxes, received 'box'\. Did you mean 'boxes'\?$"):
-        check_choice("mask", "box", ("none", "boxes"))
+@pytest.mark.parametrize("choice", ["box", ["boxes"], None])
+def test_a_choice_that_is_not_there(choice):
+    masks = Literal["none", "boxes"]
+    assert check_key("mask", "boxes", masks) == "boxes"
+    hint = r"\. Did you mean 'boxes'\?" if choice == "box" else ""
+    with pytest.raises(ValueError, match=rf"^mask must be none or boxes, received {re.escape(repr(choice))}.*{hint}$"):
+        check_key("mask", choice, masks)
 
 
-@pytest.mark.parametrize("levels", ["p3", [], [3], ["p3", None]])
+@pytest.mark.parametrize("value", [0, 1, "true", None])
+def test_a_switch_is_true_or_false(value):
+    assert check_key("flag", True, bool) is True
+    with pytest.raises(ValueError, match=rf"^flag must be true or false, received {value!r}$"):
+        check_key("flag", value, bool)
+
+
+@pytest.mark.parametrize("levels", ["p3", [], [3], ["p3", None], 3])
 def test_levels_that_are_no_list_of_names(levels):
-    with pytest.raises(ValueError, match=r"^levels must be a list of names such as \[p3, p4, p5\], received "):
-        check_levels(levels)
+    assert check_key("levels", ("p3", "p4"), LevelNames) == ["p3", "p4"]
+    sentence = r"^levels must be a list of level names such as \[p3, p4, p5\], received "
+    with pytest.raises(ValueError, match=sentence + re.escape(repr(levels))):
+        check_key("levels", levels, LevelNames | None)
+
+
+UPTO_ONE = Annotated[float, Field(ge=0, le=1)]
+IN_UNIT = Annotated[float, Field(gt=0, le=1)]
+BELOW_ONE = Annotated[float, Field(ge=0, lt=1)]
+COUNT = Annotated[int, Field(ge=2)]
 
 
 @pytest.mark.parametrize(
-    ("value", "limits", "above"),
-    [(0, (0,), False), (1e9, (0,), False), (0.5, (0, 1), False), (1, (0, 1), True), (1e-9, (0,), True)],
+    ("value", "annotation"),
+    [(0, AtLeastZero), (1e9, AtLeastZero), (0.5, UPTO_ONE), (1, IN_UNIT), (1e-9, AboveZero), (2, COUNT)],
 )
-def test_values_in_range(value, limits, above):
-    assert check_range("x", value, *limits, above=above) == value
+def test_values_in_range(value, annotation):
+    assert check_key("x", value, annotation) == value
 
 
 @pytest.mark.parametrize(
-    ("value", "limits", "above", "allowed"),
+    ("value", "annotation", "allowed"),
     [
-        (-1, (0,), False, "at least 0"),
-        (0, (0,), True, "more than 0"),
-        (1.5, (0, 1), False, "at least 0 and at most 1"),
-        (0, (0, 1), True, "more than 0 and at most 1"),
-        (math.nan, (0,), False, "at least 0"),
-        ("1e-3", (0,), False, "at least 0"),
-        (True, (0,), False, "at least 0"),
-        (None, (0,), False, "at least 0"),
-        ([1], (0,), False, "at least 0"),
+        (-1, AtLeastZero, "a number of at least 0"),
+        (0, AboveZero, "a number of more than 0"),
+        (1.5, UPTO_ONE, "a number of at least 0 and at most 1"),
+        (0, IN_UNIT, "a number of more than 0 and at most 1"),
+        (1, BELOW_ONE, "a number of at least 0 and less than 1"),
+        (math.nan, AtLeastZero, "a number of at least 0"),
+        (math.inf, AtLeastZero, "a number of at least 0"),
+        ("1e-3", AtLeastZero, "a number of at least 0"),
+        (True, AtLeastZero, "a number of at least 0"),
+        (None, AtLeastZero, "a number of at least 0"),
+        ([1], AtLeastZero, "a number of at least 0"),
+        ("1", float, "a number"),
+        (2.0, COUNT, "a whole number of at least 2"),
+        (True, COUNT, "a whole number of at least 2"),
+        ([1, -1], list[AtLeastZero], "a list, each entry a number of at least 0"),
     ],
 )
-def test_values_out_of_range(value, limits, above, allowed):
-    with pytest.raises(ValueError, match=r"^x must be a number of ") as error:
-        check_range("x", value, *limits, above=above)
-    assert str(error.value) == f"x must be a number of {allowed}, received {value!r}"
+def test_values_out_of_range(value, annotation, allowed):
+    with pytest.raises(ValueError, match=r"^x must be ") as error:
+        check_key("x", value, annotation)
+    assert str(error.value) == f"x must be {allowed}, received {value!r}"
 
 
-def test_infinity_is_no_strength():
-    with pytest.raises(ValueError, match="received inf"):
-        check_range("x", math.inf, 0)
+class TestKeys:
+    """Annotated attributes of a loss are the arguments of its constructor."""
+
+    class Keyed(Loss):
+        """Two keys, and attributes that are none."""
+
+        lam: AtLeastZero = 1.0
+        mode: Literal["a", "b"] = "a"
+        flag: ClassVar[bool] = True
+        size: Unknown  # noqa: F821
+        plain = 3
+
+    class More(Keyed):
+        """Another key, and another default."""
+
+        lam: AtLeastZero = 2.0
+        size: int = 4
+
+    def test_a_key_has_a_type_and_a_default(self):
+        keys = parameters(self.Keyed)
+        assert {name: key.default for name, key in keys.items()} == {"lam": 1.0, "mode": "a"}
+        assert get_type_hints(self.Keyed.__init__, include_extras=True) == {n: k.annotation for n, k in keys.items()}
+        assert keys["lam"].annotation == AtLeastZero
+
+    def test_a_subclass_adds_and_changes_keys(self):
+        assert {name: key.default for name, key in parameters(self.More).items()} == {
+            "lam": 2.0,
+            "mode": "a",
+            "size": 4,
+        }
+        loss = self.More(mode="b")
+        assert (loss.lam, loss.mode, loss.size) == (2.0, "b", 4)
+
+    def test_a_wrong_value(self):
+        with pytest.raises(ValueError, match=r"^lam must be a number of at least 0, received -1$"):
+            self.More(lam=-1)
+
+    def test_an_argument_that_is_no_key(self):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'plain'"):
+            self.Keyed(plain=4)
+        with pytest.raises(TypeError, match="positional"):
+            self.Keyed(1.0)
+
+    def test_a_constructor_of_its_own(self):
+        class Own(Loss):
+            lam: AtLeastZero = 1.0
+
+            def __init__(self, *, other: int = 2):
+                super().__init__()
+                self.other = other
+
+        class Heir(Own):
+            lam: AtLeastZero = 2.0
+
+        for cls in (Own, Heir):
+            assert list(parameters(cls)) == ["other"]
+            assert cls(other=3).other == 3
 
 
 def test_a_loss_without_modules_has_no_state():

@@ -171,12 +171,12 @@ def test_adapters_exist_for_the_levels_in_use_only():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"psi": 1.0}, "psi must be less than 1"),
+        ({"psi": 1.0}, "psi must be a number of at least 0 and less than 1, received 1.0"),
         ({"psi": -0.1}, "psi must be a number of at least 0"),
         ({"anchor_scale": 0}, "anchor_scale must be a number of more than 0"),
         ({"anchor_ratios": 2.0}, "anchor_ratios must be a list"),
         ({"anchor_ratios": []}, "anchor_ratios must be a list"),
-        ({"anchor_ratios": [0.5, -1]}, "anchor_ratios must be a number of more than 0"),
+        ({"anchor_ratios": [0.5, -1]}, "anchor_ratios must be a list, each entry a number of more than 0"),
         ({"levels": "p3"}, "levels must be a list"),
     ],
 )

@@ -143,7 +143,7 @@ def test_a_generator_that_restores_the_teacher_has_no_loss():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"lam": 1}, "lam must be less than 1"),
+        ({"lam": 1}, "lam must be a number of at least 0 and less than 1, received 1"),
         ({"lam": -0.1}, "lam"),
         ({"mask": "spacial"}, "Did you mean 'spatial'"),
         ({"mask": None}, "mask must be spatial or channel"),

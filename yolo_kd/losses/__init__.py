@@ -1,7 +1,7 @@
 """All distillation losses: every public class and function by name. Importing this package registers the losses."""
 
 from yolo_kd.losses.at import AT, attention_map, attention_transfer
-from yolo_kd.losses.base import FeatureLoss, Loss, check_choice, check_levels, check_range, find, parameters, registered
+from yolo_kd.losses.base import FeatureLoss, Loss, check_key, find, parameters, registered
 from yolo_kd.losses.bckd import BCKD, probability_gap
 from yolo_kd.losses.costs import format_cost, measured_costs
 from yolo_kd.losses.crosskd import CrossKD, TeacherTails, align_scale, crosskd_box, crosskd_cls

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from yolo_kd.losses.base import FeatureLoss, LevelNames, check_range
+from yolo_kd.losses.base import FeatureLoss
 from yolo_kd.losses.kernels.chunked import sum_in_chunks
 from yolo_kd.losses.kernels.ops import same_shape
 from yolo_kd.structures import LossInputs
@@ -82,9 +82,7 @@ class AT(FeatureLoss):
     paper = "Zagoruyko & Komodakis 2017, arXiv 1612.03928"
     strength = 0.7
 
-    def __init__(self, *, p: Annotated[float, Field(ge=1, le=8)] = 2.0, levels: LevelNames | None = None):
-        super().__init__(levels=levels)
-        self.p = check_range("p", p, 1, 8)
+    p: Annotated[float, Field(ge=1, le=8)] = 2.0
 
     def level_loss(self, inputs: LossInputs, level: int) -> Tensor:
         """Return the attention transfer of one level."""

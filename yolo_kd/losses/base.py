@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, get_origin
 
 import torch
-from pydantic import Field
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from yolo_kd.errors import ConfigError, PairError, did_you_mean, listed
@@ -16,21 +16,94 @@ from yolo_kd.structures import LossInputs, PairSpec
 READABLE = frozenset({"features", "scores", "boxes", "one2one", "targets", "assignment"})
 COLUMN_WIDTH = 10  # Ultralytics' progress bar gives each column 11 characters, one of them a space
 
-# Types of constructor arguments: a recipe is checked, and its schema is written, by what they say.
+# Types of keys: constructors and recipes are checked, and the schema of recipes is written, by what they say.
 AtLeastZero = Annotated[float, Field(ge=0)]
 AboveZero = Annotated[float, Field(gt=0)]
 LevelNames = Annotated[list[str], Field(min_length=1, title="a list of level names", examples=[["p3", "p4", "p5"]])]
 
+_BOUNDS = {  # of a JSON Schema, in words
+    "minimum": "at least",
+    "exclusiveMinimum": "more than",
+    "maximum": "at most",
+    "exclusiveMaximum": "less than",
+}
 _REGISTRY: dict[str, type[Loss]] = {}
+
+
+def _declared_keys(cls: type[Loss]) -> dict[str, inspect.Parameter]:
+    """Return the keys that a class declares: its annotated attributes with a value, class variables excepted."""
+    annotated = {key: hint for key, hint in vars(cls).get("__annotations__", {}).items() if key in vars(cls)}
+    # a class of its own, because the other annotations may name types that only a type checker imports
+    resolvable = type(cls.__name__, (), {"__annotations__": annotated, "__module__": cls.__module__})
+    return {
+        key: inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=vars(cls)[key], annotation=hint)
+        for key, hint in inspect.get_annotations(resolvable, eval_str=True).items()
+        if get_origin(hint) is not ClassVar
+    }
+
+
+def _constructor(keys: Mapping[str, inspect.Parameter]) -> Callable[..., None]:
+    """Return a constructor with these keyword-only arguments, which checks them and sets them on the instance."""
+    named = [p for p in keys.values() if p.kind is p.KEYWORD_ONLY]
+    signature = inspect.Signature([inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), *named])
+
+    def construct(self: Loss, **given: Any) -> None:
+        nn.Module.__init__(self)
+        arguments = signature.bind(self, **given)
+        arguments.apply_defaults()
+        for parameter in named:
+            key = parameter.name
+            setattr(self, key, check_key(key, arguments.arguments[key], parameter.annotation))
+
+    construct.__signature__ = signature  # type: ignore[attr-defined]
+    construct.__annotations__ = {p.name: p.annotation for p in named}
+    return construct
+
+
+def check_key(key: str, value: Any, annotation: Any) -> Any:
+    """Return the value of a key, converted to its type: a whole number to a number, a tuple to a list.
+
+    Raises:
+        ValueError: If the annotation does not allow it; the message names the key, what is allowed and the closest
+            choice.
+    """
+    adapter = TypeAdapter(annotation, config=ConfigDict(strict=True, allow_inf_nan=False))
+    try:
+        return adapter.validate_python(list(value) if isinstance(value, tuple) else value)
+    except ValidationError:
+        schema = adapter.json_schema()
+        schema = schema.get("anyOf", [schema])[0]
+        hint = did_you_mean(value, schema.get("enum", ()))
+        raise ValueError(f"{key} must be {_allowed(schema)}, received {value!r}{hint and '.'}{hint}") from None
+
+
+def _allowed(schema: Mapping[str, Any]) -> str:
+    """Return what a JSON Schema allows, in words."""
+    if "enum" in schema:
+        return listed(schema["enum"])
+    if schema["type"] == "array":
+        example = f" such as [{', '.join(schema['examples'][0])}]" if "examples" in schema else ""
+        return schema.get("title", f"a list, each entry {_allowed(schema['items'])}") + example
+    kinds = {"boolean": "true or false", "string": "text", "integer": "a whole number", "number": "a number"}
+    limits = [f"{words} {schema[bound]:g}" for bound, words in _BOUNDS.items() if bound in schema]
+    return kinds[schema["type"]] + (" of " + " and ".join(limits) if limits else "")
+
+
+def parameters(loss: type[Loss]) -> dict[str, inspect.Parameter]:
+    """Return the recipe keys of a loss: the parameters of its constructor."""
+    return {k: p for k, p in inspect.signature(loss.__init__).parameters.items() if k != "self"}
 
 
 class Loss(nn.Module):
     """One published distillation loss.
 
-    A subclass that sets `name` registers itself. The arguments of its constructor, all keyword-only and with defaults,
-    are the keys that a recipe may set. `build` makes the modules with learned parameters, once the widths of both
-    models are fixed. Adapters that only bring the student's features to the teacher's width are not made there: the
-    loss declares one with `adapter` and reads `inputs.aligned(self.adapter, level)`, so that terms share it.
+    A subclass that sets `name` registers itself. Its class attributes that have an annotation and a value are the keys
+    that a recipe may set. They become keyword-only arguments of the constructor, which checks each one against its
+    annotation and sets it on the instance. A subclass may write a constructor instead.
+
+    `build` makes the modules with learned parameters, once the widths of both models are fixed. Adapters that only
+    bring the student's features to the teacher's width are not made there: the loss declares one with `adapter` and
+    reads `inputs.aligned(self.adapter, level)`, so that terms share it.
 
     Class attributes:
         name: Key in recipes.
@@ -58,6 +131,9 @@ class Loss(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        written = cls.__init__ is not nn.Module.__init__ and not hasattr(cls.__init__, "__signature__")
+        if not written and (keys := _declared_keys(cls)):
+            cls.__init__ = _constructor(keys | parameters(cls) | keys)  # type: ignore[method-assign]
         if not cls.name:
             return  # an abstract helper class
         other = _REGISTRY.get(cls.name)
@@ -118,8 +194,8 @@ class Loss(nn.Module):
 class FeatureLoss(Loss):
     """A loss that compares maps of the pyramid's levels, with the recipe key `levels`.
 
-    A loss that is a sum over levels implements `level_loss`. Other losses override `forward` and use `levels` and
-    `maps`.
+    A loss that is a sum over levels implements `level_loss`. Other losses override `forward` and use `level_indices`
+    and `maps`.
 
     Class attributes:
         strength: Factor of the sum. It makes `weight: 1.0` a sane start: the gradient into the student's neck is about
@@ -131,12 +207,10 @@ class FeatureLoss(Loss):
 
     strength: ClassVar[float] = 1.0
 
-    levels: tuple[int, ...]
-    """Indices of the levels in use, in stride order; set by `build`."""
+    levels: LevelNames | None = None
 
-    def __init__(self, *, levels: LevelNames | None = None):
-        super().__init__()
-        self.level_names = check_levels(levels)
+    level_indices: tuple[int, ...]
+    """Indices of the levels in use, in stride order; set by `build`."""
 
     def build(self, pair: PairSpec) -> None:
         """Find the levels in use.
@@ -148,18 +222,18 @@ class FeatureLoss(Loss):
             PairError: If the pair lacks a level that the recipe names.
         """
         super().build(pair)
-        for name in self.level_names:
+        names = self.levels or pair.level_names
+        for name in names:
             if name not in pair.level_names:
                 raise PairError(
                     f"loss '{self.name}' names level '{name}', but this pair has {listed(pair.level_names)}."
                     f"{did_you_mean(name, pair.level_names)}"
                 )
-        names = self.level_names or pair.level_names
-        self.levels = tuple(i for i, name in enumerate(pair.level_names) if name in names)
+        self.level_indices = tuple(i for i, name in enumerate(pair.level_names) if name in names)
 
     def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
         """Return the only column: the sum of `level_loss` over the levels, times `strength`."""
-        return self.total([self.level_loss(inputs, level) for level in self.levels])
+        return self.total([self.level_loss(inputs, level) for level in self.level_indices])
 
     def total(self, terms: list[Tensor]) -> dict[str, Tensor]:
         """Return the only column: the sum of all terms, times `strength`."""
@@ -184,45 +258,7 @@ class FeatureLoss(Loss):
 
     def of_level(self, modules: nn.ModuleList, level: int) -> Any:
         """Return the module of a level, where `modules` has one for each level in use."""
-        return modules[self.levels.index(level)]
-
-
-def check_levels(levels: Sequence[str] | None) -> tuple[str, ...]:
-    """Return level names as a tuple, () for None, which stands for all levels.
-
-    Raises:
-        ValueError: If `levels` is not a list of names such as p3.
-    """
-    if levels is None:
-        return ()
-    if isinstance(levels, str) or not levels or not all(isinstance(v, str) for v in levels):
-        raise ValueError(f"levels must be a list of names such as [p3, p4, p5], received {levels!r}")
-    return tuple(levels)
-
-
-def check_range(name: str, value: float, low: float, high: float = float("inf"), *, above: bool = False) -> float:
-    """Return `value` if it lies in [low, high], or in (low, high] with `above`.
-
-    Raises:
-        ValueError: If it does not; the message names the argument, the number received and the allowed range.
-    """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and value != float("inf")
-    if not number or not (low < value if above else low <= value) or not value <= high:
-        left = f"more than {low:g}" if above else f"at least {low:g}"
-        right = "" if high == float("inf") else f" and at most {high:g}"
-        raise ValueError(f"{name} must be a number of {left}{right}, received {value!r}")
-    return value
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
-    """Return `value` if it is one of `choices`.
-
-    Raises:
-        ValueError: If it is not; the message names the argument, the choices and the closest one.
-    """
-    if value not in choices:
-        raise ValueError(f"{name} must be {listed(choices)}, received {value!r}.{did_you_mean(value, choices)}")
-    return value
+        return modules[self.level_indices.index(level)]
 
 
 def registered() -> dict[str, type[Loss]]:
@@ -241,8 +277,3 @@ def find(name: str) -> type[Loss]:
             f"unknown loss '{name}'.{did_you_mean(name, _REGISTRY)} Known losses: {listed(sorted(_REGISTRY))}."
         )
     return _REGISTRY[name]
-
-
-def parameters(loss: type[Loss]) -> dict[str, inspect.Parameter]:
-    """Return the recipe keys of a loss: the parameters of its constructor."""
-    return {k: p for k, p in inspect.signature(loss.__init__).parameters.items() if k != "self"}

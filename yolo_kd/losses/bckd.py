@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from yolo_kd.losses.base import AtLeastZero, Loss, check_range
+from yolo_kd.losses.base import AtLeastZero, Loss
 from yolo_kd.losses.kernels.ops import corners, giou_distance, same_shape, target_score_sum
 from yolo_kd.losses.kernels.points import gap_cross_entropy_sum
 from yolo_kd.structures import LossInputs
@@ -57,13 +57,9 @@ class BCKD(Loss):
     teaches_classes = True
     paper = "Yang et al. 2023, arXiv 2308.14286"
 
-    def __init__(
-        self, *, lam_cls: AtLeastZero = 1.0, lam_loc: AtLeastZero = 4.0, beta: Annotated[float, Field(ge=1)] = 1.0
-    ):
-        super().__init__()
-        self.lam_cls = check_range("lam_cls", lam_cls, 0)
-        self.lam_loc = check_range("lam_loc", lam_loc, 0)
-        self.beta = check_range("beta", beta, 1)
+    lam_cls: AtLeastZero = 1.0
+    lam_loc: AtLeastZero = 4.0
+    beta: Annotated[float, Field(ge=1)] = 1.0
 
     def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
         """Return the class and the localisation term."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, TypeVar
+from typing import Annotated, TypeVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from yolo_kd.errors import PairError
-from yolo_kd.losses.base import AboveZero, AtLeastZero, Loss, check_range
+from yolo_kd.losses.base import AboveZero, AtLeastZero, Loss
 from yolo_kd.losses.kernels.channel_stats import deviations, rescaling
 from yolo_kd.losses.kernels.ops import EPS, corners, giou_distance, same_shape, target_score_sum, weighted_mean
 from yolo_kd.losses.kernels.points import gap_cross_entropy_sum, weighted_bins_kl
@@ -134,22 +134,13 @@ class CrossKD(Loss):
     reads = frozenset({"scores", "boxes", "assignment"})
     teaches_classes = True
     paper = "Wang et al. 2024, arXiv 2306.11369"
-    head_split: ClassVar[bool] = True
+    head_split = True
+    tails = TeacherTails()
 
-    def __init__(
-        self,
-        *,
-        lam_cls: AtLeastZero = 1.0,
-        lam_box: AtLeastZero = 4.0,
-        beta: Annotated[float, Field(ge=1)] = 1.0,
-        temperature: AboveZero = 1.0,
-    ):
-        super().__init__()
-        self.lam_cls = check_range("lam_cls", lam_cls, 0)
-        self.lam_box = check_range("lam_box", lam_box, 0)
-        self.beta = check_range("beta", beta, 1)
-        self.temperature = check_range("temperature", temperature, 0, above=True)
-        self.tails = TeacherTails()
+    lam_cls: AtLeastZero = 1.0
+    lam_box: AtLeastZero = 4.0
+    beta: Annotated[float, Field(ge=1)] = 1.0
+    temperature: AboveZero = 1.0
 
     def build(self, pair: PairSpec) -> None:
         """Make a 1x1 convolution for each branch whose widths differ.

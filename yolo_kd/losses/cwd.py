@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from yolo_kd.losses.base import AboveZero, FeatureLoss, LevelNames, check_range
+from yolo_kd.losses.base import AboveZero, FeatureLoss
 from yolo_kd.losses.kernels.channel_stats import standardising
 from yolo_kd.losses.kernels.chunked import converted, sum_in_chunks
 from yolo_kd.losses.kernels.ops import same_shape
@@ -75,10 +75,8 @@ class CWD(FeatureLoss):
     paper = "Shu et al. 2021, arXiv 2011.13256"
     strength = 0.35
 
-    def __init__(self, *, temperature: AboveZero = 1.0, standardise: bool = True, levels: LevelNames | None = None):
-        super().__init__(levels=levels)
-        self.temperature = check_range("temperature", temperature, 0, above=True)
-        self.standardise = standardise
+    temperature: AboveZero = 1.0
+    standardise: bool = True
 
     def level_loss(self, inputs: LossInputs, level: int) -> Tensor:
         """Return the divergence of one level."""

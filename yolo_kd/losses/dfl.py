@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from yolo_kd.losses.base import AboveZero, Loss, check_range
+from yolo_kd.losses.base import AboveZero, Loss
 from yolo_kd.losses.kernels.ops import assigned, box_distributions, categorical_kl, same_shape, weighted_mean
 from yolo_kd.structures import LossInputs
 
@@ -56,9 +56,7 @@ class DFL(Loss):
     needs_bins = True
     instead = "bckd"
 
-    def __init__(self, *, temperature: AboveZero = 20.0):
-        super().__init__()
-        self.temperature = check_range("temperature", temperature, 0, above=True)
+    temperature: AboveZero = 20.0
 
     def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
         """Return the only term."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from yolo_kd.losses.base import AboveZero, AtLeastZero, FeatureLoss, LevelNames, check_range
+from yolo_kd.losses.base import AboveZero, AtLeastZero, FeatureLoss
 from yolo_kd.losses.kernels.boxes import box_cells, cell_weights, paint
 from yolo_kd.losses.kernels.fgd_moments import context_weights, pair_moments
 from yolo_kd.losses.kernels.layout import sum_cells
@@ -223,28 +223,17 @@ class FGD(FeatureLoss):
     paper = "Yang et al. 2022, arXiv 2111.11837"
     strength = 1.2
 
-    def __init__(
-        self,
-        *,
-        alpha: AtLeastZero = 1e-3,
-        beta: AtLeastZero = 5e-4,
-        gamma: AtLeastZero = 5e-4,
-        lam: AtLeastZero = 5e-6,
-        temperature: AboveZero = 0.5,
-        levels: LevelNames | None = None,
-    ):
-        super().__init__(levels=levels)
-        self.alpha = check_range("alpha", alpha, 0)
-        self.beta = check_range("beta", beta, 0)
-        self.gamma = check_range("gamma", gamma, 0)
-        self.lam = check_range("lam", lam, 0)
-        self.temperature = check_range("temperature", temperature, 0, above=True)
+    alpha: AtLeastZero = 1e-3
+    beta: AtLeastZero = 5e-4
+    gamma: AtLeastZero = 5e-4
+    lam: AtLeastZero = 5e-6
+    temperature: AboveZero = 0.5
 
     def build(self, pair: PairSpec) -> None:
         """Make a context block for each side of each level."""
         super().build(pair)
-        self.student_context = nn.ModuleList(ContextBlock(pair.teacher_channels[i]) for i in self.levels)
-        self.teacher_context = nn.ModuleList(ContextBlock(pair.teacher_channels[i]) for i in self.levels)
+        self.student_context = nn.ModuleList(ContextBlock(pair.teacher_channels[i]) for i in self.level_indices)
+        self.teacher_context = nn.ModuleList(ContextBlock(pair.teacher_channels[i]) for i in self.level_indices)
 
     def level_loss(self, inputs: LossInputs, level: int) -> Tensor:
         """Return the five terms of one level."""

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from yolo_kd.losses.base import AboveZero, FeatureLoss, LevelNames, check_range
+from yolo_kd.losses.base import AboveZero, FeatureLoss
 from yolo_kd.losses.kernels.ops import same_shape
 from yolo_kd.losses.kernels.squared_error import squared_error_sum
 from yolo_kd.structures import LossInputs, PairSpec, Targets
@@ -183,42 +183,29 @@ class FGFI(FeatureLoss):
     paper = "Wang et al. 2019, arXiv 1906.03609"
     strength = 50.0
 
-    def __init__(
-        self,
-        *,
-        psi: Annotated[float, Field(ge=0, lt=1)] = 0.5,
-        anchor_scale: AboveZero = 4.0,
-        anchor_ratios: Annotated[Sequence[AboveZero], Field(min_length=1)] = (0.5, 1.0, 2.0),
-        levels: LevelNames | None = None,
-    ):
-        super().__init__(levels=levels)
-        if check_range("psi", psi, 0, 1) == 1:
-            raise ValueError(f"psi must be less than 1, at which no anchor counts, received {psi!r}")
-        self.psi = psi
-        self.anchor_scale = check_range("anchor_scale", anchor_scale, 0, above=True)
-        if isinstance(anchor_ratios, str) or not isinstance(anchor_ratios, Sequence) or not anchor_ratios:
-            raise ValueError(f"anchor_ratios must be a list of numbers such as [0.5, 1, 2], received {anchor_ratios!r}")
-        self.anchor_ratios = tuple(check_range("anchor_ratios", r, 0, above=True) for r in anchor_ratios)
+    psi: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    anchor_scale: AboveZero = 4.0
+    anchor_ratios: Annotated[Sequence[AboveZero], Field(min_length=1)] = (0.5, 1.0, 2.0)
 
     def build(self, pair: PairSpec) -> None:
         """Make one adapter for each level."""
         super().build(pair)
         self.adapters = nn.ModuleList()
-        for i in self.levels:
+        for i in self.level_indices:
             conv = nn.Conv2d(pair.student_channels[i], pair.teacher_channels[i], 3, padding=1)
             nn.init.normal_(conv.weight, std=INIT_STD)
             self.adapters.append(nn.Sequential(conv, nn.ReLU()))
 
     def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
         """Return the only term, over all levels."""
-        key = ("imitation", self.psi, self.anchor_scale, self.anchor_ratios)
+        key = ("imitation", self.psi, self.anchor_scale, *self.anchor_ratios)
         masks = inputs.once(key, lambda: self._masks(inputs))
         errors = []
-        for adapter, i in zip(self.adapters, self.levels, strict=True):
+        for adapter, i in zip(self.adapters, self.level_indices, strict=True):
             teacher = inputs.teacher_feature(i)
             student = inputs.layer(adapter, inputs.student.features[i])
             errors.append(masked_error(student, teacher, masks[i]) / teacher.shape[1])
-        cells = torch.stack([masks[i].sum() for i in self.levels]).sum()
+        cells = torch.stack([masks[i].sum() for i in self.level_indices]).sum()
         return {"fgfi_loss": self.strength * torch.stack(errors).sum() / (2 * cells.clamp(min=1))}
 
     def _masks(self, inputs: LossInputs) -> list[Tensor]:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from yolo_kd.losses.base import AboveZero, FeatureLoss, LevelNames, check_choice, check_range
+from yolo_kd.losses.base import AboveZero, FeatureLoss
 from yolo_kd.losses.kernels.chunked import sum_in_chunks
 from yolo_kd.losses.kernels.ops import averaging, same_shape
 from yolo_kd.structures import DetectorOutputs, LossInputs, PairSpec
@@ -17,7 +17,6 @@ from yolo_kd.structures import DetectorOutputs, LossInputs, PairSpec
 STRENGTH = 0.1  # published λ, for student and critic alike
 CRITIC_SIDE = 64  # cells along a side of the critic's input, close to the published 65
 PENALTY = 10.0  # λ_gp
-FORMS = ("wgan-gp", "hinge")
 
 
 def critic_loss(student: Tensor, teacher: Tensor, form: str = "wgan-gp") -> Tensor:
@@ -236,21 +235,13 @@ class Holistic(FeatureLoss):
     teaches_classes = True
     paper = "Liu et al. 2019, arXiv 1903.04197"
 
-    def __init__(
-        self,
-        *,
-        critic_lr: AboveZero = 4e-4,
-        form: Literal["wgan-gp", "hinge"] = "wgan-gp",
-        levels: LevelNames | None = None,
-    ):
-        super().__init__(levels=levels)
-        self.critic_lr = check_range("critic_lr", critic_lr, 0, above=True)
-        self.form = check_choice("form", form, FORMS)
+    critic_lr: AboveZero = 4e-4
+    form: Literal["wgan-gp", "hinge"] = "wgan-gp"
 
     def build(self, pair: PairSpec) -> None:
         """Make the critic."""
         super().build(pair)
-        self.adversary = Adversary(pair.nc * len(self.levels), self.critic_lr, self.form)
+        self.adversary = Adversary(pair.nc * len(self.level_indices), self.critic_lr, self.form)
 
     def self_trained(self) -> list[nn.Parameter]:
         """Return the critic's parameters."""
@@ -263,9 +254,9 @@ class Holistic(FeatureLoss):
     def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
         """Return the only term, and keep the maps for the critic's next step."""
         same_shape(student=inputs.student.scores, teacher=inputs.teacher.scores)
-        student = score_maps(inputs.student, self.levels)
+        student = score_maps(inputs.student, self.level_indices)
         with torch.no_grad():
-            teacher = score_maps(inputs.teacher, self.levels)
+            teacher = score_maps(inputs.teacher, self.level_indices)
             reference = adversarial_loss(inputs.layer(self.adversary.answer, teacher))
         if student.requires_grad:
             self.adversary.watch(student, teacher, inputs.progress, inputs.continues)

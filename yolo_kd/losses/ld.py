@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from yolo_kd.losses.base import AboveZero, AtLeastZero, Loss, check_range
+from yolo_kd.losses.base import AboveZero, AtLeastZero, Loss
 from yolo_kd.losses.kernels.ops import assigned, box_distributions, categorical_kl, same_shape, weighted_mean
 from yolo_kd.structures import LossInputs
 
@@ -151,11 +151,9 @@ class LD(Loss):
     needs_bins = True
     instead = "bckd"
 
-    def __init__(self, *, temperature: AboveZero = 10.0, lam_main: AtLeastZero = 0.25, lam_vlr: AtLeastZero = 0.25):
-        super().__init__()
-        self.temperature = check_range("temperature", temperature, 0, above=True)
-        self.lam_main = check_range("lam_main", lam_main, 0)
-        self.lam_vlr = check_range("lam_vlr", lam_vlr, 0)
+    temperature: AboveZero = 10.0
+    lam_main: AtLeastZero = 0.25
+    lam_vlr: AtLeastZero = 0.25
 
     def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
         """Return the term of the positives and the term of the valuable region."""

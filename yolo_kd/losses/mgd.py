@@ -10,13 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from yolo_kd.losses.base import FeatureLoss, LevelNames, check_choice, check_range
+from yolo_kd.losses.base import FeatureLoss
 from yolo_kd.losses.kernels.channel_stats import standardise
 from yolo_kd.losses.kernels.ops import same_shape
 from yolo_kd.losses.kernels.squared_error import squared_error_sum
 from yolo_kd.structures import LossInputs, PairSpec
-
-MASKS = ("spatial", "channel")
 
 
 def generator(channels: int) -> nn.Sequential:
@@ -101,27 +99,14 @@ class MGD(FeatureLoss):
     paper = "Yang et al. 2022, arXiv 2205.01529"
     strength = 0.7
 
-    def __init__(
-        self,
-        *,
-        lam: Annotated[float, Field(ge=0, lt=1)] = 0.65,
-        mask: Literal["spatial", "channel"] = "spatial",
-        standardise: bool = True,
-        levels: LevelNames | None = None,
-    ):
-        super().__init__(levels=levels)
-        self.lam = check_range("lam", lam, 0, 1)
-        if lam == 1:
-            raise ValueError("lam must be less than 1, otherwise nothing of the student is left, received 1")
-        if not isinstance(standardise, bool):
-            raise ValueError(f"standardise must be true or false, received {standardise!r}")
-        self.mask = check_choice("mask", mask, MASKS)
-        self.standardise = standardise
+    lam: Annotated[float, Field(ge=0, lt=1)] = 0.65
+    mask: Literal["spatial", "channel"] = "spatial"
+    standardise: bool = True
 
     def build(self, pair: PairSpec) -> None:
         """Make a generator for each level."""
         super().build(pair)
-        self.generators = nn.ModuleList(generator(pair.teacher_channels[i]) for i in self.levels)
+        self.generators = nn.ModuleList(generator(pair.teacher_channels[i]) for i in self.level_indices)
 
     def level_loss(self, inputs: LossInputs, level: int) -> Tensor:
         """Return the mean squared error of the restored map of one level."""

@@ -7,13 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from yolo_kd.losses.base import FeatureLoss, LevelNames, check_choice
+from yolo_kd.losses.base import FeatureLoss
 from yolo_kd.losses.kernels.channel_stats import standardising
 from yolo_kd.losses.kernels.ops import EPS, same_shape
 from yolo_kd.losses.kernels.squared_error import squared_error_sum
 from yolo_kd.structures import LossInputs, Targets
-
-MASKS = ("none", "boxes")
 
 
 def mimic(student: Tensor, teacher: Tensor, mask: Tensor | None = None, standardised: bool = False) -> Tensor:
@@ -92,12 +90,8 @@ class Mimic(FeatureLoss):
     adapter = "conv1x1"
     paper = "Romero et al. 2015, arXiv 1412.6550"
 
-    def __init__(
-        self, *, mask: Literal["none", "boxes"] = "none", standardise: bool = True, levels: LevelNames | None = None
-    ):
-        super().__init__(levels=levels)
-        self.mask = check_choice("mask", mask, MASKS)
-        self.standardise = standardise
+    mask: Literal["none", "boxes"] = "none"
+    standardise: bool = True
 
     def level_loss(self, inputs: LossInputs, level: int) -> Tensor:
         """Return the squared error of one level."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from yolo_kd.losses.base import AtLeastZero, Loss, check_range
+from yolo_kd.losses.base import AtLeastZero, Loss
 from yolo_kd.losses.kernels.ops import (
     EPS,
     distance_giou,
@@ -117,11 +117,9 @@ class Objectness(Loss):
     teaches_classes = True
     paper = "Mehta & Öztürk 2018, arXiv 1805.06361"
 
-    def __init__(self, *, lam_cls: AtLeastZero = 1.0, lam_box: AtLeastZero = 1.0, fm_nms: bool = True):
-        super().__init__()
-        self.lam_cls = check_range("lam_cls", lam_cls, 0)
-        self.lam_box = check_range("lam_box", lam_box, 0)
-        self.fm_nms = fm_nms
+    lam_cls: AtLeastZero = 1.0
+    lam_box: AtLeastZero = 1.0
+    fm_nms: bool = True
 
     def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
         """Return the class and the box term."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from yolo_kd.losses.base import AtLeastZero, Loss, check_range
+from yolo_kd.losses.base import AtLeastZero, Loss
 from yolo_kd.losses.kernels.ops import expected_distance, same_shape
 from yolo_kd.structures import DetectorOutputs, LossInputs
 
@@ -65,9 +65,7 @@ class ObjectnessL2(Loss):
     teaches_classes = True
     paper = "Mehta & Öztürk 2018, arXiv 1805.06361, as reimplemented with raw logits"
 
-    def __init__(self, *, lam: AtLeastZero = PUBLISHED_LAMBDA):
-        super().__init__()
-        self.lam = check_range("lam", lam, 0)
+    lam: AtLeastZero = PUBLISHED_LAMBDA
 
     def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
         """Return the only term."""

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from yolo_kd.errors import PairError
-from yolo_kd.losses.base import FeatureLoss, LevelNames, check_range
+from yolo_kd.losses.base import FeatureLoss
 from yolo_kd.losses.kernels.chunked import sum_in_chunks
 from yolo_kd.losses.kernels.layout import add_products
 from yolo_kd.losses.kernels.ops import averaging, same_shape
@@ -144,18 +144,15 @@ class ReviewKD(FeatureLoss):
     paper = "Chen et al. 2021, arXiv 2104.09044"
     strength = 3.0
 
-    def __init__(self, *, mid_channels: Annotated[int, Field(ge=1)] = 128, levels: LevelNames | None = None):
-        super().__init__(levels=levels)
-        if not isinstance(mid_channels, int):
-            raise ValueError(f"mid_channels must be a whole number of at least 1, received {mid_channels!r}")
-        self.mid_channels = int(check_range("mid_channels", mid_channels, 1))
+    mid_channels: Annotated[int, Field(ge=1)] = 128
 
     def build(self, pair: PairSpec) -> None:
         """Make one fusion per level, deepest first."""
         super().build(pair)
+        deepest = self.level_indices[-1]
         self.fusions = nn.ModuleList(
-            Fusion(pair.student_channels[i], self.mid_channels, pair.teacher_channels[i], deeper=i != self.levels[-1])
-            for i in reversed(self.levels)
+            Fusion(pair.student_channels[i], self.mid_channels, pair.teacher_channels[i], deeper=i != deepest)
+            for i in reversed(self.level_indices)
         )
 
     def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
@@ -164,7 +161,7 @@ class ReviewKD(FeatureLoss):
         Raises:
             PairError: If a level has a single cell in the whole batch, so that it cannot be normalised.
         """
-        features = [inputs.student.features[i] for i in self.levels]
+        features = [inputs.student.features[i] for i in self.level_indices]
         if any(feature[:, 0].numel() < 2 for feature in features):
             raise PairError(
                 "reviewkd normalises each level over its cells, but a level of this batch has only one. Raise imgsz "
@@ -172,5 +169,5 @@ class ReviewKD(FeatureLoss):
             )
         fused = inputs.layers(lambda *maps: review(self.fusions, maps), *features, as_is=True)
         return self.total(
-            [hcl(f, inputs.teacher_feature(i, as_is=True)) for f, i in zip(fused, self.levels, strict=True)]
+            [hcl(f, inputs.teacher_feature(i, as_is=True)) for f, i in zip(fused, self.level_indices, strict=True)]
         )

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from yolo_kd.losses.base import AboveZero, AtLeastZero, FeatureLoss, LevelNames, check_range
+from yolo_kd.losses.base import AboveZero, AtLeastZero, FeatureLoss
 from yolo_kd.losses.kernels.layout import channels_innermost
 from yolo_kd.losses.kernels.ops import same_shape
 from yolo_kd.losses.kernels.sea_alignment import cell_alignment
@@ -194,29 +194,17 @@ class SEA(FeatureLoss):
     adapter = "conv1x1"
     paper = "SEA, 2022, arXiv 2203.00862 (reconstructed)"
 
-    def __init__(
-        self,
-        *,
-        alpha: AtLeastZero = 1.0,
-        beta: AtLeastZero = 1.0,
-        gamma: AtLeastZero = 1.0,
-        tau1: AboveZero = 0.5,
-        tau2: AboveZero = 1.0,
-        shrink: Annotated[float, Field(gt=0, le=1)] = 0.5,
-        levels: LevelNames | None = None,
-    ):
-        super().__init__(levels=levels)
-        self.alpha = check_range("alpha", alpha, 0)
-        self.beta = check_range("beta", beta, 0)
-        self.gamma = check_range("gamma", gamma, 0)
-        self.tau1 = check_range("tau1", tau1, 0, above=True)
-        self.tau2 = check_range("tau2", tau2, 0, above=True)
-        self.shrink = check_range("shrink", shrink, 0, 1, above=True)
+    alpha: AtLeastZero = 1.0
+    beta: AtLeastZero = 1.0
+    gamma: AtLeastZero = 1.0
+    tau1: AboveZero = 0.5
+    tau2: AboveZero = 1.0
+    shrink: Annotated[float, Field(gt=0, le=1)] = 0.5
 
     def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
         """Return the three terms, averaged over levels."""
         categories = inputs.once(("semantic masks", self.shrink), lambda: self._categories(inputs))
-        terms = [self._terms(*self.maps(inputs, level), categories[level]) for level in self.levels]
+        terms = [self._terms(*self.maps(inputs, level), categories[level]) for level in self.level_indices]
         cad, tdd, lda = (torch.stack(term).mean() for term in zip(*terms, strict=True))
         return {
             "kcad_loss": CAD_GAIN * self.alpha * cad,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from yolo_kd.losses.base import AtLeastZero, FeatureLoss, LevelNames, check_range
+from yolo_kd.losses.base import AtLeastZero, FeatureLoss
 from yolo_kd.losses.kernels.ops import same_shape
 from yolo_kd.losses.kernels.points import weighted_binary_kl
 from yolo_kd.structures import DetectorOutputs, LossInputs
@@ -164,20 +164,9 @@ class Structured(FeatureLoss):
     teaches_classes = True
     paper = "Liu et al. 2019, arXiv 1903.04197"
 
-    def __init__(
-        self,
-        *,
-        lam_pi: AtLeastZero = 1.0,
-        lam_pa: AtLeastZero = 1.0,
-        nodes: Annotated[int, Field(ge=2)] = 10,
-        levels: LevelNames | None = None,
-    ):
-        super().__init__(levels=levels)
-        self.lam_pi = check_range("lam_pi", lam_pi, 0)
-        self.lam_pa = check_range("lam_pa", lam_pa, 0)
-        if not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 2:
-            raise ValueError(f"nodes must be a whole number of at least 2, received {nodes!r}")
-        self.nodes = nodes
+    lam_pi: AtLeastZero = 1.0
+    lam_pa: AtLeastZero = 1.0
+    nodes: Annotated[int, Field(ge=2)] = 10
 
     def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
         """Return the pixel-wise and the pair-wise term."""
@@ -185,7 +174,7 @@ class Structured(FeatureLoss):
         same_shape(student=s.scores, teacher=t.scores)
         pixel = pixel_wise_sigmoid(self._scores(s), self._scores(t))
         pairs = []
-        for i in self.levels:
+        for i in self.level_indices:
             same_shape(student=s.features[i][:, :1], teacher=t.features[i][:, :1])
             # A maximum is exact in any precision, and few nodes are left to convert.
             student, teacher = (pool_to_nodes(x.features[i], self.nodes).float() for x in (s, t))
@@ -195,7 +184,7 @@ class Structured(FeatureLoss):
 
     def _scores(self, outputs: DetectorOutputs) -> Tensor:
         """Return the raw class logits of the points on the levels in use, (B, A, nc)."""
-        if len(self.levels) == len(outputs.shapes):
+        if len(self.level_indices) == len(outputs.shapes):
             return outputs.scores
         per_level = outputs.per_level(outputs.scores)
-        return torch.cat([per_level[i] for i in self.levels], 1)
+        return torch.cat([per_level[i] for i in self.level_indices], 1)

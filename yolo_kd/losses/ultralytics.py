@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from yolo_kd.losses.base import AtLeastZero, FeatureLoss, LevelNames, check_range
+from yolo_kd.losses.base import AtLeastZero, FeatureLoss
 from yolo_kd.losses.kernels.ops import EPS, same_shape
 from yolo_kd.losses.kernels.squared_error import squared_error_sum
 from yolo_kd.structures import LossInputs
@@ -50,9 +50,7 @@ class Ultralytics(FeatureLoss):
     adapter = "mlp"
     paper = "Ultralytics 8.4, distill_model="
 
-    def __init__(self, *, dis: AtLeastZero = 6.0, levels: LevelNames | None = None):
-        super().__init__(levels=levels)
-        self.dis = check_range("dis", dis, 0)
+    dis: AtLeastZero = 6.0
 
     def forward(self, inputs: LossInputs) -> dict[str, Tensor]:
         """Return the only term, summed over levels in Ultralytics' order of additions."""
@@ -60,7 +58,7 @@ class Ultralytics(FeatureLoss):
         logits = t.scores if t.one2one_scores is None else (t.scores + t.one2one_scores) / 2
         score = t.per_level(logits.detach().sigmoid().amax(-1, keepdim=True).float())
         terms = []
-        for i in self.levels:
+        for i in self.level_indices:
             weight = score[i].transpose(1, 2).unflatten(-1, t.shapes[i])
             terms.append(score_weighted_l2(*self.maps(inputs, i), weight) * self.dis)
         return {"dis_loss": sum(terms[1:], terms[0])}

@@ -112,8 +112,7 @@ def _check_path(path: Path, role: str) -> None:
     Raises:
         CheckpointError: If it is an address, does not exist, is no file, or has the suffix of another kind of file.
     """
-    if ":/" in str(path):
-        raise CheckpointError(f"{role}={path} is an address. Download the file first and name it.")
+    _check_local(path, f"{role}={path}")
     if (kind := EXPORTS.get(path.suffix.lower())) is not None:
         raise CheckpointError(
             f"{role}={path} is {kind}, not a checkpoint. Name the .pt file that it was exported from."
@@ -131,6 +130,11 @@ def _check_path(path: Path, role: str) -> None:
             raise CheckpointError(f"{role}={path} does not exist.{_neighbour(path)}")
     except OSError as error:  # for example, the name is too long or access to the folder is denied
         raise CheckpointError(f"{role}={str(path)[:80]} cannot be read: {error.strerror}.") from error
+
+
+def _check_local(path: Path, what: str) -> None:
+    if ":/" in str(path):
+        raise CheckpointError(f"{what} is an address. Download the file first and name it.")
 
 
 def _downloadable(path: Path) -> bool:
@@ -195,10 +199,10 @@ def load_detector(
         CheckpointError: If the source is missing, unsafe, damaged, or no detector.
     """
     source = Path(check_model_file_from_stem(str(source)))
-    if source.suffix.lower() in {".yaml", ".yml"}:
-        return _build_detector(source, role, nc, channels, trust)
-    checkpoint, path = load_checkpoint_file(source, role=role, trust=trust)
     what = f"{role}={source}"
+    if source.suffix.lower() in {".yaml", ".yml"}:
+        return _build_detector(source, what, nc, channels, trust)
+    checkpoint, path = load_checkpoint_file(source, role=role, trust=trust)
     model = held_model(checkpoint)
     check_model(model, what, rebuilt=role == "student", trust=trust)
     try:
@@ -208,11 +212,9 @@ def load_detector(
     return LoadedDetector(model, checkpoint, path, sha256(path))
 
 
-def _build_detector(source: Path, role: str, nc: int | None, channels: int, trust: bool) -> LoadedDetector:
+def _build_detector(source: Path, what: str, nc: int | None, channels: int, trust: bool) -> LoadedDetector:
     """Build a detector with random weights from a model YAML."""
-    what = f"{role}={source}"
-    if ":/" in str(source):
-        raise CheckpointError(f"{what} is an address. Download the file first and name it.")
+    _check_local(source, what)
     try:
         with restricted_loading(trust), torch.random.fork_rng(devices=[]), quiet():
             if not trust:

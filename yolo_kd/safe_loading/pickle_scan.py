@@ -189,7 +189,7 @@ class _Numbers:
 
 @dataclass(frozen=True)
 class _Thing:
-    """Anything else; `kind` is list, dict, tensor, bytes, method or the name of a class."""
+    """Anything else; `kind` is list, dict, tensor, method or the name of a class or function."""
 
     kind: str
 
@@ -279,30 +279,27 @@ class _Walk:
             return
         if name not in _CALLABLES:
             raise Refused(f"it calls {name}, which a checkpoint has no reason to", (name,))
-        short = name.rpartition(".")[2]
+        short, first, rest = name.rpartition(".")[2], arguments[:1], arguments[1:]
+        made = _Thing(short)
         if short == "_rebuild_tensor_v2":
             self.tensor(*arguments[:4])
-            made: Any = _Thing("tensor")
-        elif short.startswith("_rebuild_parameter"):
-            if arguments[0] != _Thing("tensor"):
-                raise Refused("it makes a parameter of something that is no tensor")
             made = _Thing("tensor")
+        elif short.startswith("_rebuild_parameter"):
+            made = _Thing("tensor")
+            if first != (made,):
+                raise Refused("it makes a parameter of something that is no tensor")
         elif short == "getattr":
-            if len(arguments) != 2 or arguments[1] not in _METHODS or not isinstance(arguments[0], _Name | _Thing):
-                raise Refused(f"it reads the attribute {_text(arguments[1:])} of an object")
             made = _METHOD
+            if len(rest) != 1 or rest[0] not in _METHODS or not isinstance(first[0], _Name | _Thing):
+                raise Refused(f"it reads the attribute {_text(rest)} of an object")
         elif short == "encode":
-            if arguments[1:] != ("latin1",):
-                raise Refused(f"it encodes text as {_text(arguments[1:])}")
-            made = _Thing("bytes")
+            if rest != ("latin1",):
+                raise Refused(f"it encodes text as {_text(rest)}")
         elif short == "dtype":
-            if not isinstance(arguments[0], str) or not _NUMPY_KIND.fullmatch(arguments[0]):
-                raise Refused(f"it holds NumPy values of the kind {_text(arguments[0])}")
-            made = _Thing(short)
-        else:
-            if any(isinstance(argument, _Name) for argument in arguments):
-                raise Refused(f"it hands a name to {name}", (name,))
-            made = _Thing(short)
+            if not isinstance(first[0], str) or not _NUMPY_KIND.fullmatch(first[0]):
+                raise Refused(f"it holds NumPy values of the kind {_text(first[0])}")
+        elif any(isinstance(argument, _Name) for argument in arguments):
+            raise Refused(f"it hands a name to {name}", (name,))
         self.push(made)
 
     def tensor(self, numbers: Any, offset: int, size: _Tuple, stride: _Tuple) -> None:

@@ -101,27 +101,24 @@ def head_split_points(model: nn.Module) -> dict[str, nn.Module]:
     """
     head = head_of(model)
     points = {}
-    for i, (box, cls) in enumerate(zip(head.cv2, head.cv3, strict=True)):
-        for name, branch in (("cls", cls), ("box", box)):
+    for name, branches in (("cls", head.cv3), ("box", head.cv2)):
+        for i, branch in enumerate(branches):
             block = _last_convolution(branch[-2])
-            fused = not hasattr(block, "bn")
-            points[f"{name}{i}"] = block.conv if fused else block.bn
+            points[f"{name}{i}"] = getattr(block, "bn", block.conv)
     return points
 
 
 def head_tails(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     """Return the layers after `head_split_points`, frozen: per level the end of the class and of the box branch."""
+
+    def tail(branch: Any) -> nn.Module:
+        activation = deepcopy(_last_convolution(branch[-2]).act)
+        if hasattr(activation, "inplace"):
+            activation.inplace = False  # the losses need its input unchanged
+        return nn.Sequential(activation, branch[-1]).eval().requires_grad_(False)
+
     head = head_of(model)
-    tails: list[tuple[nn.Module, nn.Module]] = []
-    for box, cls in zip(head.cv2, head.cv3, strict=True):
-        pair = []
-        for branch in (cls, box):
-            activation = deepcopy(_last_convolution(branch[-2]).act)
-            if hasattr(activation, "inplace"):
-                activation.inplace = False  # the losses need its input unchanged
-            pair.append(nn.Sequential(activation, branch[-1]).eval().requires_grad_(False))
-        tails.append((pair[0], pair[1]))
-    return tails
+    return [(tail(cls), tail(box)) for cls, box in zip(head.cv3, head.cv2, strict=True)]
 
 
 def _last_convolution(block: nn.Module) -> Any:

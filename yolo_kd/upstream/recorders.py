@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from ultralytics.nn.modules.head import Detect
 
 from yolo_kd.errors import ConfigError
 from yolo_kd.structures import Assignment, DetectorOutputs
-from yolo_kd.upstream.heads import bins_of, head_of, neck_layers, strides_of
+from yolo_kd.upstream.heads import bins_of, head_of, strides_of
 
 
 class LayerRecorder:
@@ -108,10 +107,10 @@ def outputs_of(predictions: Any, model: nn.Module, layers: Mapping[str, Tensor] 
 
 
 class TeacherRecorder:
-    """Runs a frozen teacher with hooks on its head and on the layers that feed the head.
+    """Runs a frozen teacher with a hook on its head.
 
     The head computes only what the terms read: raw outputs, without decoding boxes, and only the branches that some
-    term reads. A student needs no such recorder, because its head returns its input features.
+    term reads.
 
     Args:
         model: The teacher, in eval mode.
@@ -136,14 +135,8 @@ class TeacherRecorder:
             self._head.forward = self._read_head
         else:
             self._head.training = True  # raw outputs without decoding; the modules inside the head stay in eval mode
-        self._captured: dict[int, Tensor] = {}
         self._raw: dict[str, Any] = {}
-        self._handles: list[RemovableHandle] = []
-        self._layers = neck_layers(model)
-        for index in self._layers:
-            layer: nn.Module = model.model[index]  # type: ignore[index, assignment]
-            self._handles.append(layer.register_forward_hook(self._keep(index)))
-        self._handles.append(self._head.register_forward_hook(self._keep_raw))
+        self._handle = self._head.register_forward_hook(self._keep)
 
     def _read_head(self, features: list[Tensor]) -> dict[str, Any]:
         """Compute the branches that are read, in place of the head's forward pass."""
@@ -154,18 +147,12 @@ class TeacherRecorder:
             return torch.cat([b(f).flatten(2) for b, f in zip(branches, features, strict=True)], -1)
 
         head = self._head
-        raw: dict[str, Any] = {"boxes": points(head.cv2, "boxes"), "scores": points(head.cv3, "scores")}
+        raw = {"boxes": points(head.cv2, "boxes"), "scores": points(head.cv3, "scores"), "feats": features}
         if "one2one" in self._reads and getattr(head, "one2one_cv3", None) is not None:
             return {"one2many": raw, "one2one": {"scores": points(head.one2one_cv3, "one2one")}}
         return raw
 
-    def _keep(self, index: int) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            self._captured[index] = output
-
-        return hook
-
-    def _keep_raw(self, _module: nn.Module, _inputs: Any, output: dict[str, Any]) -> None:
+    def _keep(self, _module: nn.Module, _inputs: Any, output: dict[str, Any]) -> None:
         self._raw = output
 
     def __call__(self, images: Tensor) -> DetectorOutputs:
@@ -178,17 +165,12 @@ class TeacherRecorder:
             The teacher's outputs. Tensors that no term reads have no points.
         """
         self.forward(images)
-        features = tuple(self._captured[i] for i in self._layers)
         raw, self._raw = self._raw, {}
-        self._captured.clear()
-        main = {**raw.get("one2many", raw), "feats": features}
-        return outputs_of({"one2many": main, "one2one": raw.get("one2one")}, self.model, self._others.take())
+        return outputs_of(raw, self.model, self._others.take())
 
     def remove(self) -> None:
         """Remove the hooks; the model is plain again."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._handle.remove()
         self._others.remove()
         self._head.training = False
         self._head.__dict__.pop("forward", None)
