@@ -6,7 +6,7 @@
 - `progress.py`: prints how far the trainings are.
 - `evaluate.py` and `size_metrics.py`: measure the checkpoints. `statistics.py`: judges the differences.
 - `records.py`: the records of all results. `summary.py` and `notes.py`: create the summary.
-- `report.py` and `report.html.j2`: write the files, with `tables.py`, `plots.py` and `examples.py`.
+- `report.py`, `report.html.j2` and `report.md.j2`: write the files, with `tables.py`, `plots.py` and `examples.py`.
 
 This module imports nothing, so that the process of a training does not load what only the comparison needs.
 """

@@ -6,12 +6,14 @@ import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from ultralytics.utils.patches import imread
 
 from yolo_kd.compare.size_metrics import ImageResult, overlaps
@@ -171,10 +173,9 @@ def _drawn(pixels: np.ndarray, boxes: Sequence[tuple[np.ndarray, str, str, str]]
     axes.imshow(pixels, extent=(0, width, height, 0), aspect="auto")
     for box, color, line, label in boxes:
         x1, y1, x2, y2 = np.clip(box, 0, [width, height] * 2)
-        for tone, thick in (("black", 4.5), (color, 2.25)):
-            axes.add_patch(
-                Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=tone, linewidth=thick, linestyle=line)
-            )
+        outline = [withStroke(linewidth=4.5, foreground="black")]
+        style: dict[str, Any] = {"linewidth": 2.25, "linestyle": line, "path_effects": outline}
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, **style))
         x, side = (x1, "left") if x1 < width / 2 else (x2, "right")
         above = "bottom" if y1 > height / 10 else "top"
         axes.text(x, y1, label, fontsize=9, color="white", backgroundcolor="black", ha=side, va=above)

@@ -70,11 +70,10 @@ def onnx_latency(
         shape = [d if isinstance(d, int) else 1 for d in first.shape]
         kind = np.float16 if "float16" in first.type else np.float32
         sessions[name] = (session, {first.name: generator.random(shape).astype(kind)})
-    names = list(sessions)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[float]] = {name: [] for name in sessions}
 
     def one_round() -> None:
-        for name in generator.permutation(names):
+        for name in generator.permutation(list(sessions)):
             session, feed = sessions[name]
             began = clock()
             session.run(None, feed)

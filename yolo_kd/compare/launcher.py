@@ -134,9 +134,7 @@ def _start(run: Run, jobs: int) -> _Process:
     write_text(run.experiment, yaml.safe_dump(run.keys, sort_keys=False, allow_unicode=True))
     module, words = words_of(run, resume)
     share = max(1, (os.cpu_count() or 1) // jobs)
-    environment = {**os.environ}
-    if jobs > 1:
-        environment["OMP_NUM_THREADS"] = str(min(share, int(os.environ.get("OMP_NUM_THREADS") or share)))
+    threads = str(min(share, int(os.environ.get("OMP_NUM_THREADS") or share)))
     run.status, run.error = RUNNING, ""
     command, now = shlex.join(["python", "-m", module, *words]), time.strftime("%Y-%m-%d %H:%M:%S")
     run.attempts.append(
@@ -149,7 +147,7 @@ def _start(run: Run, jobs: int) -> _Process:
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=subprocess.STDOUT,
-        env=environment,
+        env=os.environ | ({"OMP_NUM_THREADS": threads} if jobs > 1 else {}),
         start_new_session=True,  # so that the whole process group can be ended
     )
     return _Process(run, popen, log, time.monotonic())

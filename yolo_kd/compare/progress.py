@@ -50,16 +50,15 @@ class Progress:
     def line(self, runs: Sequence[Run], run: Run) -> str:
         """Return the line of a run: its progress, its metric, and the training time that is left for the comparison."""
         rows = run.rows()
-        metric = f", mAP50-95 {rows[-1][MAP_COLUMN]:.3f}" if rows and MAP_COLUMN in rows[-1] else ""
+        metrics = [row[MAP_COLUMN] for row in rows if MAP_COLUMN in row]
         if run.status == FINISHED:
-            best = max((row[MAP_COLUMN] for row in rows if MAP_COLUMN in row), default=None)
-            shown = f", best mAP50-95 {best:.3f}" if best is not None else ""
+            shown = f", best mAP50-95 {max(metrics):.3f}" if metrics else ""
             state = f"finished after {len(rows)} epochs{shown}, {_duration(run.seconds() or 0)}"
         elif run.status == FAILED:
             lines = run.error.splitlines()
             state = f"FAILED: {lines[0]} {lines[-1] if len(lines) > 1 else ''}".rstrip() + f" (log: {run.log})"
         else:
-            state = f"epoch {len(rows)}/{run.epochs}{metric}"
+            state = f"epoch {len(rows)}/{run.epochs}" + (f", mAP50-95 {metrics[-1]:.3f}" if metrics else "")
         left = self.left(runs)
         ahead = f"; about {_duration(left)} of training left" if left is not None and left > 0 else ""
         return f"{self._prefix(runs, run)} {state}{ahead}"

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -257,10 +257,6 @@ def locked(folder: Path) -> Iterator[None]:
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages that a run depends on."""
-    found = {"yolo-kd": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
-    for package in ("ultralytics", "torch", "torchvision", "numpy", "onnx", "onnxruntime", "scipy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    packages = ("ultralytics", "torch", "torchvision", "numpy", "onnx", "onnxruntime", "scipy")
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"yolo-kd": __version__, "python": python, **{package: version(package) for package in packages}}

@@ -106,17 +106,18 @@ class _Arms:
 
     def summaries(self) -> list[ArmSummary]:
         """Summarise every arm; p values are corrected for the number of arms."""
-        names = list(self.evaluated)
-        difference: dict[str, dict[str, dict[str, Paired]]] = {name: {s: {} for s in self.splits} for name in names}
-        for split in self.splits:
-            for metric in METRICS:
-                base = self.metric(self.reference, split, metric)
-                pairs = {name: statistics.paired(self.metric(name, split, metric), base) for name in names}
-                adjusted = statistics.holm({name: pairs[name].p_t for name in names if name != self.reference})
-                for name in names:
-                    corrected = pairs[name].model_copy(update={"p_holm": adjusted.get(name)})
-                    difference[name][split][metric] = corrected
-        return [self.summary(arm, difference[arm.name]) for arm in self.comparison.arms]
+        pairs = {(split, metric): self.pairs(split, metric) for split in self.splits for metric in METRICS}
+        return [
+            self.summary(arm, {s: {metric: pairs[s, metric][arm.name] for metric in METRICS} for s in self.splits})
+            for arm in self.comparison.arms
+        ]
+
+    def pairs(self, split: str, metric: str) -> dict[str, Paired]:
+        """Compare every arm with the reference in one metric on one split."""
+        base = self.metric(self.reference, split, metric)
+        found = {name: statistics.paired(self.metric(name, split, metric), base) for name in self.evaluated}
+        adjusted = statistics.holm({name: pair.p_t for name, pair in found.items() if name != self.reference})
+        return {name: pair.model_copy(update={"p_holm": adjusted.get(name)}) for name, pair in found.items()}
 
     def metric(self, arm: str, split: str, metric: str) -> dict[int, float]:
         """Return a metric of an arm by seed."""
@@ -141,7 +142,10 @@ class _Arms:
             gflops=first.gflops if first else None,
             latency_ms=measured.latencies.get(arm.name),
             audit=measured.audits.get(arm.name, ()),
-            metrics={split: self.spreads(arm.name, split) for split in self.splits},
+            metrics={
+                split: {name: statistics.spread([*self.metric(arm.name, split, name).values()]) for name in METRICS}
+                for split in self.splits
+            },
             difference=difference,
             gap_closed={split: self.gap_closed(arm, split, difference[split][MAIN]) for split in self.splits},
             classes={split: self.group(arm.name, "classes", split) for split in self.splits},
@@ -150,10 +154,6 @@ class _Arms:
             time_ratio=1.0 if is_reference else ratio,
         )
         return found if is_reference else found.model_copy(update={"verdict": self.verdict(found)})
-
-    def spreads(self, arm: str, split: str) -> dict[str, records.Spread]:
-        """Return mean and standard deviation of an arm by metric."""
-        return {metric: statistics.spread([*self.metric(arm, split, metric).values()]) for metric in METRICS}
 
     def gap_closed(self, arm: Arm, split: str, difference: Paired) -> float | None:
         """Return the share of the distance between reference and teacher that an arm covers on a split."""

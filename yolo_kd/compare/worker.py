@@ -11,6 +11,7 @@ from the number of processors, which is too many for each of several trainings a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import runpy
 import signal
@@ -20,11 +21,9 @@ import threading
 
 def end_with_parent() -> None:
     """Wait until the other end of standard input closes, then end this process and its children."""
-    try:
+    with contextlib.suppress(OSError):
         while os.read(0, 1):
             pass
-    except OSError:
-        pass
     if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
         os.killpg(os.getpid(), signal.SIGKILL)
     os._exit(1)
