@@ -55,7 +55,7 @@ class Distillation:
     """A frozen teacher, a student and a recipe.
 
     The student is never wrapped: this object only hooks the student while it trains, and `close` removes the hooks.
-    A training step in a loop of your own::
+    A training loop without a trainer::
 
         distillation = Distillation.build(student, "yolov8s.pt", "default")
         optimizer = torch.optim.AdamW([*student.parameters(), *distillation.parameters()])

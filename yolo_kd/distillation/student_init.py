@@ -72,10 +72,12 @@ def inherit(student: nn.Module, teacher: nn.Module, same_classes: bool = True) -
         What was copied and what was not.
     """
     partners = dict(neck_and_head(teacher))
-    own, source, reasons = {}, {}, {}
+    target: dict[str, Tensor] = {}
+    source: dict[str, Tensor] = {}
+    reasons: dict[str, str] = {}
     for place, (index, layer) in neck_and_head(student):
         _, partner = partners.get(place, (0, None))
-        own |= {f"model.{index}.{name}": tensor for name, tensor in layer.state_dict().items()}
+        target |= {f"model.{index}.{name}": tensor for name, tensor in layer.state_dict().items()}
         if partner is not None and type(partner) is type(layer):
             source |= {f"model.{index}.{name}": tensor for name, tensor in partner.state_dict().items()}
         else:
@@ -88,7 +90,7 @@ def inherit(student: nn.Module, teacher: nn.Module, same_classes: bool = True) -
     def equal(_name: str, tensor: Tensor, value: Tensor) -> Tensor | None:
         return value if value.shape == tensor.shape else None
 
-    return _copied(own, source, reasons.get, equal)
+    return _copied(target, source, reasons.get, equal)
 
 
 def thin(student: nn.Module, teacher: nn.Module, same_classes: bool = True, least: float = 0.0) -> Inheritance:
@@ -119,7 +121,7 @@ def thin(student: nn.Module, teacher: nn.Module, same_classes: bool = True, leas
 
 @torch.no_grad()
 def _copied(
-    own: Mapping[str, Tensor],
+    target: Mapping[str, Tensor],
     source: Mapping[str, Tensor],
     refusal: Callable[[str], str | None],
     select: Callable[[str, Tensor, Tensor], Tensor | None],
@@ -128,7 +130,7 @@ def _copied(
     """Copy tensors into the student's.
 
     Args:
-        own: The student's tensors by name, changed in place.
+        target: The student's tensors by name, changed in place.
         source: The teacher's tensors by the same names.
         refusal: Returns the reason why a tensor must not be copied; None or an empty string if there is none.
         select: Returns what to copy of a teacher's tensor, None if its shape does not fit.
@@ -136,7 +138,7 @@ def _copied(
     """
     found: dict[str, Tensor] = {}
     kept: dict[str, str] = {}
-    for name, tensor in own.items():
+    for name, tensor in target.items():
         if reason := refusal(name):
             kept[name] = reason
         elif name not in source:
@@ -145,10 +147,10 @@ def _copied(
             kept[name] = f"shape {tuple(tensor.shape)} here, {tuple(source[name].shape)} in the teacher"
         else:
             found[name] = selected
-    copied, total = (sum(t.numel() for t in tensors.values()) for tensors in (found, own))
+    copied, total = (sum(t.numel() for t in tensors.values()) for tensors in (found, target))
     if copied < least * total:
         few = f"only {copied / total:.0%} of the student has a counterpart in the teacher"
         found, kept, copied = {}, kept | dict.fromkeys(found, few), 0
     for name, selected in found.items():
-        own[name].copy_(selected)
+        target[name].copy_(selected)
     return Inheritance(tuple(found), kept, copied, total)

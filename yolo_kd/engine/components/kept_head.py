@@ -158,7 +158,8 @@ def extend_head(model: nn.Module, source: nn.Module, names: Sequence[str]) -> No
 def _place(tensor: Tensor, block: Tensor, rows: Sequence[int]) -> None:
     """Copy a block to the leading columns of some rows of a tensor; the other columns of these rows become zero."""
     padded = tensor.new_zeros(len(rows), *tensor.shape[1:])
-    padded[(slice(None), *(slice(0, n) for n in block.shape[1:]))] = block.to(tensor.dtype)
+    leading = (slice(None), *(slice(0, n) for n in block.shape[1:]))
+    padded[leading] = block.to(tensor.dtype)
     tensor[list(rows)] = padded
 
 
