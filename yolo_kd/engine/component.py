@@ -16,22 +16,14 @@ from yolo_kd.upstream.heads import OptimizerScope
 Base: Any = object
 """The trainer that `Hosted` is mixed into, for the type checker."""
 
-_HOOKS = """
-construct get_dataset get_model set_model_attributes build_dataset get_dataloader auto_batch build_optimizer
-build_pipeline setup_train resume_training load_checkpoint_state train do_train run_callbacks preprocess_batch
-optimizer_step validate recover_from_nan get_validator label_loss_items save_model save_metrics final_eval
-finish_checkpoint provenance
-"""
-HOOKS = frozenset(_HOOKS.split())
-"""Names of the methods of a component that wrap a method of the trainer."""
-
 
 class Component:
     """One concern of a training.
 
-    A method named in `HOOKS` wraps the trainer's method of that name, see `Hosted`. It receives `proceed` and the
-    arguments of that method. Calling `proceed` runs the next component's method and finally Ultralytics' method; the
-    component does its work before or after that call, around it, or instead of it. Every method is optional::
+    A method that takes `proceed` wraps the method of `Hosted` of the same name without underscores around it: `init`
+    wraps the constructor, and `do_train` wraps `_do_train`. It receives `proceed` and the arguments of that method.
+    Calling `proceed` runs the next component's method and finally Ultralytics' method; the component does its work
+    before or after that call, around it, or instead of it. Every method is optional::
 
         class Stopwatch(Component):
             def validate(self, proceed):
@@ -60,8 +52,8 @@ class Component:
     def __init_subclass__(cls) -> None:
         for name, function in vars(cls).items():
             code = getattr(function, "__code__", None)
-            if code is not None and "proceed" in code.co_varnames[:2] and name not in HOOKS:
-                raise TypeError(f"{cls.__name__}.{name} wraps no method of a trainer.{did_you_mean(name, HOOKS)}")
+            if code is not None and "proceed" in code.co_varnames[:2] and name not in hooks():
+                raise TypeError(f"{cls.__name__}.{name} wraps no method of a trainer.{did_you_mean(name, hooks())}")
 
     def trained_module(self) -> nn.Module | None:
         """Return a module that the student's optimiser trains in addition to the student."""
@@ -84,7 +76,7 @@ class Hosted(Base):
 
     def __init__(self, cfg: Any, overrides: dict | None = None, _callbacks: dict | None = None):
         # Ultralytics' constructor resolves arguments, creates the run's folder and reads the data set.
-        self.through("construct", partial(super().__init__, cfg, overrides, _callbacks))()
+        self.through("init", partial(super().__init__, cfg, overrides, _callbacks))()
 
     def through(self, hook: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a call in the method `hook` of every component that has one."""
@@ -132,7 +124,7 @@ class Hosted(Base):
 
     def _build_train_pipeline(self) -> None:
         # Build loaders and optimiser; Ultralytics does it again with half the batch when memory runs out.
-        self.through("build_pipeline", super()._build_train_pipeline)()
+        self.through("build_train_pipeline", super()._build_train_pipeline)()
 
     def _setup_train(self) -> None:
         # Set up everything before the first epoch.
@@ -176,7 +168,7 @@ class Hosted(Base):
 
     def _handle_nan_recovery(self, epoch: int) -> bool:
         # End an epoch, and return whether it must be repeated from the last checkpoint.
-        return self.through("recover_from_nan", super()._handle_nan_recovery)(epoch)
+        return self.through("handle_nan_recovery", super()._handle_nan_recovery)(epoch)
 
     def get_validator(self) -> Any:
         """Return the validator."""
@@ -205,6 +197,11 @@ class Hosted(Base):
     def provenance(self) -> dict[str, Any]:
         """Return plain entries for the finished checkpoints."""
         return self.through("provenance", dict)()
+
+
+def hooks() -> set[str]:
+    """Return the names of the methods of a component that wrap a method of the trainer, without its underscores."""
+    return {name.strip("_") for name, method in vars(Hosted).items() if callable(method)}
 
 
 def carry_state(optimizer: torch.optim.Optimizer, components: tuple[Component, ...]) -> None:

@@ -165,7 +165,7 @@ class DistillationComponent(Component):
         finally:
             trainer.model = student
 
-    def build_pipeline(self, proceed: Callable[[], None]) -> None:
+    def build_train_pipeline(self, proceed: Callable[[], None]) -> None:
         """Restart the epoch's progress when Ultralytics halves the batch after running out of memory."""
         proceed()
         self._batches = (-1, 0)
@@ -235,7 +235,7 @@ class DistillationComponent(Component):
         distillation.after_step()
         return None
 
-    def recover_from_nan(self, proceed: Callable[[int], bool], epoch: int) -> bool:
+    def handle_nan_recovery(self, proceed: Callable[[int], bool], epoch: int) -> bool:
         """Report the skipped batches, and let Ultralytics return to `last.pt` if weights are not finite.
 
         Ultralytics checks the loss of the last batch, which the guard has made finite.

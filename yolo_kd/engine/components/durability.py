@@ -52,7 +52,7 @@ class Durability(Component):
 
     # ------------------------------------------------------------------------------------------------ set-up
 
-    def construct(self, proceed: Callable[[], None]) -> None:
+    def init(self, proceed: Callable[[], None]) -> None:
         """Name the key to change if the run's folder cannot be written to.
 
         Raises:
