@@ -136,7 +136,7 @@ def test_a_recipe_is_read(write):
         ),
         (
             "lossses:\n  objectness:",
-            "x.yaml:1: unknown key 'lossses' of a recipe. Did you mean 'losses'? Allowed: inherit, plugins, losses.",
+            "x.yaml:1: unknown key 'lossses' of a recipe. Did you mean 'losses'? Allowed: plugins, inherit, losses.",
         ),
         ("losses:\n  objectnes:", "x.yaml:2: unknown loss 'objectnes'. Did you mean 'objectness'? Known losses: "),
         (

@@ -256,14 +256,14 @@ def test_classes_are_read_with_the_other_keys(tmp_path):
     words = ["teacher=t.pt", "student=s.pt", "data=d.yaml"]
     kept = {"keep_conf": 0.05, "keep_blend": 0.65}
     found = parse_train([*words, "class_map={car:", "vehicle,", "truck: vehicle}"])
-    assert found.classes == {"class_map": {"car": "vehicle", "truck": "vehicle"}}
-    assert parse_train([*words, "class_map={'car': 'a b'}"]).classes == {"class_map": {"car": "a b"}}
+    assert found.class_options.to_keys() == {"class_map": {"car": "vehicle", "truck": "vehicle"}}
+    assert parse_train([*words, "class_map={'car': 'a b'}"]).class_options.to_keys() == {"class_map": {"car": "a b"}}
     file = tmp_path / "experiment.yaml"
     file.write_text("class_map: {car: vehicle}\n")
-    assert parse_train([*words, f"cfg={file}"]).classes == {"class_map": {"car": "vehicle"}}
-    assert parse_train([*words, f"cfg={file}", "class_map=index"]).classes == {"class_map": "index"}
-    assert parse_train([*words, "keep_classes=teacher"]).classes == {"keep_classes": "teacher", **kept}
-    assert parse_train(words).classes == {}
+    assert parse_train([*words, f"cfg={file}"]).class_options.to_keys() == {"class_map": {"car": "vehicle"}}
+    assert parse_train([*words, f"cfg={file}", "class_map=index"]).class_options.to_keys() == {"class_map": "index"}
+    assert parse_train([*words, "keep_classes=teacher"]).class_options.to_keys() == {"keep_classes": "teacher", **kept}
+    assert parse_train(words).class_options.to_keys() == {}
     file.write_text("class_map: {car: [vehicle]}\nkeep_conf: 3\n")
     lines = mistakes(parse_train, [*words, f"cfg={file}"])
     assert [line.partition(" ")[2].split(":")[0].split(" must")[0] for line in lines] == ["class_map", "keep_conf"]
@@ -275,6 +275,8 @@ def test_own_keys_are_documented():
     assert set(OWN_KEYS) == {
         "teacher",
         "student",
+        "data",
+        "resume",
         "kd",
         "kd.<loss>.<key>",
         "cfg",

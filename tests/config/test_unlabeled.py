@@ -84,7 +84,7 @@ def test_share_of_a_batch(batch: int, ratio: float, pool: int) -> None:
 
 def test_paths_on_the_command_line() -> None:
     def given(text: str) -> Any:
-        return parse_train([*REST, f"unlabeled={text}"]).pool["unlabeled"]
+        return parse_train([*REST, f"unlabeled={text}"]).to_keys()["unlabeled"]
 
     assert given("some, folder") == ["some, folder"]
     assert given("[a, 'b c']") == ["a", "b c"]
@@ -96,7 +96,7 @@ def test_an_experiment_file_names_them(tmp_path: Path) -> None:
     file.write_text("teacher: a.pt\nstudent: b.pt\ndata: c.yaml\nunlabeled: [x, y]\nunlabeled_ratio: 2\n")
     options = parse_train([f"cfg={file}", "unlabeled_ratio=3"])
     assert options.unlabeled == UnlabeledOptions(("x", "y"), ratio=3)
-    assert options.own_keys["unlabeled"] == ["x", "y"]
+    assert options.to_keys()["unlabeled"] == ["x", "y"]
     file.write_text("teacher: a.pt\nstudent: b.pt\ndata: c.yaml\nunlabeled: x\nunlabeled_mode: all\n")
     with pytest.raises(ConfigError, match=r"cfg\.yaml:5: unlabeled_mode must be distill, pseudo or both"):
         parse_train([f"cfg={file}"])

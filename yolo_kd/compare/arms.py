@@ -15,9 +15,10 @@ from typing_extensions import TypedDict
 
 from yolo_kd.config.class_options import CLASS_KEYS
 from yolo_kd.config.command_line import NO_RECIPE, parse_assignments
+from yolo_kd.config.experiment import read_items
 from yolo_kd.config.recipe import shipped_recipes
 from yolo_kd.config.source import Item, problem, raise_if, read_yaml, shown
-from yolo_kd.config.train_options import DEFAULT_RECIPE, TrainOptions, default_recipe, read_items, resolve_items
+from yolo_kd.config.train_options import DEFAULT_RECIPE, TrainOptions, default_recipe, resolve_items
 from yolo_kd.config.train_options import OWN_KEYS as TRAIN_KEYS
 from yolo_kd.config.unlabeled import UNLABELED_KEYS
 from yolo_kd.config.validation import CONFIG, Number, Whole, validate
@@ -322,6 +323,6 @@ def _start(options: TrainOptions) -> bool | str:
     pretrained = options.ultralytics.get("pretrained")
     student, teacher = (str(name).lower().endswith((".yaml", ".yml")) for name in (options.student, options.teacher))
     weightless = not isinstance(pretrained, str) and (student or pretrained is False)
-    if not weightless or teacher or options.classes.get("keep_classes") or options.recipe is None:
+    if not weightless or teacher or options.class_options.keep_classes or options.recipe is None:
         return False
     return options.recipe.inherit

@@ -202,7 +202,7 @@ def keys_of(arm: Arm) -> dict[str, Any]:
     if arm.kind == UPSTREAM:
         keys = {"model": options.student, "distill_model": options.teacher, **arm.extra, **keys}
     else:
-        keys = {"student": options.student, **options.own_keys, **keys}
+        keys = {**options.to_keys(), **keys}
         if options.unlabeled:
             keys[SOURCE_KEY] = [os.path.abspath(source) for source in options.unlabeled.source]
     for key in _PATHS:  # so that a comparison can be continued from another folder

@@ -10,18 +10,16 @@ from ultralytics.cfg import CFG_BOOL_KEYS, CFG_FLOAT_KEYS, CFG_FRACTION_KEYS, CF
 from ultralytics.utils import DEFAULT_CFG_DICT
 
 from yolo_kd.config.class_options import ClassOptions
-from yolo_kd.config.plugins import PluginKeys
 from yolo_kd.config.recipe import RecipeKeys, shipped_recipes
 from yolo_kd.config.speed import Speed
 from yolo_kd.config.terms import TermKeys, term_model
-from yolo_kd.config.train_options import TrainOptions
+from yolo_kd.config.train_options import TrainKeys
 from yolo_kd.config.ultralytics_keys import FIXED, REPLACED
 from yolo_kd.config.unlabeled import UnlabeledOptions
 from yolo_kd.config.validation import json_schema
 from yolo_kd.losses.base import registered
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
-_FIELDS = ("teacher", "student", "data", "inherit", "trust_checkpoints", "random_teacher", "resume")
 _NULL = {"type": "null"}
 
 
@@ -36,13 +34,11 @@ def experiment_schema() -> dict[str, Any]:
     """Return the JSON Schema of an experiment file: the keys of `yolo-kd train`, Ultralytics' included."""
     recipe, definitions = _recipe()
     definitions = {**definitions, "recipe": recipe}
-    training = json_schema(TrainOptions)["properties"]
-    properties: dict[str, Any] = {key: training[key] for key in _FIELDS}
+    properties: dict[str, Any] = dict(json_schema(TrainKeys)["properties"])
     properties["kd"] = {
-        "description": training["kd"]["description"],
+        "description": properties["kd"]["description"],
         "anyOf": [{"type": "string", "examples": ["none", *shipped_recipes()]}, {"$ref": "#/$defs/recipe"}],
     }
-    properties["plugins"] = json_schema(PluginKeys)["properties"]["plugins"]
     for group in (ClassOptions, UnlabeledOptions, Speed):
         properties |= json_schema(group)["properties"]
     for name in registered():

@@ -34,7 +34,14 @@ def _imported(name: str) -> str:
 
 
 ModuleName = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*$", title="the name of a module")]
-Plugin = Annotated[ModuleName, AfterValidator(_imported)]
+Plugins = Annotated[
+    list[Annotated[ModuleName, AfterValidator(_imported)]],
+    Field(
+        title="a list of names of modules",
+        examples=[["my_package.my_loss"]],
+        description="Modules to import for losses of your own; importing a module runs its code.",
+    ),
+]
 
 
 class PluginKeys(BaseModel):
@@ -42,9 +49,4 @@ class PluginKeys(BaseModel):
 
     model_config = STRICT
 
-    plugins: list[Plugin] = Field(
-        default=[],
-        title="a list of names of modules",
-        examples=[["my_package.my_loss"]],
-        description="Modules to import for losses of your own; importing a module runs its code.",
-    )
+    plugins: Plugins = []

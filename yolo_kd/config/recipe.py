@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, StrictBool
+from pydantic import Field, StrictBool
 from pydantic.dataclasses import dataclass
 
 from yolo_kd.config.plugins import PluginKeys
 from yolo_kd.config.source import Item, problem, raise_if, read_yaml, shown, wrap
 from yolo_kd.config.terms import AUTO, TermSpec, read_term
-from yolo_kd.config.validation import CONFIG, STRICT, validate
+from yolo_kd.config.validation import CONFIG, validate
 from yolo_kd.errors import did_you_mean, listed
 from yolo_kd.losses.base import find, registered
 
@@ -73,21 +73,14 @@ class Recipe:
 LossKeys = Annotated[dict[str, Any], Field(title="a mapping of its keys", examples=[{"weight": 1.0}])]
 
 
-class InheritKey(BaseModel):
-    """The key `inherit` of a recipe."""
-
-    model_config = STRICT
+class RecipeKeys(PluginKeys):
+    """The keys of a recipe file; each loss has a model of its own, see `term_model`."""
 
     inherit: Inherit | None = Field(
         default=False,
         description="Initialisation of a student without weights: thinned (a thinned copy of the teacher), true (what "
         "fits of its neck and head), false (random).",
     )
-
-
-class RecipeKeys(PluginKeys, InheritKey):
-    """The keys of a recipe file; each loss has a model of its own, see `term_model`."""
-
     losses: dict[str, LossKeys | None] = Field(
         min_length=1,
         title="a mapping from names of losses to their keys",

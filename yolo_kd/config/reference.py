@@ -10,12 +10,11 @@ from typing import Any
 import yaml
 
 from yolo_kd.config.class_options import ClassOptions
-from yolo_kd.config.plugins import PluginKeys
 from yolo_kd.config.recipe import RecipeKeys
 from yolo_kd.config.schedule import Schedule
 from yolo_kd.config.speed import Speed
 from yolo_kd.config.terms import TermKeys, meanings, term_model
-from yolo_kd.config.train_options import OWN_KEYS, TrainOptions
+from yolo_kd.config.train_options import OWN_KEYS, TrainKeys
 from yolo_kd.config.unlabeled import UnlabeledOptions
 from yolo_kd.config.validation import json_schema, words
 from yolo_kd.errors import listed
@@ -57,15 +56,11 @@ def _key(name: str, entry: Mapping[str, Any], definitions: Mapping[str, Any]) ->
 
 def train_keys() -> dict[str, list[Key]]:
     """Return this package's keys of a training, in groups by a heading; Ultralytics documents all others."""
-    fields = {key.name: key for key in [*keys_of(TrainOptions), *keys_of(PluginKeys)]}
+    fields = {key.name: key for key in keys_of(TrainKeys)}
     fields["kd"] = Key("kd", "a recipe's name, the path of a recipe, a recipe or none", "default", fields["kd"].meaning)
-    texts = {name: Key(name, allowed, "", OWN_KEYS[name]) for name, allowed in _TEXT_KEYS.items()}
+    texts = [Key(name, allowed, "", OWN_KEYS[name]) for name, allowed in _TEXT_KEYS.items()]
     return {
-        "Teacher, student and recipe": [
-            *(fields[name] for name in ("teacher", "student", "data", "kd")),
-            *texts.values(),
-            *(fields[name] for name in ("plugins", "inherit", "resume", "trust_checkpoints", "random_teacher")),
-        ],
+        "Teacher, student and recipe": [*fields.values(), *texts],
         "Classes": keys_of(ClassOptions),
         "Unlabeled images": keys_of(UnlabeledOptions),
         "Speed": keys_of(Speed),

@@ -21,7 +21,7 @@ MAX_BYTES = 256 * 1024  # PyYAML reads about 100 KB/s; a larger file is not one 
 MAX_DEPTH = 20  # its composer recurses, and so do the readers of what it returns
 
 _TAG = "tag:yaml.org,2002:"
-_SCALARS = {_TAG + kind for kind in ("str", "int", "float", "bool", "null")}
+_KINDS = {"bool": "true or false", "null": "nothing", "int": "a number", "float": "a number", "timestamp": "a date"}
 # what people mean as a number and PyYAML, which follows YAML 1.1, takes for text
 _NUMBER = re.compile(r"([-+]?)(\d+\.?\d*|\.\d+)(?:[eE]([-+]?)(\d+))?")
 
@@ -181,7 +181,7 @@ def raise_if(problems: list[str]) -> None:
 
 
 def _refused(text: str, name: str) -> Iterator[str]:
-    """Yield what must not reach the composer: aliases, which can grow without bound, and deep nesting."""
+    """Yield what must not reach the composer: tags, aliases, which can grow without bound, and deep nesting."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         where = name if event.start_mark is None else f"{name}:{event.start_mark.line + 1}"
@@ -189,6 +189,8 @@ def _refused(text: str, name: str) -> Iterator[str]:
         if anchor is not None:
             sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
             yield problem(where, f"'{sign}{anchor}': no anchors and no aliases here; write the values out.")
+        if tag := getattr(event, "tag", None):
+            yield problem(where, f"the tag '{tag.replace(_TAG, '!!')}' is not allowed here; write plain values.")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > MAX_DEPTH:
@@ -210,23 +212,20 @@ class _Reader:
         return f"{self.name}:{node.start_mark.line + 1}"
 
     def item(self, node: yaml.Node, where: str) -> Item | None:
-        if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
-            return self.mapping(node, where)
-        if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
-            items = (self.item(entry, self.line(entry)) for entry in node.value)
-            return Item([item for item in items if item is not None], where)
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node, where)
-        self.refuse_tag(node)
-        return None
+        if isinstance(node, yaml.MappingNode):
+            return self.mapping(node, where)
+        items = (self.item(entry, self.line(entry)) for entry in node.value)
+        return Item([item for item in items if item is not None], where)
 
     def mapping(self, node: yaml.MappingNode, where: str) -> Item:
         entries: dict[str, Item] = {}
         first: dict[str, int] = {}
         for key_node, value_node in node.value:
             place = self.line(key_node)
-            if key_node.tag != _TAG + "str" or not isinstance(key_node, yaml.ScalarNode):
-                self.refuse_key(key_node, place)
+            if reason := self.refused_key(key_node):
+                self.problems.append(problem(place, reason))
                 continue
             key = key_node.value
             if key in first:
@@ -239,39 +238,30 @@ class _Reader:
         return Item(entries, where)
 
     def scalar(self, node: yaml.ScalarNode, where: str) -> Item | None:
-        text = node.value
-        if node.tag == _TAG + "timestamp":
-            self.problems.append(problem(where, f"{text} is read as a date; put it in quotes."))
-            return None
-        if node.tag not in _SCALARS:
-            self.refuse_tag(node)
-            return None
-        if node.tag in (_TAG + "int", _TAG + "float") and ":" in text:
-            self.problems.append(problem(where, f"{text} is read as a number to base 60; put it in quotes."))
-            return None
-        if node.tag == _TAG + "str" and node.style is None and (number := _NUMBER.fullmatch(text)):
-            self.problems.append(problem(where, f"{text} is read as text; write {_spelled(number)}."))
-            return None
-        try:
-            return Item(self.constructor.construct_object(node), where)
-        except Exception:  # `!!int abc`; the constructors raise whatever int() and their tables raise
-            self.problems.append(problem(where, f"{shown(text)} is not a value of the type that its tag names."))
-            return None
-
-    def refuse_tag(self, node: yaml.Node) -> None:
-        tag = node.tag.replace(_TAG, "!!")
-        what = {"!!merge": "merge keys '<<' are", "!!value": "'=' without quotes is"}.get(tag, f"the tag '{tag}' is")
-        self.problems.append(problem(self.line(node), f"{what} not allowed here; write plain values."))
-
-    def refuse_key(self, node: yaml.Node, where: str) -> None:
-        if node.tag == _TAG + "merge":
-            self.problems.append(problem(where, "no inheritance with '<<' here; write the values out."))
-        elif isinstance(node, yaml.ScalarNode):
-            kind = node.tag.rpartition(":")[2]
-            kind = {"bool": "true or false", "null": "nothing", "int": "a number", "float": "a number"}.get(kind, kind)
-            self.problems.append(problem(where, f"key '{node.value}' is read as {kind}; put it in quotes."))
+        text, kind = node.value, node.tag.removeprefix(_TAG)
+        number = _NUMBER.fullmatch(text) if kind == "str" and node.style is None else None
+        if number:
+            reason = f"{text} is read as text; write {_spelled(number)}."
+        elif kind in ("int", "float") and ":" in text:
+            reason = f"{text} is read as a number to base 60; put it in quotes."
+        elif kind in ("timestamp", "merge", "value"):
+            reason = f"{text} is read as {_KINDS.get(kind, 'a sign of YAML')}; put it in quotes."
         else:
-            self.problems.append(problem(where, "a key must be text, not a mapping or a list."))
+            try:
+                return Item(self.constructor.construct_object(node), where)
+            except ValueError:  # Python reads no integer of thousands of digits
+                reason = f"{shown(text)} is too long for a number."
+        self.problems.append(problem(where, reason))
+        return None
+
+    def refused_key(self, node: yaml.Node) -> str | None:
+        """Return what is wrong with a key."""
+        kind = node.tag.removeprefix(_TAG)
+        if not isinstance(node, yaml.ScalarNode):
+            return "a key must be text, not a mapping or a list."
+        if kind == "merge":
+            return "no inheritance with '<<' here; write the values out."
+        return None if kind == "str" else f"key '{node.value}' is read as {_KINDS.get(kind, kind)}; put it in quotes."
 
 
 def _spelled(number: re.Match[str]) -> str:

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, field
 from functools import cache
 from textwrap import dedent
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ModelWrapValidatorHandler,
-    create_model,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, create_model
 from pydantic.dataclasses import dataclass
-from typing_extensions import Self
+from pydantic_core import PydanticCustomError
 
 import yolo_kd.losses  # noqa: F401  registers the losses that ship with the package
 from yolo_kd.config.schedule import RATIO, Multiplier, Schedule
 from yolo_kd.config.source import Item, problem
-from yolo_kd.config.validation import CONFIG, STRICT, Loc, checked, validate
+from yolo_kd.config.validation import CONFIG, STRICT, validate
 from yolo_kd.errors import YoloKDError, did_you_mean, listed
 from yolo_kd.losses.base import Loss, parameters, registered
 
@@ -71,6 +63,12 @@ class TermSpec:
         }
 
 
+def _different(names: list[str]) -> list[str]:
+    if len(set(names)) < len(names):
+        raise PydanticCustomError("repeated", "a layer is named twice")
+    return names
+
+
 def _made(value: Any) -> Any:
     return Schedule(**value) if isinstance(value, dict) else value
 
@@ -83,6 +81,7 @@ Layers = Annotated[
         examples=[["model.4", "model.6"]],
         json_schema_extra={"uniqueItems": True},
     ),
+    AfterValidator(_different),
 ]
 
 
@@ -90,7 +89,6 @@ class TermKeys(BaseModel):
     """The keys that every loss of a recipe takes."""
 
     model_config = STRICT
-    loss: ClassVar[type[Loss] | None] = None
 
     weight: Multiplier | Literal["auto"] = Field(
         default=1.0, description="Strength of the loss; 1.0 is a sensible one. auto: the weight follows the gradients."
@@ -113,45 +111,30 @@ class TermKeys(BaseModel):
         default=None, description="Layers of the teacher to read in place of its neck's outputs, finest first."
     )
 
-    @model_validator(mode="wrap")
-    @classmethod
-    def _belong_together(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        return checked(data, handler, cls._rules)
-
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of the loss's constructor that were given."""
         fields = {name: field.alias for name, field in type(self).model_fields.items() if field.alias}
         return {key: getattr(self, name) for name, key in fields.items() if name in self.model_fields_set}
 
-    @classmethod
-    def _rules(cls, given: Mapping[str, Any]) -> list[tuple[Loc, str]]:
-        """Return the mistakes between keys."""
-        name = "" if cls.loss is None else cls.loss.name
-        lines: list[tuple[Loc, str]] = []
-        if "ratio" in given and given.get("weight") != AUTO:
-            sentence = f"ratio of loss '{name}' has no effect without weight: {AUTO}. Write that, or leave ratio out."
-            lines.append((("ratio",), sentence))
-        schedule = given.get("schedule")
-        if isinstance(schedule, dict) and schedule.get("kind", "constant") == "constant":
-            start = schedule.get("start", 1.0)
-            if schedule.get("end", start) not in (1.0, start):
-                sentence = f"end of the schedule of loss '{name}' has no effect with kind: constant."
-                lines.append((("schedule", "end"), f"{sentence} Write kind: linear or cosine, or leave it out."))
-        layers = [key for key in LAYER_KEYS if given.get(key)]
-        if layers and cls.loss is not None and (other := sorted(cls.loss.reads - LAYER_READS)):
-            sentence = f"loss '{name}' reads {listed(other)}, which belong to the head's levels; it cannot take layers."
-            lines.append(((layers[0],), sentence))
-        for key in layers:
-            if isinstance(names := given[key], list) and len({str(n) for n in names}) < len(names):
-                lines.append(((key,), f"{key} of loss '{name}' must be a list of different layer names, each once."))
-        return lines
 
-
-class _UnknownTerm(TermKeys):
-    """The keys of a loss that does not exist: those of its constructor cannot be checked."""
-
-    model_config = ConfigDict(extra="ignore")
+def _contradictions(loss: type[Loss], given: Mapping[str, Item]) -> Iterator[tuple[Item, str]]:
+    """Yield the mistakes between keys, each with what is wrong."""
+    if "ratio" in given and ("weight" not in given or given["weight"].value != AUTO):
+        sentence = f"ratio of loss '{loss.name}' has no effect without weight: {AUTO}."
+        yield given["ratio"], f"{sentence} Write that, or leave ratio out."
+    schedule = given["schedule"].plain() if "schedule" in given else None
+    if isinstance(schedule, dict) and schedule.get("kind", "constant") == "constant":
+        start = schedule.get("start", 1.0)
+        if schedule.get("end", start) not in (1.0, start):
+            sentence = f"end of the schedule of loss '{loss.name}' has no effect with kind: constant."
+            yield given["schedule"].value["end"], f"{sentence} Write kind: linear or cosine, or leave it out."
+    layers = [key for key in LAYER_KEYS if key in given and given[key].value]
+    if layers and (other := sorted(loss.reads - LAYER_READS)):
+        sentence = (
+            f"loss '{loss.name}' reads {listed(other)}, which belong to the head's levels; it cannot take layers."
+        )
+        yield given[layers[0]], sentence
 
 
 def constructor(loss: type[Loss]) -> dict[str, inspect.Parameter]:
@@ -201,14 +184,7 @@ def _term_model(loss: Any) -> type[TermKeys]:
             _as_read(hints.get(key, Any)),
             Field(default, alias=key, description=documented.get(key)),
         )
-    model = create_model(
-        f"Term_{loss.name}",
-        __base__=TermKeys,
-        __doc__=f"{loss.paper or loss.name}.",
-        **fields,
-    )
-    model.loss = loss
-    return model
+    return create_model(f"Term_{loss.name}", __base__=TermKeys, __doc__=f"{loss.paper or loss.name}.", **fields)
 
 
 def _as_read(hint: Any) -> Any:
@@ -228,7 +204,8 @@ def read_term(name: str, item: Item, problems: list[str]) -> TermSpec | None:
         known = registered()
         sentence = f"unknown loss '{name}'.{did_you_mean(name[:60], known)} Known losses: {listed(list(known))}."
         problems.append(problem(item.where, sentence))
-        validate(_UnknownTerm, item, problems, label)
+        shared = {key: entry for key, entry in item.value.items() if key in TermKeys.model_fields}
+        validate(TermKeys, Item(shared, item.where), problems, label)
         return None
     try:
         model = term_model(loss)
@@ -236,6 +213,7 @@ def read_term(name: str, item: Item, problems: list[str]) -> TermSpec | None:
         problems.append(problem(item.where, str(error)))
         return None
     keys = validate(model, item, problems, label)
+    problems += [problem(wrong.where, sentence) for wrong, sentence in _contradictions(loss, item.value)]
     if keys is None:  # what is right of it may still be refused by the constructor
         given = [key for key in constructor(loss) if key in item.value]
         alone = {key: validate(model, Item({key: item.value[key]}), []) for key in given}

@@ -15,7 +15,7 @@ from yolo_kd.errors import did_you_mean, listed
 
 OPTIMIZERS = ("SGD", "MuSGD", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSProp", "auto")
 SMALLEST_IMAGE, LARGEST_IMAGE = 32, 16384  # pixels; the coarsest level of a detector has stride 32
-MINIMA = {"workers": 0, "close_mosaic": 0, "box": 0, "cls": 0, "dfl": 0, "warmup_epochs": 0, "cls_pw": 0}
+MINIMA = {"workers": 0, "close_mosaic": 0, "box": 0, "cls": 0, "dfl": 0, "warmup_epochs": 0}
 
 REPLACED = {
     "model": "write student= for the model that is trained.",

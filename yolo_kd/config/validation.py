@@ -6,14 +6,14 @@ key allows are read from that schema. A field's `title` replaces these words, it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Annotated, Any, TypeVar, cast
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
-from pydantic_core import ArgsKwargs, InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from yolo_kd.config.source import Item, problem, shown
 from yolo_kd.errors import did_you_mean, listed
@@ -27,10 +27,6 @@ STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=Fals
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Whole = Annotated[int, Field(strict=True)]
 Text = Annotated[str, Field(strict=True, min_length=1)]
-
-
-class Group(Item):
-    """Keys that are written without the name of the field that holds them."""
 
 
 _MISTAKE = "mistake"  # the type of errors whose sentence is complete
@@ -59,7 +55,7 @@ def json_schema(model: Any) -> dict[str, Any]:
     return _adapter(model).json_schema(schema_generator=_Untitled)
 
 
-def validate(model: type[T], item: Item, problems: list[str], label: str = "", context: Any = None) -> T | None:
+def validate(model: type[T], item: Item, problems: list[str], label: str = "") -> T | None:
     """Turn what was read into a validated object.
 
     Args:
@@ -67,48 +63,25 @@ def validate(model: type[T], item: Item, problems: list[str], label: str = "", c
         item: A mapping whose entries know their places.
         problems: Receives one sentence per mistake.
         label: The owner of the keys in messages, as in "of loss 'cwd'"; empty for keys that stand alone.
-        context: For the model's validators.
 
     Returns:
         The object, None if anything is wrong with it.
     """
     try:
-        return cast(T, _adapter(cast(Any, model)).validate_python(item.plain(), context=context))
+        return cast(T, _adapter(cast(Any, model)).validate_python(item.plain()))
     except ValidationError as error:
         problems += _Translator(model, item, label).sentences(error)
         return None
 
 
-def mistakes(lines: Iterable[tuple[Loc, str]], error: ValidationError | None = None) -> ValidationError:
-    """Return the error for a validator to raise: complete sentences by key, after the errors of the fields.
+def mistakes(lines: Iterable[tuple[Loc, str]]) -> ValidationError:
+    """Return the error for a validator to raise: complete sentences by key.
 
     Args:
         lines: Pairs of a key's location, () for the model itself, and a sentence.
-        error: Errors of the same model that go first.
     """
-    found = [_again(line) for line in error.errors(include_url=False)] if error else []
-    for loc, sentence in lines:
-        found.append(InitErrorDetails(type=_custom(sentence), loc=loc, input=None))
-    return ValidationError.from_exception_data("configuration", found)
-
-
-def checked(data: Any, handler: Callable[[Any], T], rules: Callable[[Mapping[str, Any]], list[tuple[Loc, str]]]) -> T:
-    """Do the work of a wrapping model validator whose rules are reported together with mistakes inside the fields.
-
-    Args:
-        data: What the validator received.
-        handler: The validation of the fields.
-        rules: Returns the mistakes between keys, given the keys as they were written.
-    """
-    data = data.kwargs if isinstance(data, ArgsKwargs) and not data.args else data
-    lines = rules(data or {}) if isinstance(data, Mapping) or data is None else []
-    try:
-        made = handler(data)
-    except ValidationError as error:
-        raise mistakes(lines, error) from None
-    if lines:
-        raise mistakes(lines)
-    return made
+    found = (InitErrorDetails(type=_custom(sentence), loc=loc, input=None) for loc, sentence in lines)
+    return ValidationError.from_exception_data("configuration", [*found])
 
 
 def words(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> list[str]:
@@ -155,12 +128,6 @@ def _resolved(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> Mapp
 
 def _custom(sentence: str) -> PydanticCustomError:
     return PydanticCustomError(_MISTAKE, "{sentence}", {"sentence": sentence})
-
-
-def _again(line: Any) -> InitErrorDetails:
-    """Return an error in the form in which it can be raised once more."""
-    kind = _custom(line["ctx"]["sentence"]) if line["type"] == _MISTAKE else line["type"]
-    return InitErrorDetails(type=kind, loc=line["loc"], input=line["input"], ctx=line.get("ctx", {}))
 
 
 def _says_more(key: tuple[Loc, str], path: Loc) -> bool:
@@ -240,8 +207,6 @@ class _Translator:
         """Return what a key is called: `end of the schedule of loss 'cwd'`."""
         name, owners = "", ""
         for i, step in enumerate(path):
-            if isinstance(self.find(path[: i + 1])[0], Group):
-                continue
             if isinstance(step, int):
                 name += f"[{step}]"
             elif name and not self.is_model(path[:i]):
