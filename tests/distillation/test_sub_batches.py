@@ -346,17 +346,17 @@ def test_audit_and_weights_look_at_labeled_images(models: dict) -> None:
 def test_a_critic_learns_from_both_parts(models: dict) -> None:
     s = Setting(models["yolov8n"], recipe={"losses": {"holistic": {}}})
     s.run()
-    seen = s.distiller.losses["holistic"].adversary._seen
+    seen = s.distiller.losses["holistic"].adversary._watched
     assert [len(student) for student, _, _ in seen] == [LABELLED, POOLED]
     s.predictions = s.student(s.batch["img"])
     s.run()
-    assert len(s.distiller.losses["holistic"].adversary._seen) == 2, "the next batch begins anew"
+    assert len(s.distiller.losses["holistic"].adversary._watched) == 2, "the next batch begins anew"
     before = [p.clone() for p in s.distiller.losses["holistic"].self_trained()]
     s.distiller.after_step()
     assert any(
         not torch.equal(a, b) for a, b in zip(before, s.distiller.losses["holistic"].self_trained(), strict=True)
     )
-    assert not s.distiller.losses["holistic"].adversary._seen
+    assert not s.distiller.losses["holistic"].adversary._watched
 
 
 def test_a_bad_batch_leaves_finite_columns(models: dict) -> None:
