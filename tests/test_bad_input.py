@@ -350,7 +350,7 @@ BAD: list[tuple[str, str]] = [
     ("train resume={run/weights/plugin.pt}", r"asks to import no_such_module_of_mine.*add plugins=\[no_such_module_of"),
     ("train resume={run/weights/plugin.pt} plugins=no_such_module_of_mine", "cannot be imported"),
     ("train resume={run/weights/recipe.pt}", "unknown loss 'fdg'"),
-    ("train resume={run/weights/part.pt}", r"record of its distillation is damaged, or of another revision .*\(wrong: teacher\)"),
+    ("train resume={run/weights/part.pt}", r"is damaged, or of another revision .*\(wrong: teacher\)"),
     ("train resume={run/weights/kind.pt}", "record of its distillation is damaged"),
     ("train resume={run/weights/text.pt}", r"record of its distillation is damaged, .*\(wrong: it is no mapping\)"),
     ("train resume={run/weights/classes.pt}", "record of its distillation is damaged: its class map"),
