@@ -71,7 +71,7 @@ def here(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     from yolo_kd.losses import base
 
     sys.modules.pop("my_loss", None)
-    base._REGISTRY.pop("smooth", None)
+    base._REGISTRY.pop("my_smooth", None)
 
 
 def write_files(block: Block, folder: Path) -> None:

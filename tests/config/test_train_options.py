@@ -14,7 +14,7 @@ from yolo_kd.config.class_options import CLASS_KEYS
 from yolo_kd.config.command_line import parse_assignments
 from yolo_kd.config.recipe import load_recipe
 from yolo_kd.config.speed import SPEED_KEYS
-from yolo_kd.config.train_options import DEFAULT_RECIPE, OWN_KEYS, TrainOptions, parse_train, train_options
+from yolo_kd.config.train_options import CHANGEABLE, DEFAULT_RECIPE, OWN_KEYS, TrainOptions, parse_train, train_options
 from yolo_kd.config.unlabeled import UNLABELED_KEYS
 from yolo_kd.errors import ConfigError
 
@@ -269,6 +269,33 @@ def test_classes_are_read_with_the_other_keys(tmp_path):
     assert [line.partition(" ")[2].split(":")[0].split(" must")[0] for line in lines] == ["class_map", "keep_conf"]
     assert "experiment.yaml:1" in lines[0]
     assert "experiment.yaml:2" in lines[1]
+
+
+HELD_BY_THE_CHECKPOINT = {
+    "student": "s.pt",
+    "kd": "fgd",
+    "inherit": "true",
+    "random_teacher": "true",
+    "class_map": "index",
+    "keep_classes": "teacher",
+    "keep_conf": "0.1",
+    "keep_blend": "0.5",
+    "unlabeled_ratio": "2",
+    "unlabeled_mode": "both",
+    "unlabeled_conf": "0.5",
+    "unlabeled_low": "0.2",
+    "unlabeled_iou": "0.5",
+}
+
+
+@pytest.mark.parametrize("key", HELD_BY_THE_CHECKPOINT)
+def test_a_key_that_the_checkpoint_holds_is_refused_on_resume(key):
+    with pytest.raises(ConfigError, match=f"{key} cannot be given with resume: it stands in the checkpoint"):
+        parse_train(["resume=last.pt", f"{key}={HELD_BY_THE_CHECKPOINT[key]}"])
+
+
+def test_every_key_is_refused_or_taken_anew_on_resume():
+    assert set(OWN_KEYS) - {"kd.<loss>.<key>"} == CHANGEABLE | set(HELD_BY_THE_CHECKPOINT)
 
 
 def test_own_keys_are_documented():

@@ -25,15 +25,16 @@ def shipped() -> list[str]:
     return [name for name, cls in registered().items() if cls.__module__.startswith("yolo_kd.")]
 
 
-def test_every_loss_has_an_entry_and_nothing_else_does():
-    assert list(measured_costs()[1]) == shipped()
+def test_nothing_but_a_loss_has_an_entry():
+    """A new loss shows "-" until the benchmark is run again."""
+    assert set(measured_costs()[1]) <= set(shipped())
 
 
 def test_an_entry_is_the_row_of_a_recipe_that_contains_the_loss():
     from scripts.bench_step import recipes_of_losses
 
     expected = recipes_of_losses([*shipped_recipes()])
-    assert {loss: entry["recipe"] for loss, entry in STORED["losses"].items()} == expected
+    assert {loss: entry["recipe"] for loss, entry in STORED["losses"].items()}.items() <= expected.items()
     for loss, entry in STORED["losses"].items():
         assert loss in [term.name for term in load_recipe(entry["recipe"]).terms]
         assert entry["cost"] == pytest.approx(STORED["rows"][entry["recipe"]]["of_parts"] - 1, abs=1e-3)

@@ -219,13 +219,17 @@ def _default(given: Mapping[str, Item]) -> Item:
     return Item(default_recipe("keep_classes" in given) if "teacher" in given else NO_RECIPE)
 
 
+CHANGEABLE = {"resume", "cfg", "data", "teacher", "plugins", "trust_checkpoints", SOURCE_KEY, *SPEED_KEYS}
+"""Our keys that a resumed run takes anew: where files are now, what may run, and how fast."""
+
+
 def _contradictions(given: Mapping[str, Item], kd: Item | None) -> Iterator[tuple[str, str]]:
     """Yield the mistakes between keys, each with the place it was written at; `kd` holds the default recipe, too."""
     overrides = [key for key in given if is_override(key)]
     if "resume" in given and given["resume"].value is not False:
-        for key in ("student", "kd", *(k for k in UNLABELED_KEYS if k != SOURCE_KEY), *CLASS_KEYS):
+        for key in sorted(given.keys() & OWN_KEYS.keys() - CHANGEABLE):
             # kd=none says that the run that goes on has no teacher
-            if key in given and not (key == "kd" and given[key].value == NO_RECIPE):
+            if key != "kd" or given[key].value != NO_RECIPE:
                 sentence = f"{key} cannot be given with resume: it stands in the checkpoint. Leave out {key}."
                 yield given[key].where, sentence
         for key in overrides:
