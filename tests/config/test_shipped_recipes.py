@@ -56,10 +56,10 @@ def test_two_epochs_with_every_term_pulling(name: str, ground: dict[str, Any]) -
     trainer = DistillationTrainer(overrides={**ground, "kd": name, "name": name})
     trainer.train()
     recipe = load_recipe(name)
-    assert [row.term for row in trainer.audit_rows] == [term.name for term in recipe.terms]
-    assert all(row.gradient > 0 and math.isfinite(row.value) for row in trainer.audit_rows)
+    assert [row.term for row in trainer.distillation.audit_rows] == [term.name for term in recipe.terms]
+    assert all(row.gradient > 0 and math.isfinite(row.value) for row in trainer.distillation.audit_rows)
     with open(trainer.save_dir / "results.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2
-    for column in trainer.distiller.columns:
+    for column in trainer.distillation.distiller.columns:
         assert all(math.isfinite(float(row[f"train/{column}"])) for row in rows), column
