@@ -98,7 +98,7 @@ def test_every_mode_trains(tmp_path: Path, shapes: Path, student: Path, sure: Pa
     assert float(rows[0]["train/pool_none"]) < 1
     assert float(rows[0]["train/box_loss"]) > 0
     assert not any(name.startswith("val/") and "pool" in name for name in rows[0])
-    saved = yaml.safe_load((trainer.save_dir / "kd.yaml").read_text())["pool"]
+    saved = yaml.safe_load((trainer.save_dir / "kd.yaml").read_text())["unlabeled"]
     assert saved["unlabeled"] == [str(pool)]
     assert saved["unlabeled_mode"] == mode
     assert sorted(p.name for p in pool.rglob("*")) == before, "nothing is written beside the images"
