@@ -129,7 +129,7 @@ def test_an_end_to_end_student(tmp_path: Path, shapes: Path, pool: Path) -> None
     names: list[str] = []
     resumed.add_callback("on_train_start", lambda t: names.append(type(t.model.criterion).__name__))
     resumed.train()
-    assert names == ["PoolCriterion"]
+    assert names == ["DistillationCriterion"]
     assert resumed.plan.unlabeled.ratio == 3
     in_pool = {p.name for p in pool.iterdir()}
     assert [sum(name in in_pool for name in files[2:]) for _, files in seen] == [6, 6, 6]
