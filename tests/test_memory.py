@@ -68,7 +68,12 @@ def test_ultralytics_halves_the_batch(tmp_path: Path, shapes: Path, student: Pat
     kept: list[int] = []
     trainer.add_callback("on_train_start", runs_out(where, {2, 4}))
     trainer.add_callback("on_train_batch_end", lambda t: progress.append(t.model.criterion.progress))
-    trainer.add_callback("on_train_epoch_start", lambda t: kept.append(len(t.model.criterion.layers._captured)))
+
+    def count_kept(t: Any) -> None:
+        recorder = t.distillation._observer._layers
+        kept.append(len(recorder._captured) if recorder else 0)
+
+    trainer.add_callback("on_train_epoch_start", count_kept)
     steps = record_steps(trainer)
     trainer.train()
     assert trainer.args.batch == trainer.batch_size == 2

@@ -96,15 +96,17 @@ def test_a_bad_batch_of_the_task(tmp_path: Path, shapes: Path, student: Path, te
     trainer = make(tmp_path, shapes, student, teacher=str(teacher), kd=RECIPE, batch=4, nbs=4)
 
     def start(t: Any) -> None:
-        native, seen = t.model.criterion.native, [0]
+        task_loss, seen = t.distillation.task_loss, [0]
 
         class Poisoned:
+            loss_names = task_loss.loss_names
+
             def __call__(self, predictions: Any, batch: dict) -> tuple:
-                loss, items = native(predictions, batch)
+                loss, items = task_loss(predictions, batch)
                 seen[0] += 1
                 return (loss / 0, {k: v / 0 for k, v in items.items()}) if seen[0] in {1, 3} else (loss, items)
 
-        t.model.criterion._native = Poisoned()
+        t.distillation.task_loss = Poisoned()
 
     trainer.add_callback("on_train_start", start)
     trainer.train()

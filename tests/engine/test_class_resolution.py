@@ -260,7 +260,7 @@ def test_new_classes_beside_old_ones(
         seen["old"] = torch.allclose(after.scores[..., :3], before.scores, rtol=1e-3, atol=1e-3)
         seen["labels"] = {int(c) for label in t.train_loader.dataset.labels for c in label["cls"].flat}
         seen["val"] = {int(c) for label in t.test_loader.dataset.labels for c in label["cls"].flat}
-        seen["kept"] = t.model.criterion.kept
+        seen["kept"] = t.component(KeepClasses).kept
 
     def stop(t: Any) -> None:
         if t.epoch == 0:
