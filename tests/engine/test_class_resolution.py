@@ -183,10 +183,10 @@ def test_a_mapped_training_goes_on_as_it_began(tmp_path: Path, shapes: Path, stu
     keys = {"teacher": str(road), "kd": recipe, "class_map": mapping, "teacher_precision": "fp32"}
     last = interrupted(tmp_path, shapes, student, after=1, **keys)
     saved = yaml.safe_load((tmp_path / "run" / "kd.yaml").read_text())
-    assert saved["class_map"] == {"disc": "circle", "ring": "circle"}
+    assert saved["class_options"]["class_map"] == {"disc": "circle", "ring": "circle"}
     assert saved["classes"]["sources"] == [[1, 2], [], [0]]
     other = renamed(shapes, tmp_path, "circle", "box", "triangle")
-    with pytest.raises(PairError, match=r"class 1 was 'square' .* and is 'box'"):
+    with pytest.raises(PairError, match=r"class 1 was 'square' .* and is now 'box'"):
         DistillationTrainer(overrides={"resume": str(last), "data": str(other)})
     resumed = DistillationTrainer(overrides={"resume": str(last)})
     steps = record_steps(resumed)
