@@ -53,9 +53,9 @@ def test_the_documented_loop_runs(
     assert len([line for line in loop.splitlines() if line.strip()]) <= 20, "about twenty lines"
     data = yaml.safe_load(shapes.read_text())
     (tmp_path / "my.yaml").write_text(yaml.safe_dump({"path": str(shapes.parent), **data}))
-    file = narrow_checkpoint("yolov8n", tmp_path, seed=1, file="student.pt")
+    file = narrow_checkpoint("yolov8n", tmp_path, seed=1, file="yolov8n.pt")
     before = YOLO(file).model.float().state_dict()
-    (tmp_path / "teacher.pt").write_bytes(teacher.read_bytes())
+    (tmp_path / "yolov8s.pt").write_bytes(teacher.read_bytes())
     monkeypatch.chdir(tmp_path)
     found: dict[str, Any] = {}
     exec(compile(code[1].replace('"imgsz": 320', '"imgsz": 64'), str(PAGE), "exec"), found)

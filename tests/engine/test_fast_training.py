@@ -40,6 +40,7 @@ def test_ten_steps_are_those_of_the_plain_teacher(
     """Fused, channels-last and without what nobody reads, in float32: the same losses as Ultralytics' plain model."""
     keys = {"teacher": str(teacher), "kd": RECIPE, "batch": 4, "epochs": 3, "val": False, "nbs": 4}
     keys |= {"optimizer": "SGD", "lr0": 1e-4, "momentum": 0.0, "warmup_epochs": 0}  # others blow up rounding
+    keys |= {"threads": 2}
     fast = make(tmp_path / "fast", shapes, student, teacher_precision="fp32", **keys)
     ours = losses_of(fast)[:10]
     plain = make(tmp_path / "plain", shapes, student, teacher_precision="fp32", **keys)

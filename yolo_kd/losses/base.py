@@ -197,12 +197,10 @@ class FeatureLoss(Loss):
     A loss that is a sum over levels implements `level_loss`. Other losses override `forward` and use `level_indices`
     and `maps`.
 
-    Class attributes:
+    Attributes:
+        levels: Names of the levels to use, such as [p3, p4]; all by default.
         strength: Factor of the sum. It makes `weight: 1.0` a sane start: the gradient into the student's neck is about
             a third of the task loss's (table and command in docs/losses.md).
-
-    Args:
-        levels: Names of the levels to use, such as [p3, p4]; all by default.
     """
 
     strength: ClassVar[float] = 1.0
