@@ -143,7 +143,7 @@ def test_without_bins_the_error_names_what_serves() -> None:
 def test_every_shipped_recipe_distils(name: str) -> None:
     recipe = load_recipe(name)
     if any(registered()[term.name].head_split for term in recipe.terms):
-        pytest.skip("reads inside the head: tests/test_trainer.py trains it")
+        pytest.skip("reads inside the head: tests/engine/test_trainer.py trains it")
     distiller, steps = distil(recipe.to_dict()["losses"])
     values: dict = {}
     for term in distiller.terms:  # not through the schedule, which may begin with a warm-up from zero

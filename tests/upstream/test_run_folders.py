@@ -115,6 +115,28 @@ def test_a_launch_of_several_processes_does_not_free_the_name(tmp_path: Path, mo
     assert folder.is_dir()
 
 
+def started_together(
+    folder: Path, script: str, arguments: list[tuple[object, ...]], stderr: int | None = None
+) -> list[subprocess.Popen[str]]:
+    """Start a process for each tuple of arguments, and let all go on once the last one is ready."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "YOLO_VERBOSE": "false"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, *map(str, given)],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=environment,
+        )
+        for given in arguments
+    ]
+    while len(list(folder.glob("ready-*"))) < len(arguments):
+        assert all(p.poll() is None for p in started)
+        time.sleep(0.01)
+    (folder / "go").touch()
+    return started
+
+
 START = """
 import sys, time, json
 from pathlib import Path
@@ -132,20 +154,7 @@ print(json.dumps([str(make(Path(folder) / "project", Path(data), Path(model), **
 @pytest.mark.e2e
 def test_trainers_at_the_same_moment(tmp_path: Path, shapes: Path) -> None:
     model = narrow_checkpoint("yolov8n", tmp_path, seed=1)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", START, *map(str, (tmp_path, shapes, model, model, me))],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for me in range(3)
-    ]
-    while len(list(tmp_path.glob("ready-*"))) < 3:
-        assert all(p.poll() is None for p in started)
-        time.sleep(0.01)
-    (tmp_path / "go").touch()
+    started = started_together(tmp_path, START, [(tmp_path, shapes, model, model, me) for me in range(3)])
     folders = [folder for p in started for folder in json.loads(p.communicate()[0].splitlines()[-1])]
     assert len(set(folders)) == 15
     for folder in folders:
@@ -232,21 +241,7 @@ print(read)
 def test_processes_that_write_and_read_one_cache(tmp_path: Path) -> None:
     """Whatever is read is whole and from one writer, and each does see what the other wrote."""
     path = tmp_path / "labels.cache"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "YOLO_VERBOSE": "false"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", LOOP, str(path), str(me)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for me in range(2)
-    ]
-    while len(list(tmp_path.glob("ready-*"))) < 2:
-        assert all(p.poll() is None for p in started)
-        time.sleep(0.01)
-    (tmp_path / "go").touch()
+    started = started_together(tmp_path, LOOP, [(path, me) for me in range(2)], stderr=subprocess.PIPE)
     said = [p.communicate() for p in started]
     assert [p.returncode for p in started] == [0, 0], said
     assert all(int(out.split()[-1]) > 0 for out, _ in said)

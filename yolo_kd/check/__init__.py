@@ -22,7 +22,7 @@ from yolo_kd.check.unlabeled import check_unlabeled
 from yolo_kd.classes.mapping import ClassMap
 from yolo_kd.config.command_line import NO_RECIPE
 from yolo_kd.config.train_options import TrainOptions
-from yolo_kd.engine.checks_before import check_unlabeled_images, pair_problems, read_dataset
+from yolo_kd.engine.checks_before import check_unlabeled_images, fitting, pair_problems, read_dataset
 from yolo_kd.engine.class_resolution import match_classes
 from yolo_kd.engine.plan import Plan, make_plan
 from yolo_kd.engine.setup import Setup
@@ -135,7 +135,7 @@ class _Check:
         plan, teacher = self.attempt("files", make_plan, options) or (None, None)
         build: dict[str, Any] = {"trust": options.trust_checkpoints}
         if data is not None:
-            build |= {"nc": 1 if self.keys.get("single_cls") else data["nc"], "channels": data["channels"]}
+            build |= fitting(data, self.keys)
         if plan is not None and teacher is None:
             teacher = self.attempt("files", load_detector, plan.teacher, role="teacher", **build)
         student = self.attempt("files", load_detector, options.student or "", role="student", **build)

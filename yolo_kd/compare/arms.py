@@ -23,6 +23,7 @@ from yolo_kd.config.train_options import OWN_KEYS as TRAIN_KEYS
 from yolo_kd.config.unlabeled import UNLABELED_KEYS
 from yolo_kd.config.validation import CONFIG, Number, Whole, validate
 from yolo_kd.errors import ConfigError, did_you_mean, listed
+from yolo_kd.safe_loading.checkpoint import is_model_yaml
 
 BASELINE = "baseline"  # the student alone
 UPSTREAM = "distill_model"  # Ultralytics' own trainer with its own distillation
@@ -321,7 +322,7 @@ def _arm(name: str, keys: dict[str, Item], common: Mapping[str, Item], problems:
 def _start(options: TrainOptions) -> bool | str:
     """Return the recipe's student initialisation, False if the student has weights or the teacher has none."""
     pretrained = options.ultralytics.get("pretrained")
-    student, teacher = (str(name).lower().endswith((".yaml", ".yml")) for name in (options.student, options.teacher))
+    student, teacher = (is_model_yaml(name or "") for name in (options.student, options.teacher))
     weightless = not isinstance(pretrained, str) and (student or pretrained is False)
     if not weightless or teacher or options.class_options.keep_classes or options.recipe is None:
         return False

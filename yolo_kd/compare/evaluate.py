@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import tempfile
@@ -28,6 +29,7 @@ from yolo_kd.classes.names import short
 from yolo_kd.compare.records import METRICS, AuditRow, Evaluation, SplitResult
 from yolo_kd.compare.runs import write_text
 from yolo_kd.compare.size_metrics import ImageResult, ap_by_size
+from yolo_kd.engine.run_files import write_atomically
 from yolo_kd.errors import CheckpointError
 from yolo_kd.safe_loading.checkpoint import load_checkpoint_file, load_detector, sha256
 from yolo_kd.safe_loading.dataset import optional_train
@@ -207,19 +209,18 @@ def predictions_file(cache: Path, key: str, split: str) -> Path:
 
 def save_predictions(file: Path, images: Sequence[ImageResult]) -> None:
     """Write predictions and labels to one file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial.npz")
     arrays: dict[str, Any] = {
         name: np.concatenate([getattr(image, name) for image in images]) for name in _ARRAYS if images
     }
+    content = io.BytesIO()
     np.savez_compressed(
-        partial,
+        content,
         names=np.array([i.name for i in images]),
         shapes=np.array([i.shape for i in images], int).reshape(-1, 2),
         counts=np.array([[len(i.boxes), len(i.true_boxes)] for i in images], int).reshape(-1, 2),
         **arrays,
     )
-    partial.replace(file)
+    write_atomically(file, content.getvalue())
 
 
 def load_predictions(file: Path) -> list[ImageResult]:

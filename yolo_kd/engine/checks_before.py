@@ -43,20 +43,24 @@ def check_models(
     """
     unlabeled = plan is not None and plan.unlabeled is not None
     data = read_dataset(keys.get("data"), keys.get("split") or "val", train_optional=unlabeled)
-    nc = 1 if keys.get("single_cls") else data["nc"]
-    channels = data["channels"]
-    student = load_detector(keys.get("model") or "", role="student", trust=trust, nc=nc, channels=channels)
+    size = fitting(data, keys)
+    student = load_detector(keys.get("model") or "", role="student", trust=trust, **size)
     if isinstance(pretrained := keys.get("pretrained"), str | Path):
         load_detector(pretrained, role="pretrained", trust=trust)
     if plan is None:
         return None, data
-    detector = detector or load_detector(plan.teacher, role="teacher", trust=trust, nc=nc, channels=channels)
+    detector = detector or load_detector(plan.teacher, role="teacher", trust=trust, **size)
     problems, warnings = pair_problems(plan, detector, student, data, keys)
     if problems:
         raise PairError("\n".join(problems))
     for warning in warnings:
         LOGGER.warning(warning)
     return detector, data
+
+
+def fitting(data: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, int]:
+    """Return the numbers of classes and channels that `load_detector` builds a model YAML with, to fit a data set."""
+    return {"nc": 1 if keys.get("single_cls") else data["nc"], "channels": data["channels"]}
 
 
 def check_unlabeled_images(

@@ -16,7 +16,7 @@ from yolo_kd.config.speed import Speed
 from yolo_kd.config.train_options import TrainOptions
 from yolo_kd.config.unlabeled import UnlabeledOptions
 from yolo_kd.errors import CheckpointError, ConfigError
-from yolo_kd.safe_loading.checkpoint import LoadedDetector, load_detector
+from yolo_kd.safe_loading.checkpoint import LoadedDetector, is_model_yaml, load_detector
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def make_plan(options: TrainOptions) -> tuple[Plan | None, LoadedDetector | None
         options.class_options,
         unlabeled=options.unlabeled if options.pooled else None,
     )
-    if teacher.lower().endswith((".yaml", ".yml")):
+    if is_model_yaml(teacher):
         if not options.random_teacher:
             raise ConfigError(
                 f"teacher={teacher} is a model YAML, so its weights would be random and teach nothing. Name a trained "

@@ -20,7 +20,7 @@ from yolo_kd.config.speed import SPEED_KEYS
 from yolo_kd.config.train_options import TrainOptions
 from yolo_kd.config.ultralytics_keys import wrong_values
 from yolo_kd.config.unlabeled import SOURCE_KEY
-from yolo_kd.engine.checks_before import check_unlabeled_images, read_dataset
+from yolo_kd.engine.checks_before import check_unlabeled_images, fitting, read_dataset
 from yolo_kd.engine.class_resolution import check_same_classes, match_classes
 from yolo_kd.engine.epoch_position import EpochPosition
 from yolo_kd.engine.plan import Plan
@@ -28,7 +28,7 @@ from yolo_kd.engine.run_files import restore, usable
 from yolo_kd.engine.setup import Request, Setup
 from yolo_kd.errors import CheckpointError, ConfigError, DataError
 from yolo_kd.safe_loading.architecture import check_model
-from yolo_kd.safe_loading.checkpoint import held_model, load_checkpoint_file, load_detector
+from yolo_kd.safe_loading.checkpoint import held_model, is_model_yaml, load_checkpoint_file, load_detector
 from yolo_kd.safe_loading.dataset import is_local_yaml
 
 MAX_VALUES = 20_000  # with shared lists counted wherever they stand
@@ -86,13 +86,12 @@ def resumed_setup(state: Any, request: Request, data: Mapping[str, Any], keys: M
             images, labeled = check_unlabeled_images(plan, data, keys)
         except DataError as error:
             raise DataError(f"{error} If they are elsewhere now, add {SOURCE_KEY}=<place>.") from error
-    is_yaml = plan.random_teacher and plan.teacher.lower().endswith((".yaml", ".yml"))
+    is_yaml = plan.random_teacher and is_model_yaml(plan.teacher)
     if not is_yaml and not Path(plan.teacher).is_file():
         raise CheckpointError(
             f"the teacher {plan.teacher} of this run is gone. If it has moved, add teacher=<its new path>."
         )
-    nc = 1 if keys.get("single_cls") else data["nc"]
-    teacher = load_detector(plan.teacher, role="teacher", trust=request.trust, nc=nc, channels=data["channels"])
+    teacher = load_detector(plan.teacher, role="teacher", trust=request.trust, **fitting(data, keys))
     if not is_yaml and teacher.sha256 != plan.teacher_sha256:
         raise CheckpointError(
             f"teacher={plan.teacher} is not the file this run began with: its SHA-256 is {teacher.sha256[:12]}..., the "

@@ -180,6 +180,11 @@ def _unsafe_names(path: Path) -> tuple[str, ...]:
         return ()
 
 
+def is_model_yaml(source: str | Path) -> bool:
+    """Return whether a model is named by its YAML, so that its weights are random."""
+    return Path(source).suffix.lower() in {".yaml", ".yml"}
+
+
 def load_detector(
     source: str | Path, *, role: str = "model", trust: bool = False, nc: int | None = None, channels: int = 3
 ) -> LoadedDetector:
@@ -200,7 +205,7 @@ def load_detector(
     """
     source = Path(check_model_file_from_stem(str(source)))
     what = f"{role}={source}"
-    if source.suffix.lower() in {".yaml", ".yml"}:
+    if is_model_yaml(source):
         return _build_detector(source, what, nc, channels, trust)
     checkpoint, path = load_checkpoint_file(source, role=role, trust=trust)
     model = held_model(checkpoint)
